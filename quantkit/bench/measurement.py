@@ -1,0 +1,66 @@
+"""What a measurement is, and the file that a bench leaves: the only thing the report reads. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from quantkit.schema import Frozen
+
+METRICS_VERSION = 1
+"""Raised, with a reason here, whenever a metric's definition changes.
+
+1: the first definitions.
+"""
+
+RESULTS_SCHEMA_VERSION = 1
+
+
+class Measurement(Frozen):
+    """One number, or the reason why there is none.
+
+    value is None exactly when `missing` says why. error is a standard error, spread an interquartile range over
+    repetitions, both in `unit`.
+    """
+
+    metric: str = Field(description='what was measured, such as "perplexity", "decode", "accuracy/arc_easy"')
+    value: float | None
+    unit: str = Field(description='"bytes", "tok/s", "nats", "fraction", "s", "bits/weight", or "" for a pure number')
+    error: float | None = None
+    spread: float | None = None
+    samples: int | None = None
+    missing: str | None = None
+    engine: str | None = Field(None, description="what computed it; 'decoded weights' when the real engine could not")
+    settings: dict[str, Any] = Field(default_factory=dict)
+    metrics_version: int = METRICS_VERSION
+
+
+class Row(Frozen):
+    """All that is known of one artifact, or of the baseline."""
+
+    label: str
+    artifact: str | None = Field(None, description="name of the artifact's folder or file; None for the baseline")
+    method: str | None = Field(None, description="the method's label, such as 'gptq 4-bit g64 act-order'")
+    method_name: str | None = Field(None, description="the method's name in the registry, such as 'gptq'")
+    format: str | None = None
+    quantize_s: float | None = None
+    fallbacks: list[str] = Field(default_factory=list, description="layers that did not get what was asked, and why")
+    notes: list[str] = Field(default_factory=list)
+    measurements: list[Measurement] = Field(default_factory=list)
+    samples: dict[str, list[float]] = Field(
+        default_factory=dict, description="per-question scores by task, for paired comparisons"
+    )
+
+
+class Results(Frozen):
+    """The file that `bench` and `run` write and `report` reads."""
+
+    schema_version: int = RESULTS_SCHEMA_VERSION
+    name: str
+    model: str
+    model_notes: list[str] = Field(default_factory=list)
+    baseline: Row
+    rows: list[Row]
+    settings: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, Any] = Field(default_factory=dict)

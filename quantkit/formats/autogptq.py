@@ -1,0 +1,9 @@
+from __future__ import annotations
+
+from typing import Literal
+
+from quantkit.formats.base import Format
+
+
+class AutoGPTQ(Format):
+    name: Literal["autogptq"] = "autogptq"

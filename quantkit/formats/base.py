@@ -1,0 +1,84 @@
+"""What a format is: the one place where quantkit's tensors become the words that a reader expects, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from quantkit.model.source import Source
+from quantkit.schema import Frozen
+from quantkit.tensors import QuantizedTensor, StoredTensors
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What will be done to one linear: known from the recipe and the headers, before any weight is read.
+
+    name: module name. method: the settings for it, None when it is skipped.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    method: Any | None
+
+
+class Writer(ABC):
+    """Takes tensors one at a time, in the source's names, and puts an artifact's files into a folder."""
+
+    @abstractmethod
+    def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
+        """Store one tensor, such as "model.layers.0.mlp.up_proj.weight". Returns the bytes it takes in the file."""
+
+    @abstractmethod
+    def finish(self) -> list[Path]:
+        """Complete the files (headers, indexes, config, side files), fsync, and return every path written."""
+
+
+class Format(Frozen):
+    """The base of every format's settings; a subclass adds `name: Literal[...]` and its fields."""
+
+    engines: ClassVar[tuple[str, ...]] = ()
+    """Names of the engines in quantkit/engines/ that run this format, the preferred one first."""
+
+    def misfits(self, plans: list[LinearPlan], source: Source) -> list[str]:
+        """Every reason why this format cannot hold what is planned; one line each, with the layer's name."""
+        return []
+
+    def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
+        """A writer into an existing empty folder. dtype: torch dtype of the tensors that stay unquantized."""
+        raise NotImplementedError
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """Whether an artifact on disk is of this format; looks at config.json or the magic only."""
+        raise NotImplementedError
+
+    @classmethod
+    def open(cls, path: Path) -> ArtifactSource:
+        """Read an artifact back. Raises ModelError when a file is missing or damaged."""
+        raise NotImplementedError
+
+
+class ArtifactSource(Source):
+    """A finished artifact, read back: `read` decodes, `quantized` gives the codes themselves."""
+
+    kind = "artifact"
+    format_name: str
+    quantization: Mapping[str, Any]  # the reader's own settings, such as quantization_config
+
+    @abstractmethod
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        """The quantized tensor behind a weight name such as "model.layers.0.mlp.up_proj.weight", or None if it is not."""
+
+    @abstractmethod
+    def stored_bytes(self, name: str) -> int:
+        """Bytes in the file that stand for this weight: codes, scales, zeros, tables."""
+
+
+PackFunction = Callable[[str, QuantizedTensor], StoredTensors]

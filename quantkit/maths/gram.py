@@ -1,0 +1,43 @@
+"""The one statistic that calibrated methods share: the Gram matrix of a linear's inputs and their mean magnitude."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What is known of the inputs of a linear.
+
+    gram: float32 [in, in], the sum of x^T x over all tokens. mean_abs: float32 [in], the mean of |x| over tokens.
+    tokens: how many rows were seen.
+    """
+
+    gram: Tensor
+    mean_abs: Tensor
+    tokens: int
+
+
+class GramAccumulator:
+    """Sums x^T x and |x| over batches of inputs.
+
+    Only float32 is accumulated: a Gram matrix of bfloat16 products is not positive definite.
+    """
+
+    def __init__(self, in_features: int, device: torch.device):
+        self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.sum_abs = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """inputs: [..., in], any float dtype."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
+        self.gram.addmm_(rows.T, rows)
+        self.sum_abs += rows.abs().sum(dim=0)
+        self.tokens += rows.shape[0]
+
+    def result(self) -> InputStatistics:
+        return InputStatistics(self.gram, self.sum_abs / max(self.tokens, 1), self.tokens)

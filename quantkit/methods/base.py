@@ -1,0 +1,97 @@
+"""What a method is: a frozen section of the recipe that turns the weights of a block into quantized tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantkit.maths.gram import InputStatistics
+from quantkit.model.blocks import Block
+from quantkit.schema import Frozen
+from quantkit.tensors import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """The tensors of one block that a method may look at.
+
+    block: the names. weights: {linear module name: weight [out, in] in the source's dtype}, the ones to quantize.
+    others: {tensor name: tensor}, everything else of the block (norms, biases, linears of other methods).
+    norm_offset: what a normalization adds to its gain before multiplying (Gemma: 1).
+    """
+
+    block: Block
+    weights: Mapping[str, Tensor]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    head_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What a method made of a block.
+
+    quantized: {linear module name: quantized tensor}. replaced: {tensor name: new tensor, float32} for tensors that are
+    stored unquantized but had a scale folded in. applied: {linear module name: what was really done, such as
+    "gptq 4-bit g128 act-order"}; notes: {linear module name: why that differs from what was asked}.
+    reference: {linear module name: the float32 weight that the codes approximate} where a fold changed it.
+    """
+
+    quantized: Mapping[str, QuantizedTensor]
+    applied: Mapping[str, str]
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    reference: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Method(Frozen):
+    """The base of every method's settings; a subclass adds `name: Literal[...]` and its fields."""
+
+    calibrated: ClassVar[bool] = False
+    """Whether `quantize_block` needs the statistics of its inputs."""
+
+    def label(self) -> str:
+        """A short text for tables, such as "gptq 4-bit g128"."""
+        raise NotImplementedError
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        """Why a linear of this shape cannot be quantized with these settings, or None when it can."""
+        return None
+
+    def predicted_bits(self, out_features: int, in_features: int) -> float:
+        """Bits a weight that a linear of this shape will take on disk, scales and zeros included."""
+        raise NotImplementedError
+
+    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+        """Quantize `given.weights`.
+
+        statistics: {linear module name: statistics of its input}; linears that share an input share the object. Empty
+        when the method is not calibrated. Raises ModelError naming the tensor when a weight is not finite.
+        """
+        raise NotImplementedError
+
+
+def quantize_each(
+    given: BlockWeights, quantize: Callable[[Tensor], QuantizedTensor], label: str
+) -> BlockResult:
+    """The whole of `quantize_block` for a method that looks at one weight at a time."""
+    quantized = {name: quantize(weight) for name, weight in given.weights.items()}
+    return BlockResult(quantized, dict.fromkeys(quantized, label))
+
+
+def require_finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor as float32. Raises ModelError naming it when it holds NaN or infinity."""
+    from quantkit.errors import ModelError
+
+    as_float = tensor.float()
+    if not torch.isfinite(as_float).all():
+        bad = int((~torch.isfinite(as_float)).sum())
+        raise ModelError(
+            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite weights",
+            hint="the checkpoint is damaged, or its values overflow the dtype it was saved in",
+        )
+    return as_float

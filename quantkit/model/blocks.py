@@ -1,0 +1,119 @@
+"""How each architecture is laid out, as data: which linears a block has, which share an input, what feeds them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.errors import ModelError
+from quantkit.model.source import Source
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of a block that read the same input.
+
+    linears: module names inside the block. producer: the module inside the block whose output channels are that input,
+    so that a scale of the input can be folded into it; None when nothing linear stands before. producer_kind: "norm"
+    (the gain of a normalization), "linear" (the rows of a linear), or "value" (the rows of the value projection, which
+    several query heads may share).
+    """
+
+    linears: tuple[str, ...]
+    producer: str | None = None
+    producer_kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where things are in a family of models; names are those of the Hugging Face checkpoint."""
+
+    block_prefix: str  # with {index}
+    groups: tuple[LinearGroup, ...]
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    norm_offset: float = 0.0  # Gemma multiplies by (1 + gain)
+    trunk: str = "model"  # attribute of the transformers class that runs embedding and blocks
+    layers: str = "model.layers"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block of one model: full tensor names.
+
+    linears: full module names in order. groups: the linears by shared input, with full module names.
+    tensors: every stored tensor of the block.
+    """
+
+    index: int
+    prefix: str
+    linears: tuple[str, ...]
+    groups: tuple[LinearGroup, ...]
+    tensors: tuple[str, ...]
+
+
+_LLAMA_GROUPS = (
+    LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "norm"),
+    LinearGroup(("self_attn.o_proj",), "self_attn.v_proj", "value"),
+    LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "norm"),
+    LinearGroup(("mlp.down_proj",), "mlp.up_proj", "linear"),
+)
+
+_LLAMA = Architecture(block_prefix="model.layers.{index}.", groups=_LLAMA_GROUPS)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA,
+    "Qwen3ForCausalLM": _LLAMA,  # its q and k norms act per head after the projection: nothing to fold there
+}
+
+
+def architecture_of(config: dict[str, Any]) -> Architecture:
+    """The layout of a model from its config.json. Raises ModelError for a family that is not in the table."""
+    names = config.get("architectures") or ["(none)"]
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    raise ModelError(
+        f"config.json: architectures: {', '.join(names)} is not supported; expected one of {', '.join(ARCHITECTURES)}",
+        hint="a family is one entry of the table in quantkit/model/blocks.py",
+    )
+
+
+def blocks_of(source: Source) -> list[Block]:
+    """The decoder blocks of a model in order. Raises ModelError when the checkpoint lacks a linear that it must have."""
+    architecture = architecture_of(source.config)
+    by_prefix: dict[int, list[str]] = {}
+    pattern = re.compile("^" + re.escape(architecture.block_prefix).replace(r"\{index\}", r"(\d+)"))
+    names = source.names()
+    for name in names:
+        found = pattern.match(name)
+        if found:
+            by_prefix.setdefault(int(found.group(1)), []).append(name)
+    count = int(source.config.get("num_hidden_layers", len(by_prefix)))
+    blocks, missing = [], []
+    for index in range(count):
+        prefix = architecture.block_prefix.format(index=index)
+        groups = tuple(
+            LinearGroup(
+                tuple(prefix + linear for linear in group.linears),
+                prefix + group.producer if group.producer else None,
+                group.producer_kind,
+            )
+            for group in architecture.groups
+        )
+        linears = tuple(linear for group in groups for linear in group.linears)
+        tensors = tuple(sorted(by_prefix.get(index, ())))
+        present = set(tensors)
+        missing += [f"{linear}.weight" for linear in linears if f"{linear}.weight" not in present]
+        blocks.append(Block(index, prefix, linears, groups, tensors))
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise ModelError(
+            f"{source.path}: {len(missing)} tensors that {count} blocks need are not stored: {shown}",
+            hint="the download may be incomplete, or config.json belongs to another model",
+        )
+    return blocks

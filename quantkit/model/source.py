@@ -1,0 +1,70 @@
+"""The one way the rest of quantkit reads a model: named tensors, a config and side files, all lazy.
+
+A Hugging Face folder, a GGUF file and a finished artifact are all a Source; so the engine that quantizes and the bench
+that measures decoded weights read alike.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Source(ABC):
+    """A causal language model at rest.
+
+    kind: "safetensors", "gguf" or "artifact". path: the folder or file. config: the Hugging Face config.json as a dict,
+    without quantization_config. notes: what a reader of results must know of it, such as "dequantized Q4_1 baseline".
+    """
+
+    kind: str
+    path: Path
+    config: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Hugging Face names of the stored tensors, in a stable order."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype that `read` will give, from the header alone."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The tensor itself, on the CPU; a block-quantized one comes decoded. Raises ModelError when damaged."""
+
+    @abstractmethod
+    def tokenizer_folder(self) -> Path:
+        """A folder that transformers' AutoTokenizer loads; a GGUF source makes it on first use in the cache."""
+
+    @abstractmethod
+    def side_files(self) -> list[Path]:
+        """Files an artifact carries on unaltered: tokenizer, generation config, chat template, licence; not config.json."""
+
+    @abstractmethod
+    def lineage(self) -> dict[str, Any]:
+        """Where this came from: kind, id or path name, revision, and each weight file with bytes and sha256."""
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether lm_head is the embedding matrix and no tensor of its own is stored."""
+        return bool(self.config.get("tie_word_embeddings")) or "lm_head.weight" not in self.names()
+
+    def parameter_count(self) -> int:
+        """Number of stored parameters."""
+        total = 0
+        for name in self.names():
+            count = 1
+            for size in self.shape(name):
+                count *= size
+            total += count
+        return total

@@ -1,0 +1,166 @@
+"""The quantized tensors that methods make, formats store and readers give back.
+
+One convention everywhere inside the project: `weight = (codes - zero) * scale`, or `codebook[codes] * scale`.
+Every other convention is translated in the file of the format that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The set of values a group of weights may take.
+
+    bits: width of a code. group_size: input columns that share a scale; None is the whole row.
+    symmetric: the zero is fixed at 2**(bits - 1) and not stored.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    @property
+    def levels(self) -> int:
+        return 2**self.bits
+
+    def groups(self, in_features: int) -> int:
+        """How many groups a row of `in_features` columns has."""
+        size = self.group_size or in_features
+        return -(-in_features // size)
+
+
+@dataclass(frozen=True)
+class GroupTensor:
+    """A linear weight on an affine grid with one scale a group of input columns.
+
+    codes: uint8 [out, in]. scale: float32 [out, groups], holding values exactly representable in the dtype they are
+    stored in. zero: uint8 [out, groups], None when the grid is symmetric. group_of: int32 [in], the group of each
+    column, None when columns lie in order (column j in group j // group_size).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    grid: Grid
+    group_of: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    def column_groups(self) -> Tensor:
+        """The group of each input column: int64 [in]."""
+        if self.group_of is not None:
+            return self.group_of.long()
+        size = self.grid.group_size or self.shape[1]
+        return torch.arange(self.shape[1], device=self.codes.device) // size
+
+    def dequantize(self) -> Tensor:
+        """The weight these codes stand for: float32 [out, in]."""
+        columns = self.column_groups()
+        scale = self.scale[:, columns]  # [out, in]
+        if self.zero is None:
+            zero: Tensor | float = float(2 ** (self.grid.bits - 1))
+        else:
+            zero = self.zero[:, columns].float()
+        return (self.codes.float() - zero) * scale
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """LLM.int8 weights: `weight = codes * absmax / 127`, one absmax a row.
+
+    codes: int8 [out, in]. absmax: float32 [out] (bitsandbytes calls it SCB).
+    Source: Dettmers et al. 2022, section 2; bitsandbytes' Int8Params.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]."""
+        return self.codes.float() * (self.absmax.float() / 127.0)[:, None]
+
+
+@dataclass(frozen=True)
+class CodebookBlocks:
+    """NF4 weights as bitsandbytes lays them out: two codes a byte, blocks over the flattened matrix.
+
+    packed: uint8 [out * in / 2, 1], row-major, the even element in the high nibble. absmax: float32 [blocks], or
+    uint8 [blocks] when double-quantized. codebook: float32 [16]. block_size: weights a block. nested_*: set when
+    absmax is itself quantized: `absmax = nested_codebook[absmax] * nested_absmax[block // nested_block_size] +
+    nested_offset`. dtype: the dtype the weight had. Source: Dettmers et al. 2023 (QLoRA), sections 3 and 4.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    codebook: Tensor
+    block_size: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    nested_absmax: Tensor | None = None
+    nested_codebook: Tensor | None = None
+    nested_block_size: int | None = None
+    nested_offset: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.out_features, self.in_features)
+
+    def block_scale(self) -> Tensor:
+        """The scale of each block: float32 [blocks]."""
+        if self.nested_absmax is None:
+            return self.absmax.float()
+        assert self.nested_codebook is not None and self.nested_block_size is not None
+        inner = self.nested_codebook.float()[self.absmax.long()]
+        outer = self.nested_absmax.float().repeat_interleave(self.nested_block_size)[: inner.numel()]
+        return inner * outer + (self.nested_offset or 0.0)
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]."""
+        packed = self.packed.reshape(-1)
+        codes = torch.stack((packed >> 4, packed & 0xF), dim=1).reshape(-1)  # high nibble first
+        values = self.codebook.float()[codes.long()]
+        scale = self.block_scale().repeat_interleave(self.block_size)[: values.numel()]
+        return (values * scale).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """A tensor in one of ggml's block formats, as the bytes a GGUF file holds.
+
+    data: uint8 [rows, row_bytes]. type_name: ggml's name of the type in upper case, such as "Q4_0". shape: [out, in]
+    of the weight. Two-level scales of the K types do not fit GroupTensor, so the bytes are the tensor.
+    """
+
+    data: Tensor
+    type_name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.out_features, self.in_features)
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]."""
+        from quantkit.maths.ggml import decode
+
+        return decode(self.data, self.type_name, self.shape)
+
+
+QuantizedTensor = GroupTensor | Int8Rows | CodebookBlocks | BlockTensor
+
+StoredTensors = Mapping[str, Tensor]
+"""What a format writes for one weight: full tensor names to tensors."""
