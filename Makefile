@@ -1,0 +1,71 @@
+# make demo    quantize a real 135M model with all five methods, measure every artifact, print the table
+# make test    lint, types and tests; offline once the environment is there
+# make venv    the environment alone: .venv, installed from requirements.lock; made again when the lock changes
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The name of the stamp holds the content of the lock, so a changed lock is a missing stamp.
+STAMP := $(VENV)/.installed-$(shell cksum < requirements.lock | tr -d ' \t')
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OUT ?= reports/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint format readme lock wheel clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo "also: make lint, format, test-slow, readme, lock, wheel, clean"
+	@echo "make demo MODEL=... takes another model: a folder, a .gguf file or a hub id"
+
+venv: $(STAMP)
+
+# The tools that build come first and from the lock, so that no build fetches others for itself.
+$(STAMP): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; name another: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed-*
+	$(PIP) install $$(grep -E '^(pip|setuptools|wheel|hatchling)==' requirements.lock)
+	$(PIP) install --no-build-isolation -r requirements.lock
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m quantkit.demo --out $(OUT) $(if $(MODEL),--model $(MODEL))
+
+test: $(STAMP) lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Fills the generated parts of README.md: the demo's table, the recipe reference, the help of every command.
+readme: $(STAMP)
+	$(BIN)/python docs/fill_readme.py
+
+wheel: $(STAMP)
+	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+
+# A clean resolve of pyproject.toml; numpy as gptqmodel pins it, so that the `gptq` extra fits on top.
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install -U pip setuptools wheel hatchling
+	build/lock/bin/python -m pip install ".[dev,llama-cpp]" numpy==2.2.6
+	grep '^#' requirements.lock > build/requirements.lock
+	build/lock/bin/python -m pip freeze --all | grep -v '^quantkit' | sed 's/+[a-z0-9.]*$$//' >> build/requirements.lock
+	mv build/requirements.lock requirements.lock
+	rm -rf build/lock
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find quantkit tests -name __pycache__ -type d -exec rm -rf {} +
