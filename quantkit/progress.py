@@ -33,7 +33,7 @@ class Tracker:
 
 
 class Progress:
-    """Reports tasks on `stream` (stderr unless given): rich bars on a terminal, lines otherwise, nothing when `quiet`."""
+    """Reports tasks on stderr or a given stream: rich bars on a terminal, lines otherwise, nothing when `quiet`."""
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None):
         self.quiet = quiet
