@@ -7,7 +7,7 @@ Every other convention is translated in the file of the format that needs it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,11 @@ class Grid:
         """How many groups a row of `in_features` columns has."""
         size = self.group_size or in_features
         return -(-in_features // size)
+
+    def label(self) -> str:
+        """A short text for tables, such as "4-bit g128 sym"."""
+        size = "row" if self.group_size is None else f"g{self.group_size}"
+        return f"{self.bits}-bit {size} {'sym' if self.symmetric else 'asym'}"
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,13 @@ class BlockTensor:
 
 
 QuantizedTensor = GroupTensor | Int8Rows | CodebookBlocks | BlockTensor
+
+
+def on_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same quantized tensor with all its parts in host memory."""
+    parts = {item.name: getattr(tensor, item.name) for item in fields(tensor)}
+    return replace(tensor, **{name: part.cpu() for name, part in parts.items() if isinstance(part, Tensor)})
+
 
 StoredTensors = Mapping[str, Tensor]
 """What a format writes for one weight: full tensor names to tensors."""

@@ -1,21 +1,53 @@
-"""AWQ: activation-aware weight quantization."""
+"""AWQ (Lin et al. 2023): scales that protect the input channels which matter, folded into what stands before.
+
+Scales are found by the Gram score (maths/fold.py), ranges by the clip search (maths/affine.py). `rounding: gptq` then rounds
+the scaled weights with error compensation instead of to nearest; the file is a plain AWQ file either way.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from quantkit.methods.base import Method
+from quantkit.maths.gram import InputStatistics
+from quantkit.methods.base import BlockResult, BlockWeights, Method, affine_bits, affine_misfit
+from quantkit.methods.calibrated import Steps, quantize_calibrated
+from quantkit.tensors import Grid
 
 
 class AWQ(Method):
+    """Settings of AWQ; the seed settings of the field are 4 bits, zero point, group 128."""
+
     calibrated: ClassVar[bool] = True
     name: Literal["awq"] = "awq"
     bits: Literal[4] = 4
-    group_size: int | None = Field(128, ge=8)
-    zero_point: bool = True
-    rounding: Literal["nearest", "gptq"] = "gptq"
-    clip: bool = True
-    exponents: int = Field(20, ge=1, le=200)
-    propagate: Literal["unquantized", "quantized"] = "unquantized"
+    group_size: int | None = Field(128, ge=8, description="input columns a scale; null is the whole row")
+    zero_point: bool = Field(True, description="asymmetric grid")
+    rounding: Literal["nearest", "gptq"] = Field(
+        "gptq", description="how the scaled weights are rounded; nearest is the method of the paper"
+    )
+    clip: bool = Field(True, description="search each group's range for the one that loses least")
+    exponents: int = Field(20, ge=1, le=200, description="candidates of the scale search")
+    damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram; rounding gptq")
+    propagate: Literal["unquantized", "quantized"] = Field(
+        "unquantized", description="whose outputs the next block is calibrated on"
+    )
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.group_size, not self.zero_point)
+
+    def label(self) -> str:
+        return f"awq{'+gptq' if self.rounding == 'gptq' else ''} {self.grid.label()}"
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        return affine_misfit(self.grid, in_features)
+
+    def predicted_bits(self, out_features: int, in_features: int) -> float:
+        return affine_bits(self.grid, out_features, in_features)
+
+    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+        steps = Steps(self.grid, self.exponents, self.clip, self.rounding == "gptq", self.damp, act_order=True)
+        return quantize_calibrated(given, statistics, steps)

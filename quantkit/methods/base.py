@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from quantkit.errors import ModelError
 from quantkit.maths.gram import InputStatistics
 from quantkit.model.blocks import Block
 from quantkit.schema import Frozen
-from quantkit.tensors import QuantizedTensor
+from quantkit.tensors import Grid, QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class BlockWeights:
     others: Mapping[str, Tensor] = field(default_factory=dict)
     norm_offset: float = 0.0
     head_dim: int | None = None
+
+    def finite(self, linear: str) -> Tensor:
+        """The weight of a linear as float32. Raises ModelError naming it when it holds NaN or infinity."""
+        return require_finite(f"{linear}.weight", self.weights[linear])
 
 
 @dataclass(frozen=True)
@@ -48,31 +54,40 @@ class BlockResult:
     reference: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def merge(results: Iterable[BlockResult]) -> BlockResult:
+    """One result for a block whose linears went to several methods."""
+    merged = BlockResult({}, {})
+    for result in results:
+        parts = {item.name: {**getattr(merged, item.name), **getattr(result, item.name)} for item in fields(merged)}
+        merged = BlockResult(**parts)
+    return merged
+
+
 class Method(Frozen):
     """The base of every method's settings; a subclass adds `name: Literal[...]` and its fields."""
 
     calibrated: ClassVar[bool] = False
     """Whether `quantize_block` needs the statistics of its inputs."""
 
+    @abstractmethod
     def label(self) -> str:
         """A short text for tables, such as "gptq 4-bit g128"."""
-        raise NotImplementedError
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """Why a linear of this shape cannot be quantized with these settings, or None when it can."""
         return None
 
+    @abstractmethod
     def predicted_bits(self, out_features: int, in_features: int) -> float:
         """Bits a weight that a linear of this shape will take on disk, scales and zeros included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
         """Quantize `given.weights`.
 
         statistics: {linear module name: statistics of its input}; linears that share an input share the object. Empty
         when the method is not calibrated. Raises ModelError naming the tensor when a weight is not finite.
         """
-        raise NotImplementedError
 
 
 def quantize_each(
@@ -83,10 +98,20 @@ def quantize_each(
     return BlockResult(quantized, dict.fromkeys(quantized, label))
 
 
+def affine_misfit(grid: Grid, in_features: int) -> str | None:
+    """Why a row of `in_features` columns cannot be cut into the groups of a grid, or None when it can."""
+    if grid.group_size is not None and in_features % grid.group_size:
+        return f"group_size {grid.group_size} does not divide in_features {in_features}"
+    return None
+
+
+def affine_bits(grid: Grid, out_features: int, in_features: int) -> float:
+    """Bits a weight of codes, float16 scales and packed zeros, as AWQ and GPTQ files store them."""
+    return grid.bits + (16 + grid.bits) * grid.groups(in_features) / in_features
+
+
 def require_finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor as float32. Raises ModelError naming it when it holds NaN or infinity."""
-    from quantkit.errors import ModelError
-
     as_float = tensor.float()
     if not torch.isfinite(as_float).all():
         bad = int((~torch.isfinite(as_float)).sum())

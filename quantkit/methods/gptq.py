@@ -1,20 +1,49 @@
-"""GPTQ."""
+"""GPTQ (Frantar et al. 2022): round column by column, each error made up for by the columns still to come.
+
+Groups are static (their scales come from the unrounded weight), so act-order costs the file no g_idx permutation.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from quantkit.methods.base import Method
+from quantkit.maths.gram import InputStatistics
+from quantkit.methods.base import BlockResult, BlockWeights, Method, affine_bits, affine_misfit
+from quantkit.methods.calibrated import Steps, quantize_calibrated
+from quantkit.tensors import Grid
 
 
 class GPTQ(Method):
+    """Settings of GPTQ; the seed settings of the field are 4 bits, group 128, act-order."""
+
     calibrated: ClassVar[bool] = True
     name: Literal["gptq"] = "gptq"
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: int | None = Field(128, ge=8)
-    symmetric: bool = True
-    act_order: bool = True
-    damp: float = Field(0.01, gt=0, lt=1)
-    propagate: Literal["unquantized", "quantized"] = "quantized"
+    group_size: int | None = Field(128, ge=8, description="input columns a scale; null is the whole row")
+    symmetric: bool = Field(True, description="vLLM takes symmetric files only")
+    act_order: bool = Field(True, description="round the columns with the largest inputs first")
+    damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram")
+    search_range: bool = Field(True, description="search each group's range for the one that loses least")
+    propagate: Literal["unquantized", "quantized"] = Field(
+        "quantized", description="whose outputs the next block is calibrated on"
+    )
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    def label(self) -> str:
+        return f"gptq {self.grid.label()}{' act-order' if self.act_order else ''}"
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        return affine_misfit(self.grid, in_features)
+
+    def predicted_bits(self, out_features: int, in_features: int) -> float:
+        return affine_bits(self.grid, out_features, in_features)
+
+    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+        steps = Steps(self.grid, 0, self.search_range, True, self.damp, self.act_order)
+        return quantize_calibrated(given, statistics, steps)

@@ -1,16 +1,41 @@
-"""Round to nearest: the baseline that every calibrated method has to beat."""
+"""Round to nearest: no calibration, the baseline that every calibrated method has to beat."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
 
-from quantkit.methods.base import Method
+from quantkit.maths.affine import quantize_nearest
+from quantkit.maths.gram import InputStatistics
+from quantkit.methods.base import BlockResult, BlockWeights, Method, affine_bits, affine_misfit
+from quantkit.tensors import Grid, GroupTensor
 
 
 class RTN(Method):
+    """Every weight goes to the nearest point of its group's grid."""
+
     name: Literal["rtn"] = "rtn"
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int | None = Field(128, ge=8, description="input columns a scale; null is the whole row")
     symmetric: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    def label(self) -> str:
+        return f"rtn {self.grid.label()}"
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        return affine_misfit(self.grid, in_features)
+
+    def predicted_bits(self, out_features: int, in_features: int) -> float:
+        return affine_bits(self.grid, out_features, in_features)
+
+    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+        quantized: dict[str, GroupTensor] = {
+            name: quantize_nearest(given.finite(name), self.grid) for name in given.weights
+        }
+        return BlockResult(quantized, dict.fromkeys(quantized, self.label()))

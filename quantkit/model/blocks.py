@@ -83,6 +83,15 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     )
 
 
+def head_dim(config: dict[str, Any]) -> int | None:
+    """Channels of one attention head, None when the config does not tell."""
+    if config.get("head_dim"):
+        return int(config["head_dim"])
+    if config.get("hidden_size") and config.get("num_attention_heads"):
+        return int(config["hidden_size"]) // int(config["num_attention_heads"])
+    return None
+
+
 def blocks_of(source: Source) -> list[Block]:
     """The decoder blocks of a model in order. Raises ModelError when the checkpoint lacks a linear that it must have."""
     architecture = architecture_of(source.config)

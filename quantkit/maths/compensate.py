@@ -1,0 +1,143 @@
+"""Rounding with error compensation: each column's error is made up for by the columns that are not rounded yet.
+
+Source: Frantar et al. 2022 (GPTQ), algorithm 1, with static groups: scales and zeros come from the unrounded weight, so the
+order in which columns are rounded is free and the codes need no g_idx.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantkit.errors import ModelError
+from quantkit.tensors import Grid
+
+BLOCK_COLUMNS = 128
+"""Columns that are rounded before the rest is updated by one matrix product: the paper's B."""
+
+DAMP_STEPS = 5
+"""How often the damping is raised tenfold before the Gram matrix is given up."""
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """What error compensation needs of a Gram matrix.
+
+    upper: float32 [in, in], upper triangular U with U^T U = (H + damping)^-1, rows and columns in `order`.
+    order: int64 [in], the column rounded at each step. dead: bool [in], columns that never had an input; they are rounded to
+    nearest, since nothing is known of them and other columns cannot make up for them.
+    damp: the share of the mean diagonal that was added; larger than asked when the factorization failed with less.
+    """
+
+    upper: Tensor
+    order: Tensor
+    dead: Tensor
+    damp: float
+
+
+def inverse_factor(gram: Tensor, damp: float, act_order: bool) -> InverseFactor:
+    """Factor a Gram matrix [in, in] for `round_compensated`.
+
+    damp: share of the mean diagonal added to the diagonal. act_order: round the columns with the largest inputs first.
+    One Cholesky factorization and one triangular inversion: with J the reversal, J H J = L L^T gives
+    H = R R^T with R = J L J upper triangular, and U = R^-1.
+    Raises ModelError when the matrix stays indefinite at the highest damping, or is not finite.
+    """
+    diagonal = gram.diagonal()
+    if not torch.isfinite(diagonal).all():
+        raise ModelError(
+            "the Gram matrix of the inputs holds NaN or infinity; expected finite activations",
+            hint="the calibration text or the checkpoint drives the model out of range; try another set or dtype",
+        )
+    dead = diagonal <= 0
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    order = order.to(gram.device)
+    # double: the inverse of a rank-deficient Gram with 1% damping loses most of float32's digits
+    ordered = gram[order][:, order].double()
+    live = dead[order].logical_not()
+    mean = float(ordered.diagonal()[live].mean()) if bool(live.any()) else 1.0
+    ordered.diagonal()[~live] = mean
+    for _ in range(DAMP_STEPS):
+        damped = ordered.clone()
+        damped.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed) and bool(torch.isfinite(lower).all()):
+            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return InverseFactor(inverse.flip(0, 1).float().contiguous(), order, dead, damp)
+        damp = min(damp * 10, 1.0)
+    raise ModelError(
+        f"the Gram matrix of the inputs is not positive definite even with {damp:.0%} damping",
+        hint="use more calibration sequences, or a calibration set closer to the model's training text",
+    )
+
+
+def round_compensated(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: InverseFactor
+) -> tuple[Tensor, float]:
+    """Codes uint8 [out, in] of a weight [out, in] on a given grid, errors compensated column by column.
+
+    scale: float32 [out, groups]. zero: uint8 [out, groups] or None. Linears that share inputs may be stacked by rows.
+    Also returns the squared error sum of `(w - q) / U_jj`, the loss of the paper's equation 4 summed over all columns.
+    """
+    columns = weight.shape[1]
+    size = grid.group_size or columns
+    order = factor.order
+    work = weight.float()[:, order].contiguous()  # [out, in], in the order of rounding
+    middle = torch.full_like(scale, float(2 ** (grid.bits - 1))) if zero is None else zero.float()
+    group = (order // size).to(torch.int64)
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    loss = 0.0
+    for start in range(0, columns, BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, columns)
+        upper = factor.upper[start:end, start:end].contiguous()
+        of = group[start:end]
+        block_codes, error = _round_block(
+            work[:, start:end].contiguous(), scale[:, of].contiguous(), middle[:, of].contiguous(), upper, grid.levels
+        )
+        codes[:, start:end] = block_codes
+        loss += float(error.double().square().sum())
+        if end < columns:
+            work[:, end:].addmm_(error, factor.upper[start:end, end:], alpha=-1.0)
+    back = torch.empty_like(codes)
+    back[:, order] = codes
+    return back, loss
+
+
+def _round_block(weight: Tensor, scale: Tensor, middle: Tensor, upper: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 and scaled errors float32, both [out, columns], of one block of columns."""
+    if weight.device.type == "cpu":
+        return _round_block_cpu(weight, scale, middle, upper, levels)
+    return _round_block_tensors(weight, scale, middle, upper, levels)
+
+
+def _round_block_tensors(
+    weight: Tensor, scale: Tensor, middle: Tensor, upper: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    """The same for any device, a tensor operation a column."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    errors = torch.empty_like(weight)
+    work = weight.clone()
+    for j in range(weight.shape[1]):
+        column = work[:, j]
+        code = torch.round(column / scale[:, j] + middle[:, j]).clamp_(0, levels - 1)
+        error = (column - (code - middle[:, j]) * scale[:, j]) / upper[j, j]
+        codes[:, j] = code.to(torch.uint8)
+        errors[:, j] = error
+        if j + 1 < weight.shape[1]:
+            work[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1.0)
+    return codes, errors
+
+
+def _round_block_cpu(
+    weight: Tensor, scale: Tensor, middle: Tensor, upper: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    from quantkit.maths.kernels import round_block
+
+    codes = np.empty(weight.shape, dtype=np.uint8)
+    errors = np.empty(weight.shape, dtype=np.float32)
+    round_block(weight.numpy().copy(), scale.numpy(), middle.numpy(), upper.numpy(), levels, codes, errors)
+    return torch.from_numpy(codes), torch.from_numpy(errors)

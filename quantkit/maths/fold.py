@@ -1,0 +1,52 @@
+"""AWQ's scales: multiply the input channels that matter most before rounding, divide them out where they are made.
+
+Source: Lin et al. 2023 (AWQ), section 3.2. The paper scores a candidate by running the layer on stored activations;
+`||(Q(W s) / s - W) X||^2 = trace(dW H dW^T)` gives the same number from the Gram matrix H = X^T X alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.maths.affine import full_range, grid_for_range, nearest_values
+from quantkit.tensors import Grid
+
+
+def candidate_scale(mean_abs: Tensor, exponent: float) -> Tensor:
+    """The scale of each input channel for one exponent: float32 [in], centred so that max * min = 1."""
+    scale = mean_abs.clamp(min=1e-4).pow(exponent)
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+def search_scale(weight: Tensor, mean_abs: Tensor, gram: Tensor, grid: Grid, exponents: int) -> tuple[Tensor, float]:
+    """The best scale among `mean_abs ** e`, e = 0, 1/n ... (n - 1)/n, and its e: float32 [in] and a number.
+
+    weight: float32 [out, in], the linears of one input stacked by rows. mean_abs: float32 [in]. gram: float32 [in, in].
+    e = 0 is a scale of one everywhere: no fold.
+    """
+    best_loss, best_exponent = float("inf"), 0.0
+    for step in range(exponents):
+        exponent = step / exponents
+        scale = candidate_scale(mean_abs, exponent)
+        scaled = weight * scale
+        rounded = nearest_values(scaled, *grid_for_range(*full_range(scaled, grid), grid), grid)
+        error = rounded.div_(scale).sub_(weight)
+        loss = float((error @ gram).mul_(error).sum(dtype=torch.float64))
+        if loss < best_loss:
+            best_loss, best_exponent = loss, exponent
+    return candidate_scale(mean_abs, best_exponent), best_exponent
+
+
+def tie_over_heads(values: Tensor, head_dim: int, repeats: int, reduce: str) -> Tensor:
+    """Bring a per-channel statistic of o_proj's inputs [heads * head_dim] to the value channels [kv_heads * head_dim].
+
+    Query heads h * repeats ... h * repeats + repeats - 1 share the value head h. reduce: "mean", or "first" for values that are equal already.
+    """
+    view = values.reshape(-1, repeats, head_dim)  # [kv_heads, repeats, head_dim]
+    return (view.mean(dim=1) if reduce == "mean" else view[:, 0]).reshape(-1)
+
+
+def spread_over_heads(values: Tensor, head_dim: int, repeats: int) -> Tensor:
+    """The inverse of `tie_over_heads`: [kv_heads * head_dim] to [heads * head_dim]."""
+    return values.reshape(-1, 1, head_dim).expand(-1, repeats, head_dim).reshape(-1)

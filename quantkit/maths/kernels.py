@@ -1,0 +1,37 @@
+"""Compiled loops for the CPU, where a column of a block depends on the one before and no tensor operation helps."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+def round_block(
+    work: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    middle: NDArray[np.float32],
+    upper: NDArray[np.float32],
+    levels: int,
+    codes: NDArray[np.uint8],
+    errors: NDArray[np.float32],
+) -> None:
+    """GPTQ's inner loop over one block of columns; rows are independent and run in parallel.
+
+    work: [out, columns], overwritten. scale, middle: [out, columns]. upper: [columns, columns]. codes and errors
+    [out, columns] receive the result. Sums run in one fixed order a row, so the result does not depend on the threads.
+    """
+    rows, columns = work.shape
+    top = np.float32(levels - 1)
+    for i in prange(rows):
+        for j in range(columns):
+            value = work[i, j]
+            step = scale[i, j]
+            code = np.rint(value / step + middle[i, j])
+            code = min(max(code, np.float32(0.0)), top)
+            error = (value - (code - middle[i, j]) * step) / upper[j, j]
+            codes[i, j] = np.uint8(code)
+            errors[i, j] = error
+            for k in range(j + 1, columns):
+                work[i, k] -= error * upper[j, k]

@@ -1,0 +1,83 @@
+"""What a recipe will do to each linear of a model, and whether it can: from the recipe and the headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantkit.errors import RecipeError
+from quantkit.formats.base import LinearPlan
+from quantkit.methods.base import Method
+from quantkit.model.blocks import architecture_of, blocks_of
+from quantkit.model.source import Source
+from quantkit.recipe import Recipe
+
+GROUP_SIZES = (256, 128, 96, 64, 48, 32, 16, 8)
+SHOWN = 12
+
+
+def plan_linears(recipe: Recipe, source: Source) -> list[LinearPlan]:
+    """The method of every linear, the head included when it has a tensor of its own, in file order."""
+    plans = []
+    for block in blocks_of(source):
+        for linear in block.linears:
+            out_features, in_features = source.shape(f"{linear}.weight")
+            plans.append(LinearPlan(linear, out_features, in_features, recipe.method_for(linear)))
+    head = architecture_of(source.config).head
+    if not source.tied_head:
+        out_features, in_features = source.shape(f"{head}.weight")
+        plans.append(LinearPlan(head, out_features, in_features, recipe.method_for(head)))
+    return plans
+
+
+def check_plans(label: str, recipe: Recipe, source: Source, plans: Sequence[LinearPlan]) -> None:
+    """Refuse a recipe that does not fit the model, all offending layers at once. Raises RecipeError."""
+    problems = []
+    for plan in plans:
+        if plan.method is None:
+            continue
+        reason = plan.method.misfit(plan.out_features, plan.in_features)
+        if reason:
+            problems.append(f"{label}: {plan.name}: {reason}")
+    hint = None
+    if problems:
+        hint = _fitting_hint(recipe.method, [plan for plan in plans if plan.method is not None])
+    else:
+        problems = [f"{label}: {line}" for line in recipe.resolved_format.misfits(list(plans), source)]
+    head = architecture_of(source.config).head
+    for plan in plans:
+        if plan.name == head and plan.method is not None and plan.method.calibrated:
+            problems.append(f"{label}: {head}: {plan.method.name} quantizes decoder blocks only; keep {head} in skip")
+    if not problems and all(plan.method is None for plan in plans):
+        problems = [f"{label}: skip: every linear of the model is skipped, so there is nothing to quantize"]
+    if problems:
+        total = len(problems)
+        if total > SHOWN:
+            problems = [*problems[:SHOWN], f"... and {total - SHOWN} more"]
+        raise RecipeError.from_problems(problems, hint)
+
+
+def _fitting_hint(method: Method, plans: Sequence[LinearPlan]) -> str:
+    """Which group sizes would fit every linear."""
+    if getattr(method, "group_size", None) is None:
+        return "skip these layers, or choose a method that takes their shape"
+    fitting = [size for size in GROUP_SIZES if all(plan.in_features % size == 0 for plan in plans)]
+    if not fitting:
+        return "no usual group size divides every layer: --set method.group_size=null takes whole rows"
+    shown = " or ".join(str(size) for size in fitting[:2])
+    return f"a group size of {shown} fits every layer: --set method.group_size={fitting[0]}"
+
+
+def predicted_bytes(source: Source, plans: Sequence[LinearPlan], bytes_per_value: int) -> int:
+    """About how many bytes the artifact's weights will take; formats add tables and alignment of a few per cent."""
+    quantized = {f"{plan.name}.weight": plan for plan in plans if plan.method is not None}
+    total = 0.0
+    for name in source.names():
+        count = 1
+        for size in source.shape(name):
+            count *= size
+        plan = quantized.get(name)
+        if plan is not None and plan.method is not None:
+            total += count * plan.method.predicted_bits(plan.out_features, plan.in_features) / 8
+        else:
+            total += count * bytes_per_value
+    return int(total)

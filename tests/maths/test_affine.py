@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from oracles import awq as oracle
+
+from quantkit.maths.affine import full_range, grid_for_range, nearest_values, quantize_nearest, search_grid
+from quantkit.tensors import Grid
+
+GRIDS = [
+    Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (8, 24, None) for symmetric in (True, False)
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.label().replace(" ", "-"))
+def test_nearest_equals_the_plain_loop(grid: Grid) -> None:
+    weight = torch.randn(5, 48, generator=torch.Generator().manual_seed(1))
+    weight[1] = 0.0
+    weight[2, 7] = 30.0
+    made = quantize_nearest(weight, grid).dequantize()
+    expected = oracle.rounded(weight.double().numpy(), grid.group_size or 48, grid.levels, grid.symmetric)
+    # one step of tolerance is allowed nowhere: both round half to even on the same float16 scale
+    assert np.abs(made.numpy() - expected).max() < 1e-4
+
+
+def test_zero_rows_stay_zero_and_scales_are_float16() -> None:
+    weight = torch.zeros(3, 32)
+    weight[1] = 1e-9  # below float16's smallest step
+    weight[2] = 1e4
+    for symmetric in (True, False):
+        made = quantize_nearest(weight, Grid(4, 16, symmetric))
+        assert torch.equal(made.scale, made.scale.half().float())
+        assert torch.isfinite(made.scale).all() and (made.scale > 0).all()
+        assert made.dequantize()[0].abs().max() == 0
+        assert made.dequantize()[1].abs().max() < 1e-6
+        assert (made.dequantize()[2] - 1e4).abs().max() < 1e4 / 10
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_range_search_finds_the_best_share_of_each_group(symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(6, 32, generator=generator) ** 3
+    inputs = torch.randn(200, 32, generator=generator) * torch.linspace(0.1, 3, 32)
+    grid = Grid(4, 16, symmetric)
+    shares = (1.0, 0.9, 0.8, 0.7)
+    scale, zero = search_grid(weight, grid, inputs.T @ inputs, shrinks=shares, row_chunk=4)
+    error = (nearest_values(weight, scale, zero, grid) - weight).double().numpy()
+    losses = oracle.range_losses(weight.double().numpy(), inputs.double().numpy(), 16, 16, symmetric, shares)
+    for group in range(2):
+        part = slice(group * 16, group * 16 + 16)
+        loss = ((error[:, part] @ inputs[:, part].double().numpy().T) ** 2).sum(axis=1)
+        assert np.allclose(loss, losses.min(axis=0)[:, group], rtol=1e-3)
+    assert (losses.argmin(axis=0) > 0).any(), "the case must have groups whose best range is not the full one"
+
+
+def test_without_a_gram_the_search_never_loses_to_the_full_range() -> None:
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(3)) ** 3
+    grid = Grid(3, 32, False)
+    plain = nearest_values(weight, *grid_for_range(*full_range(weight, grid), grid), grid)
+    searched = nearest_values(weight, *search_grid(weight, grid, None), grid)
+    assert ((searched - weight) ** 2).sum() < ((plain - weight) ** 2).sum()

@@ -1,0 +1,155 @@
+"""AWQ and GPTQ on a block: folding changes no function, statistics are used right, odd cases are told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit.errors import ModelError
+from quantkit.maths.gram import GramAccumulator, InputStatistics
+from quantkit.methods.awq import AWQ
+from quantkit.methods.base import BlockResult, BlockWeights
+from quantkit.methods.calibrated import Steps, quantize_calibrated
+from quantkit.methods.gptq import GPTQ
+from quantkit.methods.rtn import RTN
+from quantkit.model.blocks import ARCHITECTURES, Block, LinearGroup
+from quantkit.tensors import Grid, GroupTensor
+
+HIDDEN, HEAD, HEADS, KV_HEADS, INNER = 32, 8, 4, 2, 64
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KV_HEADS * HEAD, HIDDEN),
+    "self_attn.v_proj": (KV_HEADS * HEAD, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+
+
+def _block() -> Block:
+    groups = ARCHITECTURES["LlamaForCausalLM"].groups
+    tensors = [f"{name}.weight" for name in SHAPES] + ["self_attn.v_proj.bias"]
+    tensors += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    return Block(0, "", tuple(SHAPES), groups, tuple(tensors))
+
+
+def _weights(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, InputStatistics]]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: torch.randn(*shape, generator=generator) for name, shape in SHAPES.items()}
+    others = {
+        "input_layernorm.weight": torch.rand(HIDDEN, generator=generator) + 0.5,
+        "post_attention_layernorm.weight": torch.rand(HIDDEN, generator=generator) + 0.5,
+        "self_attn.v_proj.bias": torch.randn(KV_HEADS * HEAD, generator=generator),
+    }
+    statistics: dict[str, InputStatistics] = {}
+    for group in _block().groups:
+        size = SHAPES[group.linears[0]][1]
+        seen = GramAccumulator(size, torch.device("cpu"))
+        mix = torch.randn(size, size, generator=generator)  # channels that are correlated: what compensation lives on
+        seen.add(torch.randn(500, size // 2, generator=generator) @ mix[: size // 2] * torch.logspace(-1, 1, size))
+        statistics.update(dict.fromkeys(group.linears, seen.result()))
+    return weights, others, statistics
+
+
+def _attention_and_mlp(weights: dict[str, Tensor], others: dict[str, Tensor], inputs: Tensor) -> Tensor:
+    """A block without attention mixing: enough to see whether scales that were folded cancel."""
+    x = inputs * others["input_layernorm.weight"]
+    v = x @ weights["self_attn.v_proj"].T + others["self_attn.v_proj.bias"]
+    v = v.view(-1, KV_HEADS, 1, HEAD).expand(-1, KV_HEADS, HEADS // KV_HEADS, HEAD).reshape(len(inputs), -1)
+    mixed = v @ weights["self_attn.o_proj"].T + x @ weights["self_attn.q_proj"].T
+    mixed = mixed + (x @ weights["self_attn.k_proj"].T).repeat(1, HEADS // KV_HEADS)
+    y = mixed * others["post_attention_layernorm.weight"]
+    inner = torch.relu(y @ weights["mlp.gate_proj"].T) * (y @ weights["mlp.up_proj"].T)
+    return inner @ weights["mlp.down_proj"].T
+
+
+def _run(method: AWQ | GPTQ | RTN, weights: dict[str, Tensor], others: dict[str, Tensor], statistics) -> BlockResult:  # type: ignore[no-untyped-def]
+    return method.quantize_block(BlockWeights(_block(), weights, others, head_dim=HEAD), statistics)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_folding_alone_changes_no_function(rounding: str) -> None:
+    weights, others, statistics = _weights()
+    result = _run(AWQ(group_size=16, rounding=rounding), weights, others, statistics)  # type: ignore[arg-type]
+    assert set(result.quantized) == set(SHAPES)
+    assert "input_layernorm.weight" in result.replaced and "self_attn.v_proj.bias" in result.replaced
+    folded = {name: result.reference.get(name, weights[name]).double() for name in weights}
+    others_now = {name: result.replaced.get(name, tensor).double() for name, tensor in others.items()}
+    inputs = torch.randn(20, HIDDEN, dtype=torch.float64)
+    before = _attention_and_mlp({k: w.double() for k, w in weights.items()}, {k: t.double() for k, t in others.items()}, inputs)
+    after = _attention_and_mlp(folded, others_now, inputs)
+    assert torch.allclose(before, after, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+    assert any("scale^0." in text for text in result.applied.values()), "the case must be one where a scale pays"
+
+
+def test_norm_offset_is_part_of_the_gain() -> None:
+    weights, others, statistics = _weights()
+    given = BlockWeights(_block(), weights, others, norm_offset=1.0, head_dim=HEAD)
+    result = AWQ(group_size=16).quantize_block(given, statistics)
+    gain = result.replaced["input_layernorm.weight"] + 1.0
+    scale = result.reference["self_attn.q_proj"] / weights["self_attn.q_proj"]
+    assert torch.allclose(gain * scale[0], others["input_layernorm.weight"] + 1.0, rtol=1e-4)
+
+
+def _loss(result: BlockResult, weights: dict[str, Tensor], statistics: dict[str, InputStatistics], name: str) -> float:
+    error = (result.quantized[name].dequantize() - weights[name]).double()
+    return float(((error @ statistics[name].gram.double()) * error).sum())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_compensation_lowers_the_loss_on_its_inputs(symmetric: bool) -> None:
+    weights, others, statistics = _weights(3)
+    nearest = _run(RTN(group_size=16, symmetric=symmetric), weights, others, statistics)
+    plain = _run(GPTQ(group_size=16, symmetric=symmetric, search_range=False), weights, others, statistics)
+    searched = _run(GPTQ(group_size=16, symmetric=symmetric), weights, others, statistics)
+    for name in ("mlp.gate_proj", "mlp.down_proj"):
+        losses = [_loss(result, weights, statistics, name) for result in (nearest, plain, searched)]
+        assert losses[1] < 0.3 * losses[0] and losses[2] < 0.3 * losses[0], losses
+
+
+def test_linears_of_one_input_are_rounded_as_if_alone() -> None:
+    weights, others, statistics = _weights()
+    together = _run(GPTQ(group_size=16), weights, others, statistics).quantized["self_attn.k_proj"]
+    alone = _run(GPTQ(group_size=16), {"self_attn.k_proj": weights["self_attn.k_proj"]}, others, statistics)
+    single = alone.quantized["self_attn.k_proj"]
+    assert isinstance(together, GroupTensor) and isinstance(single, GroupTensor)
+    assert torch.equal(together.codes, single.codes) and torch.equal(together.scale, single.scale)
+
+
+def test_a_group_under_mixed_settings_is_not_scaled_and_says_why() -> None:
+    weights, others, statistics = _weights()
+    held_back = {name: weight for name, weight in weights.items() if name != "mlp.up_proj"}
+    others["mlp.up_proj.weight"] = weights["mlp.up_proj"]
+    result = _run(AWQ(group_size=16), held_back, others, statistics)
+    assert "mlp.up_proj read the same input" in result.notes["mlp.gate_proj"]
+    assert "mlp.up_proj is not quantized by this method" in result.notes["mlp.down_proj"]
+    assert "post_attention_layernorm.weight" not in result.replaced
+    assert "input_layernorm.weight" in result.replaced
+
+
+def test_raised_damping_is_noted() -> None:
+    weights, others, statistics = _weights()
+    inputs = torch.randn(500, INNER, generator=torch.Generator().manual_seed(0))
+    values, vectors = torch.linalg.eigh(inputs.T @ inputs)
+    values[0] = -0.03 * values.mean()
+    indefinite = vectors @ torch.diag(values) @ vectors.T
+    statistics["mlp.down_proj"] = InputStatistics(indefinite, inputs.abs().mean(dim=0), 500)
+    group = LinearGroup(("mlp.down_proj",))
+    block = Block(0, "", ("mlp.down_proj",), (group,), ())
+    given = BlockWeights(block, {"mlp.down_proj": weights["mlp.down_proj"]})
+    steps = Steps(Grid(4, 16, True), 0, True, True, 0.01, act_order=False)
+    result = quantize_calibrated(given, statistics, steps)
+    assert "damping raised from 0.01 to 0.1" in result.notes["mlp.down_proj"]
+
+
+def test_values_that_are_not_finite_name_the_tensor() -> None:
+    weights, others, statistics = _weights()
+    weights["mlp.gate_proj"][3, 4] = float("nan")
+    with pytest.raises(ModelError, match=r"mlp\.gate_proj\.weight: 1 of 2048"):
+        _run(GPTQ(group_size=16), weights, others, statistics)
+    weights, others, statistics = _weights()
+    statistics["self_attn.o_proj"].gram[0, 0] = float("inf")
+    with pytest.raises(ModelError, match=r"inputs of self_attn\.o_proj"):
+        _run(GPTQ(group_size=16), weights, others, statistics)
