@@ -1,0 +1,180 @@
+"""From the measurements in result files to the lines of a comparison; knows nothing of how they are shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from quantkit.bench.measurement import Results, Row
+from quantkit.report.cells import by_key, row_cells, task_of
+from quantkit.report.facts import load_facts
+from quantkit.report.model import Cell, Column, Comparison, Line
+from quantkit.report.verdicts import applies, judge
+
+Group = Literal["size", "speed", "quality"]
+
+USUAL: dict[str, tuple[str, str, Group]] = {
+    "artifact": ("artifact", "bytes", "size"),
+    "memory_saved": ("saved", "fraction", "size"),
+    "bits_per_weight": ("bits/weight, quantized", "bits/weight", "size"),
+    "bits_per_weight_all": ("bits/weight, all", "bits/weight", "size"),
+    "loaded": ("loaded", "bytes", "size"),
+    "peak_rss": ("peak RSS", "bytes", "size"),
+    "peak_vram": ("peak VRAM", "bytes", "size"),
+    "quantize": ("time to quantize", "s", "size"),
+    "prefill": ("prefill", "tok/s", "speed"),
+    "prefill_speedup": ("prefill vs baseline", "x", "speed"),
+    "decode": ("decode", "tok/s", "speed"),
+    "decode_speedup": ("decode vs baseline", "x", "speed"),
+    "first_token": ("first token", "s", "speed"),
+    "perplexity": ("perplexity", "", "quality"),
+    "kl": ("KL to baseline", "nats", "quality"),
+    "top1": ("top-1 agreement", "fraction", "quality"),
+}
+"""Title, unit and group of the usual metrics, in the order of their columns; any other metric gets a column as well."""
+
+DERIVED = {"recovered": "recovered accuracy [95%]", "changed": "answers scored differently"}
+"""Columns that stand behind the tasks they are made from."""
+
+SAME = 1e-9
+"""Below this relative difference two baselines computed the same thing: what is left is the rounding of JSON."""
+
+
+def compare(results: Sequence[Results]) -> list[Comparison]:
+    """Results of one model, machine and baseline become one comparison, the others one each, in the given order."""
+    groups: list[list[Results]] = []
+    for result in results:
+        home = next((group for group in groups if mergeable(group[0], result)), None)
+        if home is None:
+            groups.append([result])
+        else:
+            home.append(result)
+    return [_comparison(group) for group in groups]
+
+
+def mergeable(one: Results, other: Results) -> bool:
+    """Whether rows of both belong into one table: same model, machine and settings, and the same baseline.
+
+    Speeds and memory of the two baselines may differ as repetitions do; what is computed from the weights may not.
+    """
+    if one.model != other.model or one.environment != other.environment or one.settings != other.settings:
+        return False
+    ours, theirs = _computed(one.baseline), _computed(other.baseline)
+    return ours.keys() == theirs.keys() and all(math.isclose(ours[key], theirs[key], rel_tol=SAME) for key in ours)
+
+
+def _computed(row: Row) -> dict[str, float]:
+    """What a repetition of the measurement would give again."""
+    return {
+        key: found.value
+        for key, found in by_key(row).items()
+        if found.value is not None and (found.metric in ("artifact", "perplexity") or task_of(found.metric))
+    }
+
+
+def _comparison(group: Sequence[Results]) -> Comparison:
+    first = group[0]
+    baseline = _line(first.baseline, first.baseline, first.baseline.label)
+    lines = [baseline]
+    for result in group:
+        for row in result.rows:
+            lines.append(_line(row, result.baseline, _label(row, result, {line.label for line in lines})))
+    notes: list[str] = []
+    if len(group) > 1:
+        notes.append(
+            f"from {len(group)} result files ({', '.join(result.name for result in group)}); the baseline's line is "
+            "that of the first, and every ratio is taken against the baseline measured in the same file"
+        )
+    if sum(line.cells["quantize"].value is not None for line in lines[1:]) > 1:
+        notes.append("time to quantize: recipes that share a pass over the model each count the whole pass")
+    rules = load_facts().rules
+    verdicts = [
+        verdict
+        for line in lines[1:]
+        if (rule := rules.get(line.method_name or "")) is not None and applies(rule, line)
+        for verdict in judge(line, baseline, rule, first.environment)
+    ]
+    return Comparison(
+        name=first.name,
+        model=first.model,
+        model_notes=tuple(dict.fromkeys(note for result in group for note in result.model_notes)),
+        columns=_columns(group, lines),
+        lines=tuple(lines),
+        verdicts=tuple(verdicts),
+        notes=tuple(notes),
+        settings=first.settings,
+        environment=first.environment,
+    )
+
+
+def _label(row: Row, result: Results, taken: set[str]) -> str:
+    candidates = (row.label, f"{row.label} ({result.name})", *(f"{row.label} ({n})" for n in range(2, len(taken) + 3)))
+    return next(label for label in candidates if label not in taken)
+
+
+def _line(row: Row, baseline: Row, label: str) -> Line:
+    facts = load_facts()
+    return Line(
+        label=label,
+        baseline=row is baseline,
+        artifact=row.artifact,
+        method=row.method,
+        method_name=row.method_name,
+        format=row.format,
+        runs_on=facts.runs_on.get("baseline" if row is baseline else row.format or ""),
+        fits_best=facts.fits_best.get(row.method_name or ""),
+        cells=row_cells(row, baseline),
+        fallbacks=tuple(row.fallbacks),
+        notes=tuple(row.notes),
+    )
+
+
+def _columns(group: Sequence[Results], lines: Sequence[Line]) -> tuple[Column, ...]:
+    """A column for every key that some line has: the usual ones first, then tasks, recovered accuracy, the unknown."""
+    measured = {
+        key: found for result in group for row in (result.baseline, *result.rows) for key, found in by_key(row).items()
+    }
+    keys = dict.fromkeys(key for line in lines for key in line.cells)
+    order = [*USUAL, "tasks", *DERIVED, "unknown"]
+
+    def place(key: str) -> tuple[int, int]:
+        metric, batch = _parts(key)
+        known = metric if metric in order else "tasks" if task_of(metric) else "unknown"
+        return batch, order.index(known)
+
+    return tuple(_column(key, measured[key].unit if key in measured else None) for key in sorted(keys, key=place))
+
+
+def _parts(key: str) -> tuple[str, int]:
+    """The metric and the batch size of a column's key, such as "decode@4"."""
+    metric, _, batch = key.partition("#")[0].partition("@")
+    return metric, int(batch or 1)
+
+
+def _column(key: str, unit: str | None) -> Column:
+    metric, batch = _parts(key)
+    if metric in USUAL:
+        title, usual_unit, group = USUAL[metric]
+        title = title if batch == 1 else f"{title}, batch {batch}"
+        return Column(key=key, title=title, unit=unit or usual_unit, group=group)
+    if metric in DERIVED:
+        return Column(key=key, title=DERIVED[metric], unit="fraction", group="quality")
+    return Column(key=key, title=task_of(metric) or metric, unit=unit or "", group="quality")
+
+
+def _follows(key: str, line: Line) -> bool:
+    """Whether a ratio is missing only because the speed it is made from is missing, which is told already."""
+    speed = line.cells.get(key.replace("_speedup", "")) if "_speedup" in key else None
+    return speed is not None and speed.value is None
+
+
+def missing_reasons(comparison: Comparison) -> dict[str, list[tuple[str, str]]]:
+    """{reason: [(line's label, column's title)]} for every cell that has no number, in the order of the table."""
+    reasons: dict[str, list[tuple[str, str]]] = {}
+    for line in comparison.lines:
+        for column in comparison.columns:
+            cell: Cell | None = line.cells.get(column.key)
+            if cell is not None and cell.value is None and not _follows(column.key, line):
+                reasons.setdefault(cell.missing or "no reason was recorded", []).append((line.label, column.title))
+    return reasons

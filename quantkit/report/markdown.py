@@ -1,0 +1,53 @@
+"""A comparison as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from quantkit.report.layout import Document, Listing, TextTable, lay_out
+from quantkit.report.model import Comparison
+
+MARKUP = re.compile(r"[\\`*<>]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What Markdown would read as markup; an underscore inside a word is none."""
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    """The report of one or several comparisons, one section each."""
+    return "\n".join(_document(lay_out(comparison)) for comparison in comparisons)
+
+
+def _document(document: Document) -> str:
+    lines = [f"# {document.title}", "", *(f"{_text(line)}  " for line in document.lead), ""]
+    for part in document.parts:
+        lines += [f"## {part.title}", "", *(_table(part) if isinstance(part, TextTable) else _listing(part)), ""]
+    return "\n".join(lines)
+
+
+def _table(table: TextTable) -> list[str]:
+    """Columns padded to one width, so that the file reads as a table without a viewer too."""
+    cells = [[_cell(text) for text in row] for row in (table.headers, *table.rows)]
+    widths = [max(3, *(len(row[place]) for row in cells)) for place in range(len(table.headers))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            text.ljust(width) if place in table.left else text.rjust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = ("-" * width if place in table.left else "-" * (width - 1) + ":" for place, width in enumerate(widths))
+    return [line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])]
+
+
+def _listing(listing: Listing) -> list[str]:
+    return [f"- {_text(item)}" for item in listing.items]
+
+
+def _text(text: str) -> str:
+    """Characters that Markdown would take for markup, kept as they are."""
+    return MARKUP.sub(r"\\\g<0>", text).replace("\n", " ")
+
+
+def _cell(text: str) -> str:
+    return _text(text).replace("|", "\\|")
