@@ -1,0 +1,159 @@
+"""A GGUF file as a source: tensors decoded one at a time, in Hugging Face names and row order, with config and tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import ModelError
+from quantkit.maths.ggml import FLOAT_TYPES
+from quantkit.model.gguf_config import config_of_file, family_of_architecture
+from quantkit.model.gguf_file import GGUFFile, TensorInfo
+from quantkit.model.gguf_names import ROPE_FACTORS, deinterleave, file_order, rotary_heads, to_hf
+from quantkit.model.gguf_tokenizer import write_tokenizer_files
+from quantkit.model.source import Source
+
+TOKENIZER_VERSION = 1
+"""Raised when `write_tokenizer_files` writes something else, so that files in the cache are made again."""
+
+_FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class GGUFSource(Source):
+    """Any GGUF file of a family in the table, whatever its types.
+
+    `read` gives the dtype that most linears are stored in, float16 when they are quantized. notes says what
+    quantization the file had already been through. Raises ModelError when the file is damaged or not supported.
+    """
+
+    kind = "gguf"
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = GGUFFile(path)
+        parts = int(self.file.metadata.get("split.count", 1))
+        if parts > 1:
+            raise ModelError(
+                f"{path}: is one of {parts} parts; expected a whole model in one file",
+                hint="join them with llama-gguf-split --merge",
+            )
+        self.family = family_of_architecture(self.file)
+        self._infos = self._named_tensors()
+        self._names = sorted(self._infos, key=file_order)
+        types = self._linear_types()
+        self.main_type = types.most_common(1)[0][0] if types else "F32"
+        self._dtype = _FLOAT_DTYPES.get(self.main_type, torch.float16)
+        self.config = config_of_file(self.file, self._dtype)
+        self.notes = () if self.main_type in FLOAT_TYPES else (f"dequantized {self.main_type} baseline",)
+        self._overflows: dict[str, bool] = {}
+        self._sha256: str | None = None
+
+    def _named_tensors(self) -> dict[str, TensorInfo]:
+        infos, unknown = {}, []
+        for name, info in self.file.tensors.items():
+            hf_name = to_hf(name)
+            if hf_name is not None:
+                infos[hf_name] = info
+            elif name != ROPE_FACTORS:
+                unknown.append(name)
+        if unknown:
+            shown = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+            raise ModelError(
+                f"{self.path}: {len(unknown)} tensors are not those of a plain {self.family.architecture} model: {shown}",
+                hint="mixtures of experts and adapters are not supported",
+            )
+        return infos
+
+    def _linear_types(self) -> Counter[str]:
+        """How many linears of the blocks are stored in each type."""
+        inside = [info for info in self._infos.values() if info.name.startswith("blk.") and len(info.shape) == 2]
+        return Counter(info.type_name for info in inside)
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor lies, by its Hugging Face name. Raises ModelError when there is none."""
+        if name not in self._infos:
+            raise ModelError(f"{self.path}: holds no tensor {name}")
+        return self._infos[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        info = self.info(name)
+        if self._dtype != torch.float16 or len(info.shape) > 1 or info.type_name == "F16":
+            return self._dtype
+        if name not in self._overflows:
+            # a norm or bias of a few thousand values: looking is as cheap as a header
+            values = self.file.decoded(info.name)
+            self._overflows[name] = bool(values.abs().max() > torch.finfo(torch.float16).max)
+        return torch.float32 if self._overflows[name] else self._dtype
+
+    def decoded(self, name: str) -> Tensor:
+        """The tensor as float32, in Hugging Face row order."""
+        return self._ordered(name, self.file.decoded(self.info(name).name))
+
+    def read(self, name: str) -> Tensor:
+        values = self.decoded(name)
+        converted = values.to(self.dtype(name))
+        if bool((torch.isinf(converted) & torch.isfinite(values)).any()):
+            raise ModelError(
+                f"{self.path}: {name}: values up to {float(values.abs().max()):.3g} do not fit float16",
+                hint="take the model as a BF16 or F32 file, or as a Hugging Face folder",
+            )
+        return converted
+
+    def _ordered(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a tensor, values or bytes, from the file's order to that of Hugging Face."""
+        heads = rotary_heads(name, self.config) if self.family.interleaved else None
+        return rows if heads is None else rows[deinterleave(heads, rows.shape[0])]
+
+    def tokenizer_folder(self) -> Path:
+        from quantkit.resources import cache_folder
+
+        status = self.path.stat()
+        identity = f"{TOKENIZER_VERSION}|{self.path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+        parent = cache_folder() / "gguf-tokenizers"
+        folder = parent / hashlib.sha256(identity.encode()).hexdigest()[:32]
+        if folder.is_dir():
+            return folder
+        parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+        try:
+            length = int(self.config["max_position_embeddings"])
+            write_tokenizer_files(self.file.metadata, partial, str(self.path), length)
+            try:
+                os.rename(partial, folder)
+            except OSError:
+                if not folder.is_dir():  # another process may have been first
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return folder
+
+    def side_files(self) -> list[Path]:
+        return sorted(path for path in self.tokenizer_folder().iterdir() if path.is_file())
+
+    def lineage(self) -> dict[str, Any]:
+        if self._sha256 is None:
+            with self.path.open("rb") as file:
+                self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        entry = {"name": self.path.name, "bytes": self.path.stat().st_size, "sha256": self._sha256}
+        types = Counter(info.type_name for info in self._infos.values())
+        return {
+            "kind": self.kind,
+            "id": self.path.name,
+            "revision": None,
+            "files": [entry],
+            "types": dict(sorted(types.items())),
+        }
