@@ -33,6 +33,14 @@ DEFAULT_FORMAT = {
 }
 """The format of a method's artifact when the recipe names none."""
 
+SUITABLE_FORMATS = {
+    **{method: (name,) for method, name in DEFAULT_FORMAT.items()},
+    "awq": ("autoawq", "autogptq"),
+    "gptq": ("autogptq", "autoawq"),
+    "rtn": ("autogptq", "autoawq"),
+}
+"""The formats that can hold what a method makes, the default first; bit widths and shapes are for `Format.misfits`."""
+
 
 def open_artifact(path: Path) -> ArtifactSource:
     """Read a finished artifact of any known format back.

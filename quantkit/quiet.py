@@ -1,0 +1,61 @@
+"""One place that keeps the libraries' own noise off the screen: set before they are imported, in every process of a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",  # it warns at every fork otherwise, and the machine's threads are torch's
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
+"""A user who sets one of them keeps what was set."""
+
+KNOWN_WARNINGS = ("MatMul8bitLt: inputs will be cast from",)  # by every linear of every forward pass on a CPU
+"""Beginnings of messages that say nothing a user can act on; every other warning stays."""
+
+
+def quiet_libraries() -> None:
+    """Silence by name what is known to be noise; QUANTKIT_DEBUG=1 lets all of it through."""
+    if debugging():
+        return
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+
+
+def debugging() -> bool:
+    """Whether the user asked for tracebacks and all messages."""
+    return os.environ.get("QUANTKIT_DEBUG", "") not in ("", "0")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(KNOWN_WARNINGS)
+
+
+@contextmanager
+def stdout_for_data() -> Iterator[None]:
+    """Send to stderr whatever libraries and child processes write to stdout while the block runs."""
+    sys.stdout.flush()
+    saved = None
+    with suppress(OSError):  # a closed descriptor has nothing to keep clean
+        saved = os.dup(1)
+        os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if saved is not None:
+            os.dup2(saved, 1)
+            os.close(saved)
