@@ -61,7 +61,7 @@ def load(path: Path) -> Results:
 def terminal(*results: Results) -> RenderableType:
     """The comparison of results, for a rich console; `show` prints it with a width that suits pipes too."""
     from quantkit.report.comparison import compare
-    from quantkit.report.terminal import render
+    from quantkit.report.screen import render
 
     return render(compare(results))
 
@@ -69,6 +69,6 @@ def terminal(*results: Results) -> RenderableType:
 def show(*results: Results, stream: TextIO | None = None) -> None:
     """Print the comparison of results on `stream`, stdout unless given."""
     from quantkit.report.comparison import compare
-    from quantkit.report.terminal import show as print_all
+    from quantkit.report.screen import show as print_all
 
     print_all(compare(results), stream)

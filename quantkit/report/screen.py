@@ -91,7 +91,7 @@ def _table(table: TextTable, columns: Sequence[int]) -> Table:
             Text(table.headers[column], justify="left" if left else "right"),
             justify="left" if left else "right",
             width=width,
-            vertical="top",
+            overflow="fold",
         )
     for row in table.rows:
         shown.add_row(*(Text(row[column]) for column in columns))
