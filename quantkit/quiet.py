@@ -1,4 +1,4 @@
-"""One place that keeps the libraries' own noise off the screen: set before they are imported, in every process of a run."""
+"""One place that keeps the libraries' own noise off the screen: called before they are imported, in every process."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from quantkit.sections import (
     recipe_sha256,
 )
 from quantkit.settings import Change, apply_changes, parse_key, parse_setting
-from quantkit.shipped import shipped_folder
+from quantkit.shipped import header_comment, shipped_folder
 from quantkit.strict_yaml import parse_yaml, read_text
 from quantkit.validation import Problem, dotted, problems_of, suggestion
 
@@ -39,6 +39,7 @@ __all__ = [
     "AnyBench",
     "CalibrationSection",
     "DivergenceBench",
+    "HINT",
     "MemoryBench",
     "ModelSection",
     "Recipe",
@@ -165,10 +166,9 @@ def list_recipes() -> list[Shipped]:
     """The recipes and suites that come with quantkit: recipes first, by name."""
     found = []
     for path in sorted(shipped_folder("recipes").glob("*.yaml")):
-        lines = read_text(path, f"recipes/{path.name}").splitlines()
-        comment = [line.lstrip("# ").rstrip() for line in lines[: _header_length(lines)]]
-        kind = "suite" if any(line.startswith("recipes:") for line in lines) else "recipe"
-        found.append(Shipped(path.stem, kind, " ".join(comment)))
+        text = read_text(path, f"recipes/{path.name}")
+        kind = "suite" if "\nrecipes:" in text else "recipe"
+        found.append(Shipped(path.stem, kind, header_comment(text)))
     return sorted(found, key=lambda shipped: (shipped.kind, shipped.name))
 
 
@@ -182,10 +182,6 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a recipe or a suite, for editors."""
     schema = TypeAdapter(Recipe | Suite).json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "quantkit recipe or suite", **schema}
-
-
-def _header_length(lines: list[str]) -> int:
-    return next((index for index, line in enumerate(lines) if not line.startswith("#")), len(lines))
 
 
 def _find(name_or_path: str | Path, folder: Path | None, where: str) -> tuple[Path, str]:

@@ -27,7 +27,7 @@ class Change:
 def parse_setting(text: str) -> Change:
     """A `KEY=VALUE` of the command line; the value is YAML. Raises RecipeError for anything else."""
     key, after = _split_key(text)
-    if not after.startswith("="):
+    if not key or not after.startswith("="):
         raise RecipeError(
             f"--set {text}: found no KEY=VALUE, expected a dotted key, such as method.group_size=64",
             hint='a part of a key that holds dots goes into double quotes: overrides."mlp\\.down"=skip',

@@ -88,7 +88,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise RecipeError(f"{where}: {place}{error.problem or error.context}", hint=HINT) from error
+        said = (error.problem or error.context or "not YAML").removeprefix("but ")
+        raise RecipeError(f"{where}: {place}{said}", hint=HINT) from error
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{where}: not YAML: {str(error).splitlines()[0]}", hint=HINT) from error
     if loader.problems:
