@@ -1,9 +1,265 @@
+"""GGUF, read by llama.cpp: one file with tensors, architecture and tokenizer.
+
+Source: llama.cpp, docs of the GGUF format and convert_hf_to_gguf.py.
+"""
+
 from __future__ import annotations
 
-from typing import Literal
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Literal, cast
 
-from quantkit.formats.base import Format
+import torch
+from torch import Tensor
+
+from quantkit.errors import ModelError
+from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
+from quantkit.formats.gguf_metadata import file_metadata, model_name
+from quantkit.maths.ggml import FLOAT_TYPES, block_layout, encode, type_size
+from quantkit.model.blocks import architecture_of, head_dim
+from quantkit.model.gguf_config import family_of_config, llama3_factors, metadata_of_config, rope_parameters
+from quantkit.model.gguf_file import DEFAULT_ALIGNMENT, MAGIC, TensorInfo
+from quantkit.model.gguf_names import ROPE_FACTORS, file_order, interleave, rotary_heads, to_gguf
+from quantkit.model.gguf_source import GGUFSource
+from quantkit.model.source import Source
+from quantkit.tensors import BlockTensor, QuantizedTensor
+
+_DTYPE_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+
+_ROWS_AT_ONCE = 4096
+"""Rows of an unquantized matrix that are encoded together: the temporary copies stay small beside the matrix."""
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is a table that old checkpoints store and every reader computes."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def written_names(source: Source) -> list[str]:
+    """The tensors of a source that go into a file, in the order of the file; a tied head is not among them."""
+    head = f"{architecture_of(source.config).head}.weight"
+    names = [name for name in source.names() if not is_buffer(name) and not (name == head and source.tied_head)]
+    return sorted(names, key=file_order)
+
+
+class GGUFWriter(Writer):
+    """Writes header and tensor table at once, then each tensor at its place as it comes."""
+
+    def __init__(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: torch.dtype):
+        self.config = source.config
+        self.family = family_of_config(source.config)
+        types = _types(source, plans, dtype)
+        main_type = _main_type(plans) or _DTYPE_TYPES[dtype]
+        embedding = f"{architecture_of(source.config).embedding}.weight"
+        metadata = file_metadata(source, source.shape(embedding)[0], main_type)
+        self.path = folder / f"{model_name(source)}-{main_type}.gguf"
+        factors = self._rope_factors()
+        table = {name: (_gguf_name(name), source.shape(name), types[name]) for name in written_names(source)}
+        if factors is not None:
+            table[ROPE_FACTORS] = (ROPE_FACTORS, tuple(factors.shape), "F32")
+        self._places: dict[str, TensorInfo] = {}
+        self._file = self._begin(table, metadata)
+        self._missing = set(table)
+        if factors is not None:
+            self._write(ROPE_FACTORS, factors)
+
+    def _rope_factors(self) -> Tensor | None:
+        rope, channels = rope_parameters(self.config), head_dim(self.config)
+        if rope["rope_type"] != "llama3" or channels is None:
+            return None
+        return llama3_factors(rope, channels)
+
+    def _begin(self, table: dict[str, tuple[str, tuple[int, ...], str]], metadata: dict[str, Any]) -> BinaryIO:
+        """Header, metadata and tensor table; the file, as long as it will be at the end."""
+        import gguf
+        import numpy as np
+
+        writer = gguf.GGUFWriter(self.path, self.family.architecture)
+        for key, value in metadata.items():
+            _put(writer, key, value)
+        offset = 0
+        for name, (stored_name, shape, type_name) in table.items():
+            row_bytes = type_size(type_name, shape[-1])
+            size = row_bytes
+            for count in shape[:-1]:
+                size *= count
+            kind = gguf.GGMLQuantizationType[type_name]
+            writer.add_tensor_info(stored_name, (*shape[:-1], row_bytes), np.dtype(np.uint8), size, raw_dtype=kind)
+            self._places[name] = TensorInfo(stored_name, shape, type_name, offset, size)
+            offset += -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None, "open since the header was written"
+        file = cast(BinaryIO, writer.fout[0])
+        self._base = -(-file.tell() // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+        file.truncate(self._base + offset)  # padding is zeros
+        return file
+
+    def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
+        if is_buffer(name):
+            return 0
+        place = self._places[name]
+        if isinstance(value, BlockTensor):
+            assert value.type_name == place.type_name, f"{name}: planned as {place.type_name}, got {value.type_name}"
+        else:
+            assert isinstance(value, Tensor), f"{name}: a {type(value).__name__} does not belong in GGUF"
+        return self._write(name, value)
+
+    def _write(self, name: str, value: Tensor | BlockTensor) -> int:
+        place = self._places[name]
+        rows = value.data if isinstance(value, BlockTensor) else value
+        heads = rotary_heads(name, self.config) if self.family.interleaved else None
+        if heads is not None:
+            rows = rows[interleave(heads, rows.shape[0])]
+        self._file.seek(self._base + place.start)
+        if isinstance(value, BlockTensor):
+            self._file.write(rows.contiguous().numpy().data)
+        else:
+            matrix = rows.reshape(-1, place.shape[-1])
+            for part in matrix.split(_ROWS_AT_ONCE):
+                self._file.write(encode(part, place.type_name).contiguous().numpy().data)
+        written = self._file.tell() - self._base - place.start
+        assert written == place.size, f"{name}: wrote {written} of {place.size} bytes"
+        self._missing.discard(name)
+        return written
+
+    def finish(self) -> list[Path]:
+        assert not self._missing, f"never written: {', '.join(sorted(self._missing))}"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return [self.path]
+
+
+def _gguf_name(name: str) -> str:
+    found = to_gguf(name)
+    assert found is not None, f"{name} has no GGUF name: misfits() reports it"
+    return found
+
+
+def _main_type(plans: list[LinearPlan]) -> str | None:
+    """The type of most linears, None when all are skipped."""
+    counts = Counter(plan.method.type_name for plan in plans if plan.method is not None)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _types(source: Source, plans: list[LinearPlan], dtype: torch.dtype) -> dict[str, str]:
+    """ggml's type for every tensor that is written: what was planned, F32 for vectors, `dtype` for the rest."""
+    planned = {f"{plan.name}.weight": plan.method for plan in plans if plan.method is not None}
+    embedding = f"{architecture_of(source.config).embedding}.weight"
+    types = {}
+    for name in written_names(source):
+        if name in planned:
+            types[name] = planned[name].type_name
+        elif len(source.shape(name)) == 1:
+            types[name] = "F32"
+        elif name == embedding and planned:
+            types[name] = next(iter(planned.values())).embedding_type.upper()
+        else:
+            types[name] = _DTYPE_TYPES[dtype]
+    return types
+
+
+def _put(writer: Any, key: str, value: Any) -> None:
+    """Enter a value as the type GGUF has for it: bool, uint32, float32, string, array."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+class GGUFArtifact(GGUFSource, ArtifactSource):
+    """A GGUF file read back; `read` gives float32, which holds every decoded value exactly."""
+
+    kind = "artifact"
+    format_name = "gguf"
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.notes = ()
+        self.quantization = {"type": self.main_type, "types": self.stored_types()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str) -> Tensor:
+        return self.decoded(name)
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        info = self.info(name)
+        if info.type_name in FLOAT_TYPES or len(info.shape) != 2:
+            return None
+        rows = self._ordered(name, self.file.raw(info.name))
+        return BlockTensor(rows, info.type_name, info.shape[0], info.shape[1])
+
+    def stored_bytes(self, name: str) -> int:
+        return self.info(name).size
 
 
 class GGUF(Format):
+    """One .gguf file in the artifact's folder."""
+
+    engines: ClassVar[tuple[str, ...]] = ("llama.cpp",)
+
     name: Literal["gguf"] = "gguf"
+
+    def misfits(self, plans: list[LinearPlan], source: Source) -> list[str]:
+        problems = [
+            f"{plan.name}: method {plan.method.name} cannot be stored in GGUF; expected ggml"
+            for plan in plans
+            if plan.method is not None and plan.method.name != "ggml"
+        ]
+        if problems:
+            return problems
+        try:
+            metadata_of_config(source.config)
+        except ModelError as error:
+            return [error.message]
+        unknown = [name for name in written_names(source) if to_gguf(name) is None]
+        problems += [f"{name}: has no name in GGUF for {source.config['architectures'][0]}" for name in unknown]
+        kinds = sorted({plan.method.embedding_type for plan in plans if plan.method is not None})
+        if len(kinds) > 1:
+            problems.append(f"method.embedding_type: overrides ask for {' and '.join(kinds)}; a file has one embedding")
+        embedding = f"{architecture_of(source.config).embedding}.weight"
+        for kind in kinds:
+            block, _ = block_layout(kind.upper())
+            columns = source.shape(embedding)[1]
+            if columns % block:
+                problems.append(
+                    f"{embedding}: embedding_type {kind}: its block of {block} does not divide {columns} columns"
+                )
+        return problems
+
+    def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
+        return GGUFWriter(folder, source, plans, dtype)
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        file = _the_file(path)
+        if file is None:
+            return False
+        with file.open("rb") as opened:
+            return opened.read(len(MAGIC)) == MAGIC
+
+    @classmethod
+    def open(cls, path: Path) -> ArtifactSource:
+        file = _the_file(path)
+        if file is None:
+            raise ModelError(f"{path}: expected a .gguf file, or a folder with exactly one")
+        return GGUFArtifact(file)
+
+
+def _the_file(path: Path) -> Path | None:
+    """The .gguf file that a path is, or that the folder holds alone."""
+    if path.is_dir():
+        found = [item for item in path.iterdir() if item.suffix == ".gguf" and item.is_file()]
+        return found[0] if len(found) == 1 else None
+    return path if path.suffix == ".gguf" and path.is_file() else None

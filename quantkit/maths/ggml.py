@@ -90,7 +90,8 @@ def _decode_with_gguf(data: Tensor, type_name: str, shape: tuple[int, ...]) -> T
     try:
         values = gguf.dequantize(data.cpu().contiguous().numpy(), gguf.GGMLQuantizationType[type_name])
     except NotImplementedError as error:
-        raise ModelError(f"ggml type {type_name}: has no decoder here", hint="take the model in another type") from error
+        message = f"ggml type {type_name}: has no decoder here"
+        raise ModelError(message, hint="take the model in another type") from error
     return torch.from_numpy(values).to(data.device).reshape(shape)
 
 
@@ -130,7 +131,7 @@ def _unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def _pack_fifth_bits(codes: Tensor) -> Tensor:
-    """Bit 4 of 32 codes as a little-endian word: uint8 [blocks, 32] to uint8 [blocks, 4], bit i of the word is code i."""
+    """Bit 4 of 32 codes as a little-endian word: uint8 [blocks, 32] to uint8 [blocks, 4]; bit i is code i's."""
     bits = (codes >> 4).reshape(-1, 4, 8)  # [blocks, byte, bit]
     weights = 1 << torch.arange(8, device=codes.device, dtype=torch.uint8)
     return (bits * weights).sum(dim=2, dtype=torch.uint8)

@@ -14,7 +14,7 @@ from quantkit.model.gguf_file import GGUFFile
 from quantkit.model.gguf_names import FAMILIES, ROPE_FACTORS, Family
 
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What every published Llama 3 has; a file keeps only the factors that follow from it, and `factor` is their largest."""
+"""What every published Llama 3 has; a file keeps only the factors that follow; `factor` is the largest of them."""
 
 
 def family_of_architecture(file: GGUFFile) -> Family:
@@ -37,7 +37,9 @@ def family_of_config(config: dict[str, Any]) -> Family:
         if family.hf_class in names:
             return family
     known = ", ".join(family.hf_class for family in FAMILIES)
-    raise ModelError(f"config.json: architectures: {', '.join(names)} has no GGUF converter here; expected one of {known}")
+    raise ModelError(
+        f"config.json: architectures: {', '.join(names)} has no GGUF converter here; expected one of {known}"
+    )
 
 
 def config_of_file(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def config_of_file(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
     if rotated != channels:
         raise ModelError(f"{file.path}: {rotated} of {channels} channels of a head are rotated; expected all of them")
     if "token_embd.weight" not in file.tensors:
-        raise ModelError(f"{file.path}: the tensor token_embd.weight is missing", hint="expected a whole language model")
+        raise ModelError(f"{file.path}: the tensor token_embd.weight is missing; expected a whole language model")
     theta = float(values.get(f"{family.architecture}.rope.freq_base", 10000.0))
     config: dict[str, Any] = {
         "architectures": [family.hf_class],
@@ -104,7 +106,7 @@ def _shortest(value: float) -> float:
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary settings of a config, whichever generation of transformers wrote it: rope_type, rope_theta and the rest."""
+    """The rotary settings of a config of any generation of transformers: rope_type, rope_theta and the rest."""
     found = dict(config.get("rope_scaling") or {})
     found.update(config.get("rope_parameters") or {})
     found["rope_type"] = found.get("rope_type") or found.pop("type", None) or "default"
@@ -187,5 +189,5 @@ def metadata_of_config(config: dict[str, Any]) -> dict[str, Any]:
             f"config.json: rope_type: {kind} cannot be written as GGUF here; expected default, linear, yarn or llama3"
         )
     if config.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"config.json: hidden_act: {config['hidden_act']}; llama.cpp computes silu for this architecture")
+        raise ModelError(f"config.json: hidden_act: {config['hidden_act']}; llama.cpp computes silu for this family")
     return values

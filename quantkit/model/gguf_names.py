@@ -38,8 +38,8 @@ ROPE_FACTORS = "rope_freqs.weight"
 class Family:
     """A GGUF architecture and the Hugging Face model it is.
 
-    interleaved: rotary pairs are neighbouring rows of the q and k projections (Hugging Face keeps halves), so those rows
-    are permuted in the file.
+    interleaved: rotary pairs are neighbouring rows of the q and k projections (Hugging Face keeps halves), so those
+    rows are permuted in the file.
     """
 
     architecture: str

@@ -1,4 +1,4 @@
-"""A GGUF file as a source: tensors decoded one at a time, in Hugging Face names and row order, with config and tokenizer."""
+"""A GGUF file as a source: tensors decoded one at a time, in Hugging Face names and row order, with their config."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class GGUFSource(Source):
         if unknown:
             shown = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
             raise ModelError(
-                f"{self.path}: {len(unknown)} tensors are not those of a plain {self.family.architecture} model: {shown}",
+                f"{self.path}: {len(unknown)} tensors are not those of a plain {self.family.architecture}: {shown}",
                 hint="mixtures of experts and adapters are not supported",
             )
         return infos
@@ -149,11 +149,14 @@ class GGUFSource(Source):
             with self.path.open("rb") as file:
                 self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         entry = {"name": self.path.name, "bytes": self.path.stat().st_size, "sha256": self._sha256}
-        types = Counter(info.type_name for info in self._infos.values())
         return {
             "kind": self.kind,
             "id": self.path.name,
             "revision": None,
             "files": [entry],
-            "types": dict(sorted(types.items())),
+            "types": self.stored_types(),
         }
+
+    def stored_types(self) -> dict[str, int]:
+        """How many tensors the file stores in each ggml type."""
+        return dict(sorted(Counter(info.type_name for info in self._infos.values()).items()))

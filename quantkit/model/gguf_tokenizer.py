@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file as tokenizer files, and the table of pre-tokenizers that both directions use.
 
-`tokenizer.ggml.pre` names how text is cut before merging. A wrong cut loads and silently degrades, so a name that is not
-in the table is an error. The patterns are those of the models' own tokenizer.json files.
+`tokenizer.ggml.pre` names how text is cut before merging. A wrong cut loads and silently degrades, so a name that is
+not in the table is an error. The patterns are those of the models' own tokenizer.json files.
 """
 
 from __future__ import annotations
@@ -59,10 +59,9 @@ def _split(pattern: str) -> Callable[[], Any]:
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "gpt-2": PreTokenizer(_gpt2, aliases=("mpt", "olmo", "jais", "phi-2")),
     "smollm": PreTokenizer(_digits_then_gpt2, aliases=("starcoder", "refact", "codeshell")),
-    "llama-bpe": PreTokenizer(
-        _split(_LLAMA3), aliases=("llama3", "llama-v3"), ignore_merges=True, adds_bos=True
-    ),
-    "qwen2": PreTokenizer(_split(_QWEN2), aliases=("deepseek-r1-qwen",), nfc=True),
+    "llama-bpe": PreTokenizer(_split(_LLAMA3), aliases=("llama3", "llama-v3"), ignore_merges=True, adds_bos=True),
+    "qwen2": PreTokenizer(_split(_QWEN2), nfc=True),
+    "deepseek-r1-qwen": PreTokenizer(_split(_QWEN2)),
 }
 
 
@@ -143,8 +142,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], where: str) -> Toke
     entry = pre_tokenizer(metadata.get("tokenizer.ggml.pre"), where)
     merges = []
     for line in metadata.get("tokenizer.ggml.merges", []):
-        # a merge's left part may itself begin with a space in no byte-level vocabulary
-        left, _, right = line.partition(" ")
+        left, _, right = line.partition(" ")  # the byte alphabet has no space
         merges.append((left, right))
     vocabulary = {token: number for number, token in enumerate(tokens)}
     try:
@@ -203,7 +201,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], where: str) -> T
 
 
 def write_tokenizer_files(metadata: dict[str, Any], folder: Path, where: str, max_length: int) -> None:
-    """Put tokenizer.json, tokenizer_config.json, chat template, tokenizer.model and generation_config.json into a folder."""
+    """Put the tokenizer's files, its chat template and generation_config.json into a folder."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = build_tokenizer(metadata, where)
@@ -229,11 +227,17 @@ def write_tokenizer_files(metadata: dict[str, Any], folder: Path, where: str, ma
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def sentencepiece_model(metadata: dict[str, Any]) -> bytes:
-    """The tokenizer.model that the tokens, scores and types of a file stand for."""
+def empty_sentencepiece_model() -> Any:
+    """A ModelProto, the message that a tokenizer.model is."""
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    generated: Any = sentencepiece_model_pb2  # its classes are made at import and unknown to type checkers
+    return generated.ModelProto()
+
+
+def sentencepiece_model(metadata: dict[str, Any]) -> bytes:
+    """The tokenizer.model that the tokens, scores and types of a file stand for."""
+    proto = empty_sentencepiece_model()
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     for token, score, kind in zip(tokens, scores, metadata["tokenizer.ggml.token_type"], strict=True):
         proto.pieces.add(piece=token, score=score, type=kind)
