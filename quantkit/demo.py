@@ -16,9 +16,16 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from quantkit.errors import DataError, MissingDependencyError, QuantkitError
+from quantkit import report
+from quantkit.errors import DataError, MissingDependencyError
+from quantkit.outcome import report_failure
 from quantkit.progress import Progress
+from quantkit.quiet import quiet_libraries, stdout_for_data
+
+if TYPE_CHECKING:
+    from quantkit.bench.measurement import Results
 
 PIECE_BYTES = 1 << 20
 
@@ -114,32 +121,31 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def run(model: str | None, out: Path, progress: Progress) -> None:
-    """Quantize with every method of the suite `demo`, measure, write the report into `out` and print it."""
-    from quantkit import jobs, report
+def run(model: str | None, out: Path, progress: Progress) -> Results:
+    """Quantize with every method of the suite `demo`, measure, and write the report into `out`."""
+    from quantkit import jobs
     from quantkit.resources import cache_folder
 
     chosen = model or str(fetch(DEMO_MODEL, cache_folder() / "models", progress))
     # running the demo again replaces its artifacts, and nothing else that lies in the folder
-    results = jobs.run("demo", model=chosen, out=out, settings=(), device="auto", force=True, progress=progress)
-    report.show(results)
-    print(f"\nwritten: {out / 'report.md'}, {out / 'report.json'}, {out / 'results.json'}", file=sys.stderr)
+    return jobs.run("demo", model=chosen, out=out, settings=(), device="auto", force=True, progress=progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and answer with the exit code that `quantkit` itself would give."""
+    """Parse, run, print the table, and return the exit code that `quantkit` itself would give."""
     parser = argparse.ArgumentParser(prog="python -m quantkit.demo", description=__doc__)
     parser.add_argument("--model", help="another model: a folder, a .gguf file or a hub id")
     parser.add_argument("--out", type=Path, default=Path("reports/demo"))
     given = parser.parse_args(arguments)
     try:
-        run(given.model, given.out, Progress())
-    except QuantkitError as error:
-        print(f"error: {error.render()}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        quiet_libraries()
+        with stdout_for_data():
+            results = run(given.model, given.out, Progress())
+        report.show(results)
+        written = ", ".join(str(given.out / name) for name in ("report.md", "report.json", "results.json"))
+        print(f"\nwritten: {written}", file=sys.stderr)
+    except BaseException as error:
+        return report_failure(error, as_json=False)
     return 0
 
 

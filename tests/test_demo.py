@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from quantkit import demo
+from quantkit.bench.measurement import Results
 from quantkit.errors import DataError
 from quantkit.progress import Progress
+from report.results_samples import results, row
 
 CONTENT = b"GGUF" + bytes(range(256)) * 9000
 MEMBER = "toy_model/toy.gguf"
@@ -81,3 +83,18 @@ def test_main_answers_with_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys
     written = capsys.readouterr()
     assert written.err == "error: no index\nhint: use --model\n"
     assert written.out == ""
+
+
+def test_main_prints_the_table_on_stdout(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def noisy(model: str | None, out: Path, progress: Progress) -> Results:
+        print("a library's chatter")
+        return results(row("NF4"))
+
+    monkeypatch.setattr(demo, "run", noisy)
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    written = capfd.readouterr()
+    assert "Where measurement and folklore part" in written.out
+    assert "chatter" not in written.out and "chatter" in written.err
+    assert str(tmp_path / "report.md") in written.err

@@ -1,0 +1,191 @@
+"""Fills what README.md and docs/ take from the program itself, so that neither can fall behind.
+
+    python docs/fill_readme.py            writes
+    python docs/fill_readme.py --check    writes nothing, exits with 1 when something is out of date
+
+Between `<!-- NAME -->` and `<!-- /NAME -->` in README.md stand: demo-table, from reports/demo/report.md where that
+exists, and recipe-reference, from the JSON schema. docs/commands.md is the help page of every command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_SECTIONS = (
+    "Summary",
+    "Notes",
+    "The rule of thumb beside the measurement",
+    "Where measurement and folklore part (!)",
+    "Where the measurement cannot tell (?)",
+)
+COMMANDS = (
+    "",
+    "quantize",
+    "bench",
+    "run",
+    "report",
+    "recipes",
+    "recipes list",
+    "recipes show",
+    "recipes validate",
+    "recipes schema",
+    "calibration",
+    "calibration list",
+    "calibration show",
+    "calibration build",
+    "inspect",
+    "doctor",
+)
+SHORT_NAMES = {"ModelSection": "model", "CalibrationSection": "calibration", "Recipe": "recipe", "Suite": "suite"}
+
+
+def demo_table(report: str) -> str:
+    """The parts of a report that a reader of the README wants, one heading level down."""
+    head, *sections = re.split(r"^## ", report, flags=re.MULTILINE)
+    kept = [head.split("\n", 1)[1].strip()]
+    for section in sections:
+        title, body = section.split("\n", 1)
+        if title in DEMO_SECTIONS:
+            heading = [] if title == "Summary" else [f"### {title}"]
+            kept += [*heading, body.strip()]
+    return "\n\n".join([*kept, "All of it: [reports/demo/report.md](reports/demo/report.md)."])
+
+
+def recipe_reference(schema: dict[str, Any]) -> str:
+    """A table of keys for each section of the JSON schema."""
+    sections = schema["$defs"]
+    titles = [(name, _title(name, section)) for name, section in sections.items()]
+    parts = []
+    for name, title in sorted(titles, key=lambda pair: (_rank(pair[1]), pair[1])):
+        section = sections[name]
+        parts.append(f"#### {title}")
+        if "description" in section:
+            parts.append(" ".join(section["description"].split("\n\n")[0].split()))
+        required = section.get("required", [])
+        keys = {key: value for key, value in section["properties"].items() if not (key == "name" and "const" in value)}
+        if not keys:
+            parts.append("No settings.")
+            continue
+        rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+        for key, value in keys.items():
+            default = "required" if key in required else _default(value)
+            meaning = " ".join(value.get("description", "").split())
+            rows.append("| " + " | ".join(map(_cell, (f"`{key}`", _type(value, sections), default, meaning))) + " |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def _rank(title: str) -> int:
+    first = re.split("[`:]", title)[1]
+    return ["recipe", "suite", "recipes", "model", "method", "format", "calibration", "bench"].index(first)
+
+
+def _title(name: str, section: dict[str, Any]) -> str:
+    """What the section is called in a file: its key, and its name where several sections go by one key."""
+    if name in SHORT_NAMES:
+        return f"`{SHORT_NAMES[name]}`"
+    if name == "SuiteEntry":
+        return "`recipes` of a suite"
+    from quantkit.formats import FORMATS
+
+    own = section["properties"]["name"]["const"]
+    kind = "bench" if name.endswith("Bench") else "format" if own in FORMATS else "method"
+    return f"`{kind}: {{name: {own}}}`"
+
+
+def _type(value: dict[str, Any], sections: dict[str, Any]) -> str:
+    if "$ref" in value:
+        name = value["$ref"].rsplit("/", 1)[-1]
+        return "entries, see below" if name == "SuiteEntry" else _title(name, sections[name]).strip("`")
+    if "const" in value:
+        return str(value["const"])
+    if "enum" in value:
+        return ", ".join(map(str, value["enum"]))
+    choices = value.get("oneOf") or value.get("anyOf")
+    if choices:
+        kinds = list(dict.fromkeys(_type(choice, sections) for choice in choices))
+        if all(": {name: " in kind for kind in kinds if kind != "null"):
+            kinds = ["a section, see below", *(["null"] if "null" in kinds else [])]
+        return ", ".join(kinds)
+    if value.get("type") == "array":
+        return f"list: {_type(value.get('items', {}), sections)}"
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {value[key]}" for key, sign in bounds.items() if key in value]
+    names = {"object": "mapping", "string": "text", "boolean": "true, false"}
+    kind = value.get("type", "anything")
+    return " ".join([names.get(kind, kind), *limits])
+
+
+def _default(value: dict[str, Any]) -> str:
+    if "default" not in value:
+        return "{}" if value.get("type") == "object" else "none"
+    default = value["default"]
+    if isinstance(default, dict):
+        return "see below" if default else "{}"
+    if isinstance(default, list):
+        return f"[{', '.join(map(str, default))}]"
+    return str(default) if isinstance(default, str | float) else json.dumps(default)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def help_pages() -> str:
+    """docs/commands.md: every help page as it is printed on 100 columns."""
+    parts = ["# Commands", "What `--help` prints. `make readme` writes this page."]
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
+    for command in COMMANDS:
+        words = ["-m", "quantkit", *command.split(), "--help"]
+        page = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        text = "\n".join(line.rstrip() for line in page.stdout.strip().splitlines())
+        parts.append(f"## `{' '.join(['quantkit', *command.split()])}`\n\n```\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def put(text: str, name: str, content: str) -> str:
+    """The text with what stands between a pair of marks replaced."""
+    found = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    assert found.search(text), f"README.md: no <!-- {name} --> ... <!-- /{name} -->"
+    return found.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+
+
+def wanted() -> dict[Path, str]:
+    """Every file that this script writes, with what it should hold."""
+    from quantkit.recipe import json_schema
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = put(readme, "recipe-reference", recipe_reference(json_schema()))
+    report = ROOT / "reports" / "demo" / "report.md"
+    if report.is_file():
+        readme = put(readme, "demo-table", demo_table(report.read_text(encoding="utf-8")))
+    return {ROOT / "README.md": readme, ROOT / "docs" / "commands.md": help_pages()}
+
+
+def main() -> int:
+    stale = []
+    for path, content in wanted().items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != content:
+            stale.append(path.relative_to(ROOT).as_posix())
+            if "--check" not in sys.argv[1:]:
+                path.write_text(content, encoding="utf-8")
+    if "--check" not in sys.argv[1:]:
+        print(f"written: {', '.join(stale) or 'nothing, all of it is up to date'}")
+        return 0
+    if stale:
+        print(f"out of date: {', '.join(stale)}\nhint: make readme", file=sys.stderr)
+    return bool(stale)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())
