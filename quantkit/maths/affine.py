@@ -23,7 +23,7 @@ def grouped(weight: Tensor, grid: Grid) -> Tensor:
     return weight.reshape(out_features, in_features // size, size)
 
 
-def _representable(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+def as_stored(scale: Tensor, scale_dtype: torch.dtype = torch.float16) -> Tensor:
     """The scale as its storage dtype will give it back, kept positive and finite: float32."""
     if scale_dtype == torch.float32:
         return scale.clamp(min=torch.finfo(torch.float32).tiny)
@@ -56,7 +56,7 @@ def grid_for_range(
     """
     span = high - low
     scale = torch.where(span > 0, span / (grid.levels - 1), torch.ones_like(span))
-    scale = _representable(scale, scale_dtype)
+    scale = as_stored(scale, scale_dtype)
     if grid.symmetric:
         return scale, None
     zero = torch.round(-low / scale).clamp_(0, grid.levels - 1).to(torch.uint8)
@@ -100,13 +100,16 @@ def search_grid(
     """The range of each group, among shares of its full one, that loses least when its weights are rounded.
 
     The loss of a group with rounding error e is `e H_gg e^T`, H_gg being the group's own block of the Gram matrix
-    (gram: float32 [in, in]), or `e e^T` when gram is None. Returns scale and zero as `grid_for_range` does.
+    (gram: float32 [in, in]); with the diagonal alone (gram: float32 [in]) it is `sum_j H_jj e_j^2`, which suits weights whose
+    errors will be compensated across columns; with None it is `e e^T`. Returns scale and zero as `grid_for_range` does.
     Source: the clip search of AWQ (Lin et al. 2023, section 4), with the Gram block in place of stored activations.
     """
     in_features = weight.shape[1]
     size = grid.group_size or in_features
-    blocks = None
-    if gram is not None:
+    blocks, importance = None, None
+    if gram is not None and gram.dim() == 1:
+        importance = gram.reshape(in_features // size, size)
+    elif gram is not None:
         count = in_features // size
         blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
     scales, zeros = [], []
@@ -117,11 +120,13 @@ def search_grid(
         for share in shrinks:
             scale, zero = grid_for_range(low * share, high * share, grid, scale_dtype)
             error = grouped(nearest_values(rows, scale, zero, grid) - rows, grid)  # [rows, groups, group_size]
-            if blocks is None:
-                loss = error.square().sum(dim=2)
-            else:
+            if blocks is not None:
                 by_group = error.transpose(0, 1)  # [groups, rows, group_size]
                 loss = (torch.bmm(by_group, blocks) * by_group).sum(dim=2).T
+            elif importance is not None:
+                loss = (error.square_() * importance).sum(dim=2)
+            else:
+                loss = error.square_().sum(dim=2)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
             best_share = torch.where(better, torch.full_like(best_share, share), best_share)

@@ -35,3 +35,35 @@ def round_block(
             errors[i, j] = error
             for k in range(j + 1, columns):
                 work[i, k] -= error * upper[j, k]
+
+
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+def descend_block(
+    codes: NDArray[np.uint8],
+    scale: NDArray[np.float32],
+    middle: NDArray[np.float32],
+    gradient: NDArray[np.float32],
+    gram: NDArray[np.float32],
+    levels: int,
+    change: NDArray[np.float32],
+) -> None:
+    """One sweep of coordinate descent over one block of columns; rows are independent and run in parallel.
+
+    codes: [out, columns], updated. scale, middle: [out, columns]. gradient: [out, columns], (q - w) H, kept up to date
+    inside the block. gram: [columns, columns]. change: [out, columns] receives the new value minus the old.
+    """
+    rows, columns = gradient.shape
+    top = np.float32(levels - 1)
+    for i in prange(rows):
+        for j in range(columns):
+            step = scale[i, j]
+            old = np.float32(codes[i, j])
+            wanted = (old - middle[i, j]) * step - gradient[i, j] / gram[j, j]
+            code = np.rint(wanted / step + middle[i, j])
+            code = min(max(code, np.float32(0.0)), top)
+            moved = (code - old) * step
+            change[i, j] = moved
+            if code != old:
+                codes[i, j] = np.uint8(code)
+                for k in range(columns):
+                    gradient[i, k] += moved * gram[j, k]

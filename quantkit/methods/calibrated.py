@@ -17,6 +17,7 @@ from quantkit.maths import fold
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, search_grid
 from quantkit.maths.compensate import inverse_factor, round_compensated
 from quantkit.maths.gram import InputStatistics
+from quantkit.maths.refine import damped, refine
 from quantkit.methods.base import BlockResult, BlockWeights, require_finite
 from quantkit.model.blocks import LinearGroup
 from quantkit.tensors import Grid, GroupTensor
@@ -27,7 +28,8 @@ class Steps:
     """How a calibrated method treats the linears of one input.
 
     exponents: candidates of AWQ's scale search; 0 leaves the scales out. search_range: look for the best share of each
-    group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of GPTQ's rounding.
+    group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of GPTQ's rounding. refine: rounds of descent
+    and scale refit after it.
     """
 
     grid: Grid
@@ -36,6 +38,7 @@ class Steps:
     compensate: bool
     damp: float
     act_order: bool
+    refine: int = 0
 
 
 class _Working:
@@ -176,7 +179,7 @@ def _round_group(
     stacked = torch.cat([working.weights[name] for name in linears]) if len(linears) > 1 else working.weights[linears[0]]
     grid = steps.grid
     if steps.search_range:
-        scale, zero = search_grid(stacked, grid, gram)
+        scale, zero = search_grid(stacked, grid, gram.diagonal() if steps.compensate else gram)
     else:
         scale, zero = grid_for_range(*full_range(stacked, grid), grid)
     if steps.compensate:
@@ -185,6 +188,8 @@ def _round_group(
         except ModelError as error:
             raise ModelError(f"{', '.join(linears)}: {error.message}", hint=error.hint) from error
         codes, _ = round_compensated(stacked, scale, zero, grid, factor)
+        if steps.refine:
+            codes, scale = refine(stacked, codes, scale, zero, grid, damped(gram, factor.damp), steps.refine)
         for name in linears:
             if factor.damp != steps.damp:
                 notes[name] = f"damping raised from {steps.damp:g} to {factor.damp:g}: the Gram matrix is near singular"
