@@ -29,9 +29,9 @@ from quantkit.sections import (
     recipe_sha256,
 )
 from quantkit.settings import Change, apply_changes, parse_key, parse_setting
-from quantkit.shipped import header_comment, shipped_folder
+from quantkit.shipped import Shipped, find_recipe, list_recipes, recipe_text
 from quantkit.strict_yaml import parse_yaml, read_text
-from quantkit.validation import Problem, dotted, problems_of, suggestion
+from quantkit.validation import Problem, dotted, problems_of
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -61,15 +61,6 @@ __all__ = [
 HINT = "`quantkit recipes schema` has every key with its meaning, `quantkit recipes show NAME` an example"
 
 Section = TypeVar("Section", Recipe, Suite)
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """A recipe or suite that comes with quantkit. description: the comment at the head of its file."""
-
-    name: str
-    kind: str
-    description: str
 
 
 @dataclass(frozen=True)
@@ -162,49 +153,14 @@ def validate_file(name_or_path: str | Path) -> list[str]:
     return []
 
 
-def list_recipes() -> list[Shipped]:
-    """The recipes and suites that come with quantkit: recipes first, by name."""
-    found = []
-    for path in sorted(shipped_folder("recipes").glob("*.yaml")):
-        text = read_text(path, f"recipes/{path.name}")
-        kind = "suite" if "\nrecipes:" in text else "recipe"
-        found.append(Shipped(path.stem, kind, header_comment(text)))
-    return sorted(found, key=lambda shipped: (shipped.kind, shipped.name))
-
-
-def recipe_text(name_or_path: str | Path) -> str:
-    """A recipe's or suite's file as it was written. Raises RecipeError."""
-    path, shown = _find(name_or_path, None, "")
-    return read_text(path, shown)
-
-
 def json_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a recipe or a suite, for editors."""
     schema = TypeAdapter(Recipe | Suite).json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "quantkit recipe or suite", **schema}
 
 
-def _find(name_or_path: str | Path, folder: Path | None, where: str) -> tuple[Path, str]:
-    """The file a user means, and what messages call it: a file beside the suite, a file, or a shipped name."""
-    text = str(name_or_path)
-    path = Path(text) if folder is None else folder / text
-    names_a_file = path.suffix in (".yaml", ".yml") or "/" in text or "\\" in text
-    if names_a_file:
-        if path.is_file():
-            return path, str(path)
-        raise RecipeError(f"{where}{path}: no such file", hint="`quantkit recipes list` has the names that ship")
-    shipped = shipped_folder("recipes") / f"{text}.yaml"
-    if shipped.is_file():
-        return shipped, f"recipes/{shipped.name}"
-    known = [file.stem for file in shipped_folder("recipes").glob("*.yaml")]
-    raise RecipeError(
-        f'{where}"{text}": no shipped recipe of that name; {suggestion(text, known)}',
-        hint="`quantkit recipes list` has them all; a file of your own ends in .yaml",
-    )
-
-
 def _read(name_or_path: str | Path, folder: Path | None = None, where: str = "") -> _File:
-    path, shown = _find(name_or_path, folder, where)
+    path, shown = find_recipe(name_or_path, folder, where)
     raw = parse_yaml(read_text(path, shown), shown)
     if not isinstance(raw, dict):
         kind = "nothing" if raw is None else "text" if isinstance(raw, str) else f"a {type(raw).__name__}"

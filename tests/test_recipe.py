@@ -79,7 +79,8 @@ def test_an_unknown_method_lists_all(tmp_path: Path) -> None:
 
 
 def test_a_key_that_is_called_like_the_method_is_told_apart(tmp_path: Path) -> None:
-    assert problems("method: {name: gptq, gptq: 3}", tmp_path)[0].startswith("method.gptq: unknown key; expected one of")
+    (line,) = problems("method: {name: gptq, gptq: 3}", tmp_path)
+    assert line.startswith("method.gptq: unknown key; expected one of")
 
 
 @pytest.mark.parametrize(("text", "found"), [("", "nothing"), ("- a", "a list"), ("gptq", "text"), ("3", "a int")])

@@ -1,0 +1,139 @@
+"""What the smaller verbs do: bench, recipes validate, calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from quantkit.errors import DataError, RecipeError, UsageError
+from quantkit.progress import Progress
+from quantkit.shipped import header_comment, shipped_folder
+from quantkit.validation import suggestion
+
+if TYPE_CHECKING:
+    from quantkit.bench.measurement import Results
+    from quantkit.sections import AnyBench
+
+
+def bench(
+    artifacts: Sequence[Path],
+    *,
+    baseline: str,
+    recipe: str | None,
+    out: Path | None,
+    device: str,
+    force: bool,
+    progress: Progress,
+) -> Results:
+    """Measure artifacts beside their baseline, and write the results to `out` when it is given.
+
+    recipe: name or file of the recipe or suite whose `bench` section says what to measure; None is everything that
+    needs no network. Raises UsageError, before anything runs, when `out` exists without `force` or an artifact is
+    missing.
+    """
+    missing = [str(path) for path in artifacts if not path.exists()]
+    if missing:
+        raise UsageError("\n".join(f"{path}: no such artifact" for path in missing), hint="quantkit quantize makes one")
+    if out is not None:
+        check_file(out, force=force)
+    sections, name = _bench_sections(recipe)
+
+    from quantkit.bench.runner import bench as measure
+    from quantkit.device import resolve_device
+    from quantkit.manifest import write_atomic
+
+    results = measure(
+        list(artifacts),
+        baseline=baseline,
+        sections=sections,
+        name=name,
+        device=resolve_device(device).type,
+        progress=progress,
+    )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, (results.model_dump_json(indent=2) + "\n").encode())
+    return results
+
+
+def _bench_sections(recipe: str | None) -> tuple[Sequence[AnyBench], str]:
+    from quantkit.recipe import load_any
+    from quantkit.sections import AccuracyBench, DivergenceBench, MemoryBench, Suite, ThroughputBench
+
+    everything = (MemoryBench(), ThroughputBench(), DivergenceBench(), AccuracyBench())
+    if recipe is None:
+        return everything, "bench"
+    loaded = load_any(recipe)
+    if not loaded.bench:
+        raise RecipeError(f"{recipe}: bench: empty, nothing to measure", hint="leave --recipe out for all of it")
+    return loaded.bench, loaded.name if isinstance(loaded, Suite) else Path(recipe).stem
+
+
+def validate(files: Sequence[str]) -> list[str]:
+    """The files, all of them valid. Raises RecipeError with every problem of every file."""
+    from quantkit.recipe import HINT, validate_file
+
+    problems = [line for file in files for line in validate_file(file)]
+    if problems:
+        raise RecipeError.from_problems(problems, HINT)
+    return list(files)
+
+
+def calibration_sets() -> list[tuple[str, str]]:
+    """Name and description of every calibration set that ships."""
+    return [(path.stem, header_comment(path.read_text())) for path in _definitions().values()]
+
+
+def calibration_text(name: str) -> str:
+    """The definition of a calibration set as it was written. Raises DataError with the names there are."""
+    known = _definitions()
+    if name not in known:
+        raise DataError(f'"{name}": no calibration set of that name; {suggestion(name, known)}')
+    return known[name].read_text()
+
+
+def _definitions() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(shipped_folder("calibration").glob("*.yaml"))}
+
+
+def check_file(out: Path, *, force: bool) -> None:
+    """Refuse to write over what is there. Raises UsageError."""
+    if out.is_dir():
+        raise UsageError(f"{out}: is a folder; expected the name of a file")
+    if out.exists() and not force:
+        raise UsageError(f"{out}: exists", hint="give another --out, or --force to replace it")
+
+
+def build_calibration(
+    name: str,
+    model: str,
+    sequences: int,
+    length: int,
+    seed: int,
+    part: Literal["calibration", "evaluation"],
+    out: Path,
+    *,
+    force: bool,
+) -> str:
+    """Tokenize and pack a set with a model's tokenizer, and write it as JSON. Returns the fingerprint of the ids."""
+    from quantkit.manifest import write_atomic
+    from quantkit.model.calibration import load_calibration
+    from quantkit.model.reader import open_source
+    from quantkit.sections import CalibrationSection
+
+    check_file(out, force=force)
+    section = CalibrationSection(set=name, sequences=sequences, length=length, seed=seed)
+    built = load_calibration(section, open_source(model).tokenizer_folder(), part)
+    document: dict[str, Any] = {
+        "set": built.name,
+        "part": built.part,
+        "section": section.model_dump(mode="json"),
+        "definition": built.definition,
+        "fingerprint": built.fingerprint,
+        "ids": built.ids.tolist(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, (json.dumps(document, ensure_ascii=False) + "\n").encode())
+    return built.fingerprint
