@@ -135,7 +135,7 @@ def suite_recipes(suite: Suite) -> list[tuple[str, Recipe]]:
             changes = [*_suite_changes(suite), *_entry_changes(entry, f"{where}.set: "), *fitting.values()]
             pairs.append((entry.row_label, _recipe(file, changes)))
         except RecipeError as error:
-            problems += error.message.splitlines()
+            problems += error.message.split("\n")
     for index, change in enumerate(suite._changes):
         if index not in used:
             problems.append(f"{change.origin}{dotted(change.path)}: no recipe of the suite has a method with this key")
@@ -149,7 +149,7 @@ def validate_file(name_or_path: str | Path) -> list[str]:
     try:
         load_any(name_or_path)
     except RecipeError as error:
-        return error.message.splitlines()
+        return error.message.split("\n")
     return []
 
 

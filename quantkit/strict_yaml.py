@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from quantkit.errors import QuantkitError, RecipeError
+from quantkit.validation import dotted
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 20_000  # the largest recipe that ships has about 100; reading this many takes a second
@@ -51,7 +52,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(problem="a key has to be plain text", problem_mark=key.start_mark)
             if key.value in seen:
-                self.problems.append(f"line {line}: {key.value}: given twice, first on line {seen[key.value]}")
+                self.problems.append(f"line {line}: {dotted((key.value,))}: given twice, first on line {seen[key.value]}")
             seen.setdefault(key.value, line)
         return super().construct_mapping(node, deep=deep)  # type: ignore[no-any-return]
 

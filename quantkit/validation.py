@@ -55,7 +55,7 @@ def dotted(path: Path, data: Any = None) -> str:
     for key in path:
         name = entry_name(data, key) if isinstance(data, list) and isinstance(key, int) else None
         word = str(key) if name is None else name
-        words.append(word if re.fullmatch(r"[\w-]+", word) else json.dumps(word, ensure_ascii=False))
+        words.append(word if re.fullmatch(r"[\w-]+", word) else found(word))
         try:
             data = data[key]
         except (KeyError, IndexError, TypeError):
@@ -72,9 +72,10 @@ def entry_name(entries: Sequence[Any], index: int) -> str | None:
 
 
 def found(value: Any) -> str:
-    """A value as it would stand in a file, shortened."""
+    """A value as it would stand in a file, shortened; what a terminal would not print is escaped."""
     try:
         text = json.dumps(value, ensure_ascii=False)
+        text = text if text.isprintable() else json.dumps(value)
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -83,7 +84,7 @@ def found(value: Any) -> str:
 def suggestion(word: str, known: Iterable[str]) -> str:
     """"did you mean X?" for a near miss, else everything there is."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(names)}"
 
 
@@ -174,7 +175,7 @@ def _problem(item: dict[str, Any], path: Path, at: Any) -> Problem:
     expected = _EXPECTED.get(kind.split("_")[0])
     if expected is None:
         return Problem(path, f"found {given}: {item['msg']}")
-    if expected == "a mapping" and isinstance(item["input"], str) and path:
+    if kind == "model_attributes_type" and isinstance(item["input"], str):  # a union: its name was written alone
         expected = f"a mapping, such as {path[-1]}: {{name: {item['input']}}}"
     return Problem(path, f"found {given}, expected {expected}")
 
@@ -182,4 +183,4 @@ def _problem(item: dict[str, Any], path: Path, at: Any) -> Problem:
 def _wrong_name(tag: str, names: list[str]) -> str:
     close = difflib.get_close_matches(tag, names, n=1, cutoff=0.6)
     ending = f"; did you mean {close[0]}?" if close else ""
-    return f"found {json.dumps(tag)}, expected one of {', '.join(names)}{ending}"
+    return f"found {found(tag)}, expected one of {', '.join(names)}{ending}"
