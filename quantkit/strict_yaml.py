@@ -52,7 +52,8 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(problem="a key has to be plain text", problem_mark=key.start_mark)
             if key.value in seen:
-                self.problems.append(f"line {line}: {dotted((key.value,))}: given twice, first on line {seen[key.value]}")
+                first = seen[key.value]
+                self.problems.append(f"line {line}: {dotted((key.value,))}: given twice, first on line {first}")
             seen.setdefault(key.value, line)
         return super().construct_mapping(node, deep=deep)  # type: ignore[no-any-return]
 
