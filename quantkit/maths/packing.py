@@ -1,0 +1,83 @@
+"""Codes in machine words: 2, 3, 4 and 8 bits into int32, low bits first, without a loop over elements.
+
+A code may straddle two words (3 bits: 32 codes in 3 words). Everything works along the last dimension; formats that pack along the
+other one transpose.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Column of each nibble of a word, low bits first. Source: AutoAWQ's WQLinear_GEMM.from_linear."""
+
+
+def words_for(count: int, bits: int) -> int:
+    """How many int32 words `count` codes take."""
+    return math.ceil(count * bits / 32)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """int32 [rows, ceil(columns * bits / 32)] for codes [rows, columns] of any integer dtype, each below 2**bits.
+
+    Unused bits of the last word are zero.
+    """
+    rows, columns = codes.shape
+    period, words = _period(bits)
+    padded = torch.zeros(rows, -(-columns // period) * period, dtype=torch.int64, device=codes.device)
+    padded[:, :columns] = codes
+    chunks = padded.view(rows, -1, period)  # [rows, chunks, period]
+    packed = torch.zeros(rows, chunks.shape[1], words, dtype=torch.int64, device=codes.device)
+    for position in range(period):  # at most 32 steps, whatever the size of the matrix
+        word, shift = divmod(position * bits, 32)
+        packed[:, :, word] |= (chunks[:, :, position] << shift) & 0xFFFFFFFF
+        if shift + bits > 32:
+            packed[:, :, word + 1] |= chunks[:, :, position] >> (32 - shift)
+    flat = packed.reshape(rows, -1)[:, : words_for(columns, bits)]
+    return _as_int32(flat).contiguous()
+
+
+def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
+    """uint8 [rows, columns], the inverse of `pack`."""
+    rows = words.shape[0]
+    period, count = _period(bits)
+    unsigned = words.to(torch.int64) & 0xFFFFFFFF
+    missing = -unsigned.shape[1] % count
+    if missing:
+        unsigned = torch.nn.functional.pad(unsigned, (0, missing))
+    chunks = unsigned.view(rows, -1, count)  # [rows, chunks, words]
+    codes = torch.empty(rows, chunks.shape[1], period, dtype=torch.uint8, device=words.device)
+    for position in range(period):
+        word, shift = divmod(position * bits, 32)
+        value = chunks[:, :, word] >> shift
+        if shift + bits > 32:
+            value = value | (chunks[:, :, word + 1] << (32 - shift))
+        codes[:, :, position] = (value & (2**bits - 1)).to(torch.uint8)
+    return codes.reshape(rows, -1)[:, :columns].contiguous()
+
+
+def awq_interleave(codes: Tensor) -> Tensor:
+    """Columns in the order in which AWQ's words hold them: [rows, columns], columns divisible by 8."""
+    rows, columns = codes.shape
+    return codes.reshape(rows, columns // 8, 8)[:, :, list(AWQ_ORDER)].reshape(rows, columns)
+
+
+def awq_deinterleave(codes: Tensor) -> Tensor:
+    """The inverse of `awq_interleave`."""
+    rows, columns = codes.shape
+    back = [AWQ_ORDER.index(position) for position in range(8)]
+    return codes.reshape(rows, columns // 8, 8)[:, :, back].reshape(rows, columns)
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """The smallest number of codes that fills whole words, and how many words that is."""
+    common = math.lcm(bits, 32)
+    return common // bits, common // 32
+
+
+def _as_int32(unsigned: Tensor) -> Tensor:
+    """int64 values below 2**32 as the int32 with the same bits."""
+    return torch.where(unsigned >= 2**31, unsigned - 2**32, unsigned).to(torch.int32)
