@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,23 +51,25 @@ def config_of_file(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
     family = family_of_architecture(file)
     values = file.metadata
 
-    def need(key: str) -> Any:
+    def need(key: str, default: float | None = None) -> float:
         full = f"{family.architecture}.{key}"
-        if full not in values:
+        found = values.get(full, default)
+        if found is None:
             raise ModelError(f"{file.path}: the header lacks {full}", hint="convert the model again with llama.cpp")
-        return values[full]
+        if not isinstance(found, int | float) or not 0 < found < math.inf:
+            shown = "a value for each block" if isinstance(found, list) else repr(found)
+            raise ModelError(f"{file.path}: {full}: {shown}; expected one number above 0")
+        return found
 
-    if need("attention.head_count") == 0 or isinstance(need("attention.head_count"), list):
-        raise ModelError(f"{file.path}: attention.head_count differs from block to block, which is not supported")
     heads = int(need("attention.head_count"))
     hidden = int(need("embedding_length"))
-    channels = int(values.get(f"{family.architecture}.attention.key_length", hidden // heads))
-    rotated = int(values.get(f"{family.architecture}.rope.dimension_count", channels))
+    channels = int(need("attention.key_length", hidden // heads))
+    rotated = int(need("rope.dimension_count", channels))
     if rotated != channels:
         raise ModelError(f"{file.path}: {rotated} of {channels} channels of a head are rotated; expected all of them")
     if "token_embd.weight" not in file.tensors:
         raise ModelError(f"{file.path}: the tensor token_embd.weight is missing; expected a whole language model")
-    theta = float(values.get(f"{family.architecture}.rope.freq_base", 10000.0))
+    theta = float(need("rope.freq_base", 10000.0))
     config: dict[str, Any] = {
         "architectures": [family.hf_class],
         "model_type": family.model_type,
@@ -74,12 +77,12 @@ def config_of_file(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
         "intermediate_size": int(need("feed_forward_length")),
         "num_hidden_layers": int(need("block_count")),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(values.get(f"{family.architecture}.attention.head_count_kv", heads)),
+        "num_key_value_heads": int(need("attention.head_count_kv", heads)),
         "head_dim": channels,
         "hidden_act": "silu",
         "rms_norm_eps": _shortest(need("attention.layer_norm_rms_epsilon")),
         "rope_theta": theta,
-        "rope_parameters": {"rope_theta": theta, **_rope_of_file(file, family.architecture, theta, channels)},
+        "rope_parameters": {"rope_theta": theta, **_rope_of_file(file, family.architecture, need, channels)},
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "max_position_embeddings": int(need("context_length")),
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -129,24 +132,24 @@ def llama3_factors(rope: dict[str, Any], channels: int) -> Tensor:
     return torch.where(wavelength < context / high, torch.ones_like(wavelength), factors)
 
 
-def _rope_of_file(file: GGUFFile, architecture: str, theta: float, channels: int) -> dict[str, Any]:
-    """rope_type and its parameters."""
-    values = file.metadata
+def _rope_of_file(file: GGUFFile, architecture: str, need: Callable[..., float], channels: int) -> dict[str, Any]:
+    """rope_type and its parameters. need: gives the number at a key of the architecture, or a default."""
     prefix = f"{architecture}.rope.scaling."
-    kind = values.get(f"{prefix}type", "none")
+    kind = file.metadata.get(f"{prefix}type", "none")
     if ROPE_FACTORS in file.tensors:
         stored = file.decoded(ROPE_FACTORS)
         rope = {"rope_type": "llama3", "factor": _shortest(float(stored.max())), **_LLAMA3_SCALING}
-        if not torch.allclose(llama3_factors({**rope, "rope_theta": theta}, channels), stored, rtol=1e-3):
+        expected = llama3_factors({**rope, "rope_theta": need("rope.freq_base", 10000.0)}, channels)
+        if stored.shape != expected.shape or not torch.allclose(expected, stored, rtol=1e-3):
             raise ModelError(f"{file.path}: {ROPE_FACTORS} holds factors that are not those of Llama 3's scaling")
         return rope
     if kind == "none":
         return {"rope_type": "default"}
     if kind not in ("linear", "yarn"):
         raise ModelError(f"{file.path}: {prefix}type: {kind} is not supported; expected none, linear or yarn")
-    rope = {"rope_type": kind, "factor": float(values[f"{prefix}factor"])}
-    if f"{prefix}original_context_length" in values:
-        rope["original_max_position_embeddings"] = int(values[f"{prefix}original_context_length"])
+    rope = {"rope_type": kind, "factor": float(need("rope.scaling.factor"))}
+    if f"{prefix}original_context_length" in file.metadata:
+        rope["original_max_position_embeddings"] = int(need("rope.scaling.original_context_length"))
     return rope
 
 

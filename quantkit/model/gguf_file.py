@@ -57,7 +57,11 @@ class _Cursor:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
     def string(self) -> str:
-        return self.take(self.scalar("<Q")).decode("utf-8", errors="surrogateescape")
+        start = self.at
+        try:
+            return self.take(self.scalar("<Q")).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{self.path}: byte {start}: a text is not UTF-8", hint="the file is damaged") from error
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:

@@ -86,6 +86,12 @@ def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
     tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
     if not tokens:
         raise ModelError(f"{where}: holds no tokenizer: tokenizer.ggml.tokens is missing")
+    if len(set(tokens)) != len(tokens):
+        twice = next(token for place, token in enumerate(tokens) if token in tokens[:place])
+        raise ModelError(f"{where}: tokenizer.ggml.tokens: {twice!r} stands there twice; expected each token once")
+    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise ModelError(f"{where}: tokenizer.ggml.token_type names {len(types)} of {len(tokens)} tokens")
     if kind == "gpt2":
         tokenizer = _byte_level(metadata, tokens, where)
     elif kind == "llama":
@@ -95,7 +101,6 @@ def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
             f"{where}: tokenizer.ggml.model: {kind} is not supported; expected gpt2 or llama",
             hint="give the model as a Hugging Face folder, which brings its own tokenizer",
         )
-    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     added = [
         AddedToken(token, special=kind_of != USER_DEFINED, normalized=False)
         for token, kind_of in zip(tokens, types, strict=True)

@@ -1,0 +1,101 @@
+"""llama.cpp itself, where the xllamacpp wheel is installed: its encoder, tokenizer and logits, through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+PARAMS_BYTES = 512
+"""More than any of llama.cpp's parameter structs, which are only passed on: the callee reads its part of the copy."""
+
+
+class _Params(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_uint8 * PARAMS_BYTES)]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_uint8 * 56)]  # int32 padded to 8 bytes, then six pointers
+
+
+@cache
+def library() -> Any:
+    """The shared library, quiet and initialized; skips the test where it is not installed."""
+    found = importlib.util.find_spec("xllamacpp")
+    if found is None or found.origin is None:
+        pytest.skip("xllamacpp is not installed, so llama.cpp cannot be asked")
+    lib = ctypes.CDLL(str(next(Path(found.origin).parent.glob("xllamacpp*.so"))))
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "ggml_quantize_chunk": (ctypes.c_size_t, [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]),
+        "llama_model_default_params": (_Params, []),
+        "llama_context_default_params": (_Params, []),
+        "llama_model_load_from_file": (pointer, [ctypes.c_char_p, _Params]),
+        "llama_model_get_vocab": (pointer, [pointer]),
+        "llama_model_free": (None, [pointer]),
+        "llama_tokenize": (i32, [pointer, ctypes.c_char_p, i32, pointer, i32, ctypes.c_bool, ctypes.c_bool]),
+        "llama_vocab_n_tokens": (i32, [pointer]),
+        "llama_init_from_model": (pointer, [pointer, _Params]),
+        "llama_free": (None, [pointer]),
+        "llama_batch_get_one": (_Batch, [pointer, i32]),
+        "llama_decode": (i32, [pointer, _Batch]),
+        "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [pointer]),
+        "llama_log_set": (None, [pointer, pointer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    lib.quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    lib.llama_log_set(ctypes.cast(lib.quiet, ctypes.c_void_p), None)
+    lib.llama_backend_init()
+    return lib
+
+
+def quantize(weight: np.ndarray[Any, Any], type_number: int, row_bytes: int) -> np.ndarray[Any, Any]:
+    """ggml_quantize_chunk without an importance matrix: float32 [rows, columns] to uint8 [rows, row_bytes]."""
+    weight = np.ascontiguousarray(weight, dtype=np.float32)
+    out = np.zeros((weight.shape[0], row_bytes), dtype=np.uint8)
+    written = library().ggml_quantize_chunk(type_number, weight.ctypes.data, out.ctypes.data, 0, *weight.shape, None)
+    assert written == out.size
+    return out
+
+
+class Model:
+    """A GGUF file that llama.cpp has loaded."""
+
+    def __init__(self, path: Path):
+        self.lib = library()
+        self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
+        assert self.model, f"llama.cpp does not load {path}"
+        self.vocab = self.lib.llama_model_get_vocab(self.model)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lib.llama_model_free(self.model)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids with the tokens that the file adds around a text; special tokens in the text are recognized."""
+        data = text.encode()
+        ids = (ctypes.c_int32 * (len(data) + 16))()
+        count = self.lib.llama_tokenize(self.vocab, data, len(data), ids, len(ids), True, True)
+        assert count >= 0
+        return list(ids[:count])
+
+    def last_logits(self, ids: list[int]) -> np.ndarray[Any, Any]:
+        """Logits after the last token: float32 [vocabulary]."""
+        context = self.lib.llama_init_from_model(self.model, self.lib.llama_context_default_params())
+        assert context
+        try:
+            tokens = (ctypes.c_int32 * len(ids))(*ids)
+            assert self.lib.llama_decode(context, self.lib.llama_batch_get_one(tokens, len(ids))) == 0
+            count = self.lib.llama_vocab_n_tokens(self.vocab)
+            return np.ctypeslib.as_array(self.lib.llama_get_logits(context), (count,)).copy()
+        finally:
+            self.lib.llama_free(context)
