@@ -41,7 +41,7 @@ class CalibrationSection(Frozen):
     """Which text the statistics are taken from."""
 
     set: str = Field("pydoc", description="name of a definition under calibration/, or a local file")
-    sequences: int = Field(128, ge=1)
+    sequences: int = Field(96, ge=1)  # with the length: what the default set has in every tokenizer
     length: int = Field(512, ge=8, description="tokens a sequence")
     seed: int = Field(0, description="of the order in which texts are packed")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.errors import DataError, RecipeError, UsageError
 from quantkit.progress import Progress
-from quantkit.shipped import header_comment, shipped_folder
+from quantkit.shipped import header_comment
 from quantkit.validation import suggestion
 
 if TYPE_CHECKING:
@@ -83,19 +83,19 @@ def validate(files: Sequence[str]) -> list[str]:
 
 def calibration_sets() -> list[tuple[str, str]]:
     """Name and description of every calibration set that ships."""
-    return [(path.stem, header_comment(path.read_text())) for path in _definitions().values()]
+    from quantkit.model.calibration_sets import list_definitions
+
+    return [(name, header_comment(path.read_text())) for name, path in list_definitions().items()]
 
 
 def calibration_text(name: str) -> str:
     """The definition of a calibration set as it was written. Raises DataError with the names there are."""
-    known = _definitions()
+    from quantkit.model.calibration_sets import list_definitions
+
+    known = list_definitions()
     if name not in known:
         raise DataError(f'"{name}": no calibration set of that name; {suggestion(name, known)}')
     return known[name].read_text()
-
-
-def _definitions() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(shipped_folder("calibration").glob("*.yaml"))}
 
 
 def check_file(out: Path, *, force: bool) -> None:

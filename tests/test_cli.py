@@ -288,3 +288,13 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     program = f"{sys.executable} -m quantkit recipes schema | head -c 10"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {program}"], capture_output=True, text=True, timeout=60)
     assert done.stdout == '{\n  "$sche' and done.stderr == ""
+
+
+def test_calibration_sets_are_listed_and_shown(capsys: Captured) -> None:
+    assert cli.execute(["calibration", "list"]) == 0
+    listed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert "pydoc" in listed and all(description.strip() for description in listed.values())
+    assert cli.execute(["calibration", "show", "pydoc"]) == 0
+    assert "embedded: pydoc_data.topics" in capsys.readouterr().out
+    assert cli.execute(["calibration", "show", "pidoc"]) == 3
+    assert "did you mean pydoc?" in capsys.readouterr().err
