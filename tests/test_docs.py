@@ -125,3 +125,14 @@ def test_the_method_in_the_guide_works() -> None:
     )
     assert method.predicted_bits(7, 48) == pytest.approx(2 + 18 / 16)
     assert method.misfit(7, 50) == "group_size 16 does not divide in_features 50"
+
+
+def test_the_registries_follow_from_their_unions() -> None:
+    """The one word: a class in the union is in the registry, has a format, and can be named in a recipe."""
+    from quantkit.formats import DEFAULT_FORMAT, FORMATS, SUITABLE_FORMATS
+    from quantkit.methods import METHODS
+
+    assert list(METHODS) == ["int8", "nf4", "awq", "gptq", "ggml", "rtn"]
+    assert DEFAULT_FORMAT.keys() == METHODS.keys()
+    assert {name for names in SUITABLE_FORMATS.values() for name in names} <= FORMATS.keys()
+    assert (DEFAULT_FORMAT["rtn"], DEFAULT_FORMAT["nf4"]) == ("autogptq", "bitsandbytes")

@@ -1,9 +1,9 @@
-"""The registry of formats: to add one, write its file and put its class into `FORMATS` and `AnyFormat` below."""
+"""The registry of formats: to add one, write its file and put its class into the union below."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -13,33 +13,24 @@ from quantkit.formats.autogptq import AutoGPTQ
 from quantkit.formats.base import ArtifactSource, Format
 from quantkit.formats.bitsandbytes import BitsAndBytes
 from quantkit.formats.gguf import GGUF
+from quantkit.methods import METHODS
 
 AnyFormat = Annotated[BitsAndBytes | AutoAWQ | AutoGPTQ | GGUF, Field(discriminator="name")]
 
-FORMATS: dict[str, type[Format]] = {
-    "bitsandbytes": BitsAndBytes,
-    "autoawq": AutoAWQ,
-    "autogptq": AutoGPTQ,
-    "gguf": GGUF,
-}
+_KINDS = get_args(get_args(AnyFormat)[0])
+FORMATS: dict[str, type[Format]] = {kind.model_fields["name"].default: kind for kind in _KINDS}
+"""Every format by the name that recipes give it, in the order in which a file is recognized."""
 
-DEFAULT_FORMAT = {
-    "int8": "bitsandbytes",
-    "nf4": "bitsandbytes",
-    "awq": "autoawq",
-    "gptq": "autogptq",
-    "rtn": "autogptq",
-    "ggml": "gguf",
-}
-"""The format of a method's artifact when the recipe names none."""
-
-SUITABLE_FORMATS = {
-    **{method: (name,) for method, name in DEFAULT_FORMAT.items()},
+SUITABLE_FORMATS: dict[str, tuple[str, ...]] = {name: kind.formats for name, kind in METHODS.items()} | {
+    "int8": ("bitsandbytes",),
+    "nf4": ("bitsandbytes",),
     "awq": ("autoawq", "autogptq"),
-    "gptq": ("autogptq", "autoawq"),
-    "rtn": ("autogptq", "autoawq"),
+    "ggml": ("gguf",),
 }
 """The formats that can hold what a method makes, the default first; bit widths and shapes are for `Format.misfits`."""
+
+DEFAULT_FORMAT = {method: names[0] for method, names in SUITABLE_FORMATS.items()}
+"""The format of a method's artifact when the recipe names none."""
 
 
 def open_artifact(path: Path) -> ArtifactSource:

@@ -1,8 +1,8 @@
-"""The registry of methods: to add one, write its file and put its class into `Method` below."""
+"""The registry of methods: to add one, write its file and put its class into the union below."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -16,4 +16,6 @@ from quantkit.methods.rtn import RTN
 
 AnyMethod = Annotated[INT8 | NF4 | AWQ | GPTQ | GGML | RTN, Field(discriminator="name")]
 
-METHODS: dict[str, type[Method]] = {"int8": INT8, "nf4": NF4, "awq": AWQ, "gptq": GPTQ, "ggml": GGML, "rtn": RTN}
+_KINDS = get_args(get_args(AnyMethod)[0])
+METHODS: dict[str, type[Method]] = {kind.model_fields["name"].default: kind for kind in _KINDS}
+"""Every method by the name that recipes give it."""

@@ -69,6 +69,9 @@ class Method(Frozen):
     calibrated: ClassVar[bool] = False
     """Whether `quantize_block` needs the statistics of its inputs."""
 
+    formats: ClassVar[tuple[str, ...]] = ("autogptq", "autoawq")
+    """Names of the formats that can hold what the method makes, the default first; group-wise affine codes fit both."""
+
     @abstractmethod
     def label(self) -> str:
         """A short text for tables, such as "gptq 4-bit g128"."""
