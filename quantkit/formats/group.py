@@ -1,0 +1,31 @@
+"""What the formats of grouped affine weights check alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import ModelError
+from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
+
+
+def grid_of(method: Any) -> Grid | None:
+    """The affine grid of a method's settings; None when the method has none."""
+    grid = getattr(method, "grid", None)
+    return grid if isinstance(grid, Grid) else None
+
+
+def require_group_tensor(name: str, value: QuantizedTensor) -> GroupTensor:
+    """The value as a GroupTensor; another kind means that `misfits` was not asked."""
+    assert isinstance(value, GroupTensor), f"{name}: a {type(value).__name__} has no groups"
+    return value
+
+
+def float16_scale(name: str, scale: Tensor) -> Tensor:
+    """The scales in float16, exactly. Raises ModelError when that would change one."""
+    half = scale.to(torch.float16)
+    if not torch.equal(half.float(), scale.float()):
+        raise ModelError(f"{name}: scales that float16 cannot hold exactly; expected scales rounded to float16")
+    return half
