@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -104,14 +105,15 @@ class GGUFSource(Source):
         return self._ordered(name, self.file.decoded(self.info(name).name))
 
     def read(self, name: str) -> Tensor:
-        values = self.decoded(name)
-        converted = values.to(self.dtype(name))
-        if bool((torch.isinf(converted) & torch.isfinite(values)).any()):
+        values, dtype = self.decoded(name), self.dtype(name)
+        largest = float(values.abs().max()) if dtype == torch.float16 else 0.0
+        # infinity in the file itself is left for the method, which names the tensor
+        if torch.finfo(torch.float16).max < largest < math.inf:
             raise ModelError(
-                f"{self.path}: {name}: values up to {float(values.abs().max()):.3g} do not fit float16",
+                f"{self.path}: {name}: values up to {largest:.3g} do not fit float16, whose largest is 65504",
                 hint="take the model as a BF16 or F32 file, or as a Hugging Face folder",
             )
-        return converted
+        return values.to(dtype)
 
     def _ordered(self, name: str, rows: Tensor) -> Tensor:
         """Rows of a tensor, values or bytes, from the file's order to that of Hugging Face."""

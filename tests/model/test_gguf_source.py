@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantkit.errors import ModelError
 from quantkit.model.gguf_config import llama3_factors, rope_parameters
@@ -249,3 +249,20 @@ def test_llama3_factors_are_those_of_transformers() -> None:
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1.0 / (500000.0 ** (torch.arange(0, 64, 2).float() / 64))
     torch.testing.assert_close(llama3_factors(rope, 64), plain / scaled, rtol=1e-5, atol=0)
+
+
+def test_values_beyond_float16(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    tensors = load_file(tiny_llama / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1e6
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] * 1e7
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text((tiny_llama / "tokenizer.json").read_text())
+    write_gguf(folder, tmp_path / "m.gguf", "Q8_0")
+    source = GGUFSource(tmp_path / "m.gguf")
+    assert source.dtype("model.norm.weight") == torch.float32
+    assert torch.equal(source.read("model.norm.weight"), tensors["model.norm.weight"])
+    assert source.dtype("model.layers.0.input_layernorm.weight") == torch.float16
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight: values up to .* do not fit float16"):
+        source.read("model.layers.0.mlp.up_proj.weight")
