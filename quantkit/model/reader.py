@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -104,19 +105,7 @@ class SafetensorsSource(Source):
         self.hub_id = hub_id
         self.commit = commit
         self.config = _config(folder)
-        self._files: dict[str, SafetensorsFile] = {}
-        wanted = _weight_map(folder)
-        if wanted is None:
-            if not (folder / WEIGHTS).is_file():
-                raise _no_weights(folder)
-            shards = [SafetensorsFile(folder / WEIGHTS)]
-        else:
-            shards = _shards(folder, wanted)
-        for shard in shards:
-            for name in shard.entries:
-                if wanted is None or wanted.get(name) == shard.path.name:
-                    self._files[name] = shard
-        self._shards = [shard.path for shard in shards]
+        self._files = open_shards(folder)
         self._lineage: dict[str, Any] | None = None
 
     def names(self) -> list[str]:
@@ -146,7 +135,7 @@ class SafetensorsSource(Source):
         return self.path
 
     def side_files(self) -> list[Path]:
-        return sorted(path for path in self.path.iterdir() if path.is_file() and _is_side_file(path.name))
+        return sorted(path for path in self.path.iterdir() if path.is_file() and is_side_file(path.name))
 
     def lineage(self) -> dict[str, Any]:
         if self._lineage is None:
@@ -154,12 +143,38 @@ class SafetensorsSource(Source):
                 "kind": self.kind,
                 "id": self.hub_id or self.path.resolve().name,
                 "revision": self.commit,
-                "files": [file_record(path, self.path).model_dump() for path in self._shards],
+                "files": weight_files(self.path, self._files),
             }
         return self._lineage
 
 
-def _is_side_file(name: str) -> bool:
+def open_shards(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, SafetensorsFile]:
+    """Every tensor of a folder and the file that holds it, by shard, then in the order of the bytes; headers are read.
+
+    dtypes: names of those that are accepted. Raises ModelError when a file is missing or damaged.
+    """
+    wanted = _weight_map(folder)
+    if wanted is None:
+        if not (folder / WEIGHTS).is_file():
+            raise _no_weights(folder)
+        shards = [SafetensorsFile(folder / WEIGHTS, dtypes)]
+    else:
+        shards = _shards(folder, wanted, dtypes)
+    return {
+        name: shard
+        for shard in shards
+        for name in shard.entries
+        if wanted is None or wanted.get(name) == shard.path.name
+    }
+
+
+def weight_files(folder: Path, files: Mapping[str, SafetensorsFile]) -> list[dict[str, Any]]:
+    """Name, bytes and sha256 of each file that tensors are in."""
+    return [file_record(path, folder).model_dump() for path in sorted({file.path for file in files.values()})]
+
+
+def is_side_file(name: str) -> bool:
+    """Whether an artifact carries a file of this name on unaltered."""
     return name in SIDE_FILES or any(fnmatchcase(name.lower(), pattern) for pattern in LICENCES)
 
 
@@ -171,7 +186,7 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{folder}: not a model: no config.json" + (" beside the weights" if inside else ""),
             hint="expected a Hugging Face folder with config.json and model.safetensors, or a .gguf file",
         )
-    config = _json_object(path)
+    config = read_json_object(path)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -184,7 +199,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelError when it is missing, too large or not an object."""
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
@@ -204,7 +220,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX
     if (folder / WEIGHTS).is_file() or not path.is_file():
         return None
-    mapping = _json_object(path).get("weight_map")
+    mapping = read_json_object(path).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise ModelError(f"{path}: weight_map: expected a file name for each tensor")
     outside = sorted({str(name)[:80] for name in mapping.values() if not _is_shard_name(name)})
@@ -231,7 +247,7 @@ def _needed_weights(folder: Path) -> list[str]:
     return [WEIGHTS, *sorted(set((_weight_map(folder) or {}).values()))]
 
 
-def _shards(folder: Path, weight_map: dict[str, str]) -> list[SafetensorsFile]:
+def _shards(folder: Path, weight_map: dict[str, str], dtypes: Mapping[str, torch.dtype]) -> list[SafetensorsFile]:
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -239,7 +255,7 @@ def _shards(folder: Path, weight_map: dict[str, str]) -> list[SafetensorsFile]:
             f"{folder}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:8])}",
             hint="the download may be incomplete: fetch the missing files",
         )
-    shards = [SafetensorsFile(folder / name) for name in names]
+    shards = [SafetensorsFile(folder / name, dtypes) for name in names]
     held = {shard.path.name: shard.entries for shard in shards}
     absent = [f"{tensor} in {name}" for tensor, name in weight_map.items() if tensor not in held[name]]
     if absent:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ MAX_DIMENSIONS = 8  # weights have two, convolutions of other models five
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that unquantized weights have."""
 
+ALL_DTYPES = {
+    **DTYPES,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Those and what quantized weights are stored in."""
+
 _DOWNLOAD_AGAIN = "the download may be incomplete: fetch the file again"
 
 
@@ -38,11 +50,15 @@ class Entry:
 
 
 class SafetensorsFile:
-    """The tensors of a file, by name in the order of their bytes. Raises ModelError when the file is damaged."""
+    """The tensors of a file, by name in the order of their bytes.
 
-    def __init__(self, path: Path):
+    dtypes: names of those that are accepted. Raises ModelError when the file is damaged or holds others.
+    """
+
+    def __init__(self, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES):
         self.path = path
-        self.entries = _entries(path)
+        self.dtypes = dtypes
+        self.entries = _entries(path, dtypes)
 
     def read(self, name: str) -> Tensor:
         """A tensor in memory of its own. Raises ModelError when the bytes are not there (any more)."""
@@ -63,17 +79,17 @@ class SafetensorsFile:
                     done += got
         except OSError as error:
             raise ModelError(f"{self.path}: {name}: cannot be read: {error.strerror}") from error
-        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        return raw.view(self.dtypes[entry.dtype]).reshape(entry.shape)
 
 
-def _entries(path: Path) -> dict[str, Entry]:
+def _entries(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Entry]:
     header, begin, size = _header(path)
     entries, problems = {}, []
     for name, given in header.items():
         if name == "__metadata__":
             continue
         try:
-            entries[name] = _entry(given, begin)
+            entries[name] = _entry(given, begin, dtypes)
         except ValueError as error:
             problems.append(f"{path}: {name}: {error}")
     if problems:
@@ -132,7 +148,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _entry(given: Any, begin: int) -> Entry:
+def _entry(given: Any, begin: int, dtypes: Mapping[str, torch.dtype]) -> Entry:
     """Where a tensor lies, by what the header says. Raises ValueError."""
     if not isinstance(given, dict) or not {"dtype", "shape", "data_offsets"} <= given.keys():
         raise ValueError("expected an object with dtype, shape and data_offsets")
@@ -141,9 +157,9 @@ def _entry(given: Any, begin: int) -> Entry:
         raise ValueError(f"shape {str(shape)[:60]}, expected a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"data_offsets {str(offsets)[:60]}, expected [begin, end]")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"stored as {str(dtype)[:20]}, expected one of {', '.join(DTYPES)}")
-    wanted = math.prod(shape) * DTYPES[dtype].itemsize
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise ValueError(f"stored as {str(dtype)[:20]}, expected one of {', '.join(dtypes)}")
+    wanted = math.prod(shape) * dtypes[dtype].itemsize
     if offsets[1] - offsets[0] != wanted:
         raise ValueError(f"holds {offsets[1] - offsets[0]} bytes, expected {wanted} for {dtype} {shape}")
     return Entry(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])

@@ -1,0 +1,217 @@
+"""What all formats that are a Hugging Face folder share: config, side files, safetensors; a format adds only its words."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import ModelError
+from quantkit.formats.base import ArtifactSource, LinearPlan, PackFunction, Writer
+from quantkit.formats.safetensors_stream import MAX_SHARD_BYTES, SafetensorsStream, explained
+from quantkit.manifest import fsync_folder, write_atomic
+from quantkit.model.blocks import architecture_of
+from quantkit.model.reader import TOKENIZER_FILES, is_side_file, open_shards, read_json_object, weight_files
+from quantkit.model.safetensors_file import ALL_DTYPES, Entry
+from quantkit.model.source import Source
+from quantkit.tensors import QuantizedTensor, on_cpu
+
+CONFIG = "config.json"
+GROUPED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""What most formats store for a linear, by the ending behind the module's name."""
+
+
+class FolderWriter(Writer):
+    """Writes an artifact's folder as its tensors come.
+
+    pack: (weight name, quantized tensor) to {full tensor name: tensor}. dtype: of floating-point tensors that stay
+    unquantized; others are stored as they are. quantization_config: the entry of config.json. extra_files: {file name:
+    content} that the format's reader wants besides. parts: endings behind a module's name that `pack` will use, for the
+    size of the header; others cost a copy of the file. Raises DataError when the disk is full or cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: Source,
+        plans: Sequence[LinearPlan],
+        dtype: torch.dtype,
+        pack: PackFunction,
+        quantization_config: Mapping[str, Any],
+        extra_files: Mapping[str, bytes] | None = None,
+        *,
+        parts: Sequence[str] = GROUPED_PARTS,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ):
+        self.folder = folder
+        self.source = source
+        self.dtype = dtype
+        self._pack = pack
+        self._quantization_config = quantization_config
+        self._extra_files = extra_files or {}
+        self._head = f"{architecture_of(source.config).head}.weight"
+        self._missing = {name for name in source.names() if not self._left_out(name)}
+        linears = {f"{plan.name}.weight": plan.name for plan in plans if plan.method is not None}
+        names = [name for name in self._missing if name not in linears]
+        names += [f"{module}.{part}" for module in linears.values() for part in parts]
+        self._stream = SafetensorsStream(folder, names, max_shard_bytes)
+
+    def _left_out(self, name: str) -> bool:
+        """A tied head, and the tables that old checkpoints store and every reader computes."""
+        return (name == self._head and self.source.tied_head) or name.endswith("rotary_emb.inv_freq")
+
+    def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
+        if self._left_out(name):
+            return 0
+        self._missing.discard(name)
+        if not isinstance(value, Tensor):
+            return self._stream.add(self._pack(name, on_cpu(value)))
+        stored = value.to(self.dtype) if value.is_floating_point() else value
+        return self._stream.add({name: stored})
+
+    def finish(self) -> list[Path]:
+        assert not self._missing, f"never written: {', '.join(sorted(self._missing))}"
+        paths = self._stream.finish()
+        for path in self.source.side_files():
+            paths.append(self._write(path.name, path.read_bytes()))
+        for name, content in self._extra_files.items():
+            paths.append(self._write(name, content))
+        paths.append(self._write(CONFIG, self._config()))
+        fsync_folder(self.folder)
+        return paths
+
+    def _write(self, name: str, content: bytes) -> Path:
+        path = self.folder / name
+        assert not path.exists(), f"{name} was written before"
+        with explained(self.folder, len(content)):
+            write_atomic(path, content)
+        return path
+
+    def _config(self) -> bytes:
+        """config.json: the source's, what is quantized how, and the dtype under its new and its old name."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        config = {**self.source.config, "dtype": dtype, "torch_dtype": dtype}
+        if self.source.tied_head:
+            config["tie_word_embeddings"] = True
+        config["quantization_config"] = dict(self._quantization_config)
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_quantization_config(path: Path) -> dict[str, Any] | None:
+    """The quantization_config of a folder's config.json, None when there is none. Raises ModelError for damaged JSON."""
+    file = path / CONFIG
+    found = read_json_object(file).get("quantization_config") if file.is_file() else None
+    return found if isinstance(found, dict) else None
+
+
+class FolderArtifact(ArtifactSource):
+    """An artifact in a Hugging Face folder, read back; headers are read and checked at once, tensors when asked for.
+
+    A format's subclass says in `parts` under which endings behind a module's name a quantized linear is stored (the first
+    one marks it), and what they mean in `unpack`. `read` gives float32 for quantized weights, others as stored. Raises
+    ModelError when a file is missing or damaged.
+    """
+
+    parts: Sequence[str] = GROUPED_PARTS
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        config = read_json_object(folder / CONFIG)
+        quantization = config.pop("quantization_config", None)
+        if not isinstance(quantization, dict):
+            raise ModelError(
+                f"{folder / CONFIG}: no quantization_config, expected one in a {self.format_name} artifact"
+            )
+        self.config = config
+        self.quantization: Mapping[str, Any] = quantization
+        self._files = open_shards(folder, ALL_DTYPES)
+        self._stored = self._stored_names()
+        self._lineage: dict[str, Any] | None = None
+
+    def _stored_names(self) -> dict[str, tuple[str, ...]]:
+        """Weight name to the stored tensors that stand for it, in the order of the file."""
+        quantized, module_of = {}, {}
+        mark = f".{self.parts[0]}"
+        for stored in self._files:
+            if stored.endswith(mark):
+                module = stored.removesuffix(mark)
+                names = tuple(name for part in self.parts if (name := f"{module}.{part}") in self._files)
+                quantized[f"{module}.weight"] = names
+                module_of.update(dict.fromkeys(names, f"{module}.weight"))
+        shown = dict.fromkeys(module_of.get(stored, stored) for stored in self._files)
+        return {name: quantized.get(name, (name,)) for name in shown}
+
+    @abstractmethod
+    def unpack(self, weight_name: str, get: Callable[[str], Tensor]) -> QuantizedTensor | None:
+        """The quantized tensor of a weight that `parts` marks. get: a stored tensor by its full name.
+
+        Raises ModelError when what is stored does not fit together.
+        """
+
+    def unpacked_shape(self, weight_name: str) -> tuple[int, int]:
+        """[out, in] of a quantized weight; a subclass that can tell it from `entry` alone saves reading the weight."""
+        return self._unpacked(weight_name).shape
+
+    def entry(self, stored_name: str) -> Entry:
+        """Dtype, shape and place of a stored tensor. Raises ModelError when there is none of this name."""
+        if stored_name not in self._files:
+            raise ModelError(
+                f"{self.path}: holds no tensor {stored_name}", hint="the artifact is incomplete: make it again"
+            )
+        return self._files[stored_name].entries[stored_name]
+
+    def stored(self, stored_name: str) -> Tensor:
+        """A tensor as the file holds it. Raises ModelError when there is none of this name."""
+        self.entry(stored_name)
+        return self._files[stored_name].read(stored_name)
+
+    def _names_of(self, name: str) -> tuple[str, ...]:
+        if name not in self._stored:
+            raise ModelError(f"{self.path}: holds no tensor {name}")
+        return self._stored[name]
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a weight is stored as codes."""
+        return self._names_of(name) != (name,)
+
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.unpacked_shape(name) if self.is_quantized(name) else self.entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if self.is_quantized(name) else ALL_DTYPES[self.entry(name).dtype]
+
+    def read(self, name: str) -> Tensor:
+        return self._unpacked(name).dequantize() if self.is_quantized(name) else self.stored(name)
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        return self._unpacked(name) if self.is_quantized(name) else None
+
+    def _unpacked(self, name: str) -> QuantizedTensor:
+        found = self.unpack(name, self.stored)
+        assert found is not None, f"{name} is marked as quantized"
+        return found
+
+    def stored_bytes(self, name: str) -> int:
+        return sum(self.entry(stored).end - self.entry(stored).start for stored in self._names_of(name))
+
+    def tokenizer_folder(self) -> Path:
+        if not any((self.path / name).is_file() for name in TOKENIZER_FILES):
+            raise ModelError(f"{self.path}: holds no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
+        return self.path
+
+    def side_files(self) -> list[Path]:
+        return sorted(path for path in self.path.iterdir() if path.is_file() and is_side_file(path.name))
+
+    def lineage(self) -> dict[str, Any]:
+        if self._lineage is None:
+            files = weight_files(self.path, self._files)
+            self._lineage = {"kind": self.kind, "id": self.path.resolve().name, "revision": None, "files": files}
+        return self._lineage
