@@ -7,6 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.errors import ModelError
+
 if TYPE_CHECKING:
     from quantkit.formats.base import ArtifactSource
     from quantkit.manifest import Manifest
@@ -19,10 +21,10 @@ def inspect(path: Path) -> dict[str, Any]:
     """The facts of an artifact by quantkit or by another tool, from headers and file sizes; no weight is decoded.
 
     Keys: artifact, format, method (None when neither the manifest nor the file tells), bits_per_weight (of the
-    quantized tensors, None when there are none), bits_per_weight_all (of all), parameters, weight_bytes, quantization
-    (the file's own settings), tensors [{name, shape, bits_per_weight, bytes, quantized, and for linears with a manifest
-    requested, applied, sqnr_db, reason}], files [{name, bytes}], lineage (the manifest without tensors and files, or
-    None).
+    quantized linears, None when there are none), bits_per_weight_all (of all parameters, from the bytes of the weight
+    files), parameters, weight_bytes, quantization (the file's own settings), tensors [{name, shape, bits_per_weight,
+    bytes, quantized, and for linears with a manifest requested, applied, sqnr_db, reason}], files [{name, bytes}],
+    lineage (the manifest without tensors and files, or None).
     Raises ModelError when there is no artifact or it is damaged.
     """
     from quantkit.formats import open_artifact
@@ -31,24 +33,32 @@ def inspect(path: Path) -> dict[str, Any]:
     source = open_artifact(path)
     manifest = read_manifest(path)
     tensors = _tensors(source, manifest)
-    quantized = [tensor for tensor in tensors if tensor["quantized"]]
+    linears = [tensor for tensor in tensors if tensor["quantized"] and tensor["name"] != _embedding(source)]
+    files = _files(path)
+    weight_bytes = sum(file["bytes"] for file in files if file["name"].endswith((".safetensors", ".gguf")))
+    parameters = source.parameter_count()
     return {
         "artifact": path.name,
         "format": source.format_name,
         "method": manifest.method if manifest else method_label(source.quantization),
-        "bits_per_weight": _bits(quantized),
-        "bits_per_weight_all": _bits(tensors),
-        "parameters": source.parameter_count(),
-        "weight_bytes": sum(tensor["bytes"] for tensor in tensors),
+        "bits_per_weight": _bits(linears),
+        "bits_per_weight_all": weight_bytes * 8 / parameters,
+        "parameters": parameters,
+        "weight_bytes": weight_bytes,
         "quantization": _plain(source.quantization),
         "tensors": tensors,
-        "files": _files(path),
+        "files": files,
         "lineage": manifest.model_dump(mode="json", exclude={"tensors", "files"}) if manifest else None,
     }
 
 
 def method_label(quantization: Mapping[str, Any]) -> str | None:
-    """A label such as "gptq 4-bit g128 sym act-order" from a quantization_config, None when it names no method."""
+    """A label such as "gptq 4-bit g128 sym act-order" from a reader's own settings, None when they name no method.
+
+    quantization: a quantization_config, or {"type": ...} of a GGUF file.
+    """
+    if "type" in quantization:
+        return f"gguf {quantization['type']}"
     name = quantization.get("quant_method")
     if name is None:
         return None
@@ -86,6 +96,16 @@ def _tensors(source: ArtifactSource, manifest: Manifest | None) -> list[dict[str
             tensor |= record.model_dump(include={"requested", "applied", "sqnr_db", "reason"})
         tensors.append(tensor)
     return tensors
+
+
+def _embedding(source: ArtifactSource) -> str | None:
+    """The matrix that is no linear, None in a family that quantkit has no layout for: all matrices count there."""
+    from quantkit.model.blocks import architecture_of
+
+    try:
+        return f"{architecture_of(source.config).embedding}.weight"
+    except ModelError:
+        return None
 
 
 def _bits(tensors: list[dict[str, Any]]) -> float | None:

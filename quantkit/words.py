@@ -51,13 +51,14 @@ def manifest(made: Manifest) -> str:
 
 def inspection(facts: dict[str, Any]) -> str:
     """An artifact at a glance: tensors of one role and shape share a line."""
+    bits, bits_all = _bits(facts["bits_per_weight"]), _bits(facts["bits_per_weight_all"])
     rows = [
         ["artifact", facts["artifact"]],
         ["format", facts["format"]],
         ["method", facts["method"] or "not recorded in the file"],
         ["parameters", f"{facts['parameters'] / 1e6:.1f} million"],
         ["weights", megabytes(facts["weight_bytes"])],
-        ["bits per weight", f"{_bits(facts['bits_per_weight'])} quantized, {_bits(facts['bits_per_weight_all'])} all"],
+        ["bits per weight", f"{bits} quantized linears, {bits_all} all"],
     ]
     lineage = facts["lineage"]
     if lineage is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quantkit import cli, jobs
 from quantkit.errors import (
@@ -298,3 +299,25 @@ def test_calibration_sets_are_listed_and_shown(capsys: Captured) -> None:
     assert "embedded: pydoc_data.topics" in capsys.readouterr().out
     assert cli.execute(["calibration", "show", "pidoc"]) == 3
     assert "did you mean pydoc?" in capsys.readouterr().err
+
+
+def test_token_ids_are_written_once_with_their_fingerprint(
+    tiny_llama: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    from quantkit.model.calibration import fingerprint_of
+
+    out = tmp_path / "new" / "ids.json"
+    arguments = ["calibration", "build", "pydoc", "--out", str(out), "--model", str(tiny_llama)]
+    arguments += ["--sequences", "3", "--length", "16", "--seed", "5"]
+    assert cli.execute(arguments) == 0
+    fingerprint = capsys.readouterr().out.strip()
+    document = json.loads(out.read_text())
+    assert document["fingerprint"] == fingerprint and len(fingerprint) == 64
+    assert [len(row) for row in document["ids"]] == [16, 16, 16]
+    assert document["section"] == {"set": "pydoc", "sequences": 3, "length": 16, "seed": 5}
+    assert fingerprint_of(torch.tensor(document["ids"])) == fingerprint
+    assert cli.execute(arguments) == 2
+    assert f"{out}: exists" in capsys.readouterr().err
+    assert cli.execute([*arguments, "--force", "--sequences", "100000"]) == 3
+    assert "too little text" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == document

@@ -59,6 +59,7 @@ def test_an_artifact_with_its_manifest(artifact: Path) -> None:
 def test_the_bits_agree_with_the_manifest(artifact: Path) -> None:
     facts = inspect(artifact)
     assert facts["bits_per_weight"] == pytest.approx(facts["lineage"]["bits_per_weight"], rel=1e-9)
+    assert facts["bits_per_weight_all"] == pytest.approx(facts["lineage"]["bits_per_weight_all"], rel=1e-9)
 
 
 def test_an_artifact_by_another_tool_has_no_lineage(artifact: Path, tmp_path: Path) -> None:
@@ -97,6 +98,7 @@ def test_what_is_no_artifact(tmp_path: Path, tiny_llama: Path) -> None:
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes int8"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
           "bnb_4bit_use_double_quant": True}, "bitsandbytes nf4 double"),
+        ({"type": "Q4_1", "types": {"Q4_1": 210}}, "gguf Q4_1"),
         ({}, None),
     ],
 )  # fmt: skip
