@@ -1,9 +1,123 @@
+"""AutoAWQ's "gemm" files, read by vLLM, SGLang, TGI and, through gptqmodel, transformers.
+
+Words run along the output features, eight nibbles each in the order 0 2 4 6 1 3 5 7; zeros are stored as they are.
+Source: AutoAWQ 0.2.9, awq/modules/linear/gemm.py.
+"""
+
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from quantkit.formats.base import Format
+import torch
+from torch import Tensor
+
+from quantkit.errors import ModelError
+from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
+from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
+from quantkit.formats.group import float16_scale, grid_of, require_group_tensor
+from quantkit.maths.packing import awq_deinterleave, awq_interleave, pack, unpack
+from quantkit.model.source import Source
+from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
+
+WORD = 8
+"""4-bit codes in an int32."""
+
+
+def pack_awq(name: str, value: QuantizedTensor) -> dict[str, Tensor]:
+    """qweight int32 [in, out/8], qzeros int32 [groups, out/8], scales float16 [groups, out] of a weight."""
+    tensor = require_group_tensor(name, value)
+    module = name.removesuffix(".weight")
+    codes = tensor.codes.T  # [in, out]
+    groups, out_features = tensor.scale.shape[1], tensor.shape[0]
+    if tensor.zero is None:
+        zeros = torch.full((groups, out_features), 2 ** (tensor.grid.bits - 1), dtype=torch.uint8)
+    else:
+        zeros = tensor.zero.T
+    return {
+        f"{module}.qweight": pack(awq_interleave(codes), 4),
+        f"{module}.qzeros": pack(awq_interleave(zeros), 4),
+        f"{module}.scales": float16_scale(name, tensor.scale).T.contiguous(),
+    }
+
+
+def unpack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int | None, zero_point: bool) -> GroupTensor:
+    """The weight behind AutoAWQ's three tensors."""
+    out_features = scales.shape[1]
+    codes = awq_deinterleave(unpack(qweight, 4, out_features)).T.contiguous()  # [out, in]
+    zero = awq_deinterleave(unpack(qzeros, 4, out_features)).T.contiguous()  # [out, groups]
+    symmetric = not zero_point and bool((zero == 8).all())
+    grid = Grid(4, group_size, symmetric)
+    return GroupTensor(codes, scales.T.float().contiguous(), None if symmetric else zero, grid)
 
 
 class AutoAWQ(Format):
+    """Settings of the format; it has none."""
+
+    engines: ClassVar[tuple[str, ...]] = ("gptqmodel",)
     name: Literal["autoawq"] = "autoawq"
+
+    def misfits(self, plans: list[LinearPlan], source: Source) -> list[str]:
+        problems = []
+        sizes = {}
+        for plan in plans:
+            grid = grid_of(plan.method)
+            if plan.method is None:
+                continue
+            if grid is None:
+                problems.append(f"{plan.name}: {plan.method.name} does not make what the autoawq format holds")
+                continue
+            sizes.setdefault((grid.group_size, grid.symmetric), plan.name)
+            if grid.bits != 4:
+                problems.append(f"{plan.name}: the autoawq format holds 4 bits, found {grid.bits}")
+            if plan.out_features % WORD:
+                problems.append(f"{plan.name}: out_features {plan.out_features} is not divisible by {WORD}")
+        if len(sizes) > 1:
+            found = ", ".join(f"group_size {size} at {name}" for (size, _), name in sizes.items())
+            problems.append(f"the autoawq format holds one group size and one kind of zero for all layers, found {found}")
+        return problems
+
+    def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
+        first = next(plan.method for plan in plans if plan.method is not None)
+        grid = grid_of(first)
+        assert grid is not None, "misfits are refused before a writer is made"
+        config = {
+            "quant_method": "awq",
+            "bits": grid.bits,
+            "group_size": -1 if grid.group_size is None else grid.group_size,
+            "zero_point": not grid.symmetric,
+            "version": "gemm",
+            # readers match these as substrings of module names
+            "modules_to_not_convert": [plan.name for plan in plans if plan.method is None] or None,
+        }
+        return FolderWriter(folder, source, plans, dtype, pack_awq, config)
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        return (read_quantization_config(path) or {}).get("quant_method") == "awq"
+
+    @classmethod
+    def open(cls, path: Path) -> ArtifactSource:
+        return AWQArtifact(path)
+
+
+class AWQArtifact(FolderArtifact):
+    """An AutoAWQ folder, by whatever tool."""
+
+    format_name = "autoawq"
+    parts = ("qweight", "qzeros", "scales")
+
+    def unpacked_shape(self, weight_name: str) -> tuple[int, int]:
+        in_features, words = self.entry(f"{weight_name.removesuffix('.weight')}.qweight").shape
+        return (words * WORD, in_features)
+
+    def unpack(self, weight_name: str, get: Callable[[str], Tensor]) -> QuantizedTensor | None:
+        module = weight_name.removesuffix(".weight")
+        qweight, qzeros, scales = (get(f"{module}.{part}") for part in self.parts)
+        bits, version = self.quantization.get("bits", 4), self.quantization.get("version", "gemm")
+        if bits != 4 or str(version).lower() != "gemm":
+            raise ModelError(f"{self.path}: awq version {version} with {bits} bits; expected gemm with 4 bits")
+        size = int(self.quantization.get("group_size", 128))
+        group_size = None if size in (-1, qweight.shape[0]) else size
+        return unpack_awq(qweight, qzeros, scales, group_size, bool(self.quantization.get("zero_point", True)))

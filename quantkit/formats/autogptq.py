@@ -1,9 +1,201 @@
+"""GPTQ files, read by vLLM, SGLang, TGI, ExLlama and, through gptqmodel, transformers.
+
+Words run along the input features, low bits first; `checkpoint_format: gptq` (v1) stores each zero minus one, in its field.
+Source: AutoGPTQ 0.7.1, auto_gptq/nn_modules/qlinear; gptqmodel 7.6.0, gptqmodel/nn_modules/qlinear.
+"""
+
 from __future__ import annotations
 
-from typing import Literal
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from quantkit.formats.base import Format
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from quantkit import __version__
+from quantkit.errors import ModelError
+from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
+from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
+from quantkit.formats.group import float16_scale, grid_of, require_group_tensor
+from quantkit.maths.packing import pack, unpack
+from quantkit.model.source import Source
+from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
+
+V1, V2 = "gptq", "gptq_v2"
+
+
+def pack_gptq(name: str, value: QuantizedTensor, checkpoint_format: str) -> dict[str, Tensor]:
+    """qweight int32 [in*bits/32, out], qzeros int32 [groups, out*bits/32], scales float16 [groups, out], g_idx int32 [in]."""
+    tensor = require_group_tensor(name, value)
+    module, bits = name.removesuffix(".weight"), tensor.grid.bits
+    if tensor.zero is None:
+        zeros = torch.full(tensor.scale.T.shape, 2 ** (bits - 1), dtype=torch.int64)
+    else:
+        zeros = tensor.zero.T.to(torch.int64)
+    if checkpoint_format == V1:
+        # masked to the field: -1 for a zero of 0 would borrow from its neighbours
+        zeros = (zeros - 1) & (2**bits - 1)
+    return {
+        f"{module}.qweight": pack(tensor.codes, bits).T.contiguous(),  # [out, words] turned
+        f"{module}.qzeros": pack(zeros, bits),
+        f"{module}.scales": float16_scale(name, tensor.scale).T.contiguous(),
+        f"{module}.g_idx": tensor.column_groups().to(torch.int32),
+    }
+
+
+def unpack_gptq(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    checkpoint_format: str,
+) -> GroupTensor:
+    """The weight behind a GPTQ file's tensors; g_idx None means that columns lie in order."""
+    out_features = scales.shape[1]
+    in_features = qweight.shape[0] * 32 // bits
+    codes = unpack(qweight.T.contiguous(), bits, in_features)  # [out, in]
+    zero = unpack(qzeros, bits, out_features)  # [groups, out]
+    if checkpoint_format == V1:
+        zero = (zero + 1) & (2**bits - 1)
+    zero = zero.T.contiguous()
+    middle = bool((zero == 2 ** (bits - 1)).all())
+    grid = Grid(bits, group_size, symmetric and middle)
+    group_of = None
+    if g_idx is not None:
+        in_order = torch.arange(in_features) // (group_size or in_features)
+        group_of = None if torch.equal(g_idx.long(), in_order) else g_idx.to(torch.int32)
+    return GroupTensor(codes, scales.T.float().contiguous(), None if grid.symmetric else zero, grid, group_of)
 
 
 class AutoGPTQ(Format):
+    """Settings of the format."""
+
+    engines: ClassVar[tuple[str, ...]] = ("gptqmodel",)
     name: Literal["autogptq"] = "autogptq"
+    checkpoint_format: Literal["gptq", "gptq_v2"] = Field(
+        "gptq", description="gptq (v1, zeros minus one, every reader) or gptq_v2 (zeros as they are)"
+    )
+
+    def misfits(self, plans: list[LinearPlan], source: Source) -> list[str]:
+        problems = []
+        for plan in plans:
+            grid = grid_of(plan.method)
+            if plan.method is None:
+                continue
+            if grid is None:
+                problems.append(f"{plan.name}: {plan.method.name} does not make what the autogptq format holds")
+                continue
+            for what, count in (("in_features", plan.in_features), ("out_features", plan.out_features)):
+                if count * grid.bits % 32:
+                    problems.append(f"{plan.name}: {what} {count} does not fill 32-bit words with {grid.bits}-bit codes")
+        return problems
+
+    def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
+        config = self._config(plans)
+
+        def packed(name: str, value: QuantizedTensor) -> dict[str, Tensor]:
+            return pack_gptq(name, value, self.checkpoint_format)
+
+        extra = {"quantize_config.json": (json.dumps(config, indent=2) + "\n").encode()}
+        return FolderWriter(folder, source, plans, dtype, packed, config, extra)
+
+    def _config(self, plans: list[LinearPlan]) -> dict[str, Any]:
+        """quantization_config: the settings of most linears, and the others under `dynamic`."""
+        settings = [plan.method for plan in plans if plan.method is not None]
+        main = max(settings, key=settings.count)
+        grid = grid_of(main)
+        assert grid is not None, "misfits are refused before a writer is made"
+        config: dict[str, Any] = {
+            "quant_method": "gptq",
+            "bits": grid.bits,
+            "group_size": _stored(grid.group_size),
+            # groups are static and columns stay in place, so no reader has to reorder, whatever the order of rounding was
+            "desc_act": False,
+            "sym": grid.symmetric,
+            "lm_head": any(plan.name == "lm_head" and plan.method is not None for plan in plans),
+            "checkpoint_format": self.checkpoint_format,
+            "damp_percent": getattr(main, "damp", 0.01),
+            "static_groups": True,
+            "true_sequential": False,
+            "meta": {
+                "quantizer": [f"quantkit:{__version__}"],
+                "method": main.label(),
+                "act_order": bool(getattr(main, "act_order", False)),
+            },
+        }
+        dynamic: dict[str, dict[str, Any]] = {}
+        for plan in plans:
+            other = grid_of(plan.method)
+            pattern = f"^{re.escape(plan.name)}$"
+            if other is None and plan.name != "lm_head":
+                dynamic[f"-:{pattern}"] = {}
+            elif other is not None and other != grid:
+                dynamic[f"+:{pattern}"] = {
+                    "bits": other.bits,
+                    "group_size": _stored(other.group_size),
+                    "sym": other.symmetric,
+                }
+        if dynamic:
+            config["dynamic"] = dynamic
+        return config
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        return (read_quantization_config(path) or {}).get("quant_method") == "gptq"
+
+    @classmethod
+    def open(cls, path: Path) -> ArtifactSource:
+        return GPTQArtifact(path)
+
+
+def _stored(group_size: int | None) -> int:
+    return -1 if group_size is None else group_size
+
+
+class GPTQArtifact(FolderArtifact):
+    """A GPTQ folder, by whatever tool."""
+
+    format_name = "autogptq"
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+
+    def settings_of(self, module: str) -> dict[str, Any]:
+        """bits, group_size and sym of a module, `dynamic` entries applied."""
+        found = {key: self.quantization.get(key) for key in ("bits", "group_size", "sym")}
+        for rule, changes in (self.quantization.get("dynamic") or {}).items():
+            if rule.startswith("-:"):
+                continue
+            if re.match(rule.removeprefix("+:"), module):
+                found.update({key: changes[key] for key in found if key in changes})
+                break
+        return found
+
+    def _bits(self, module: str) -> int:
+        bits = self.settings_of(module)["bits"]
+        if bits not in (2, 3, 4, 8):
+            raise ModelError(f"{self.path}: {module}: {bits} bits; expected 2, 3, 4 or 8")
+        return int(bits)
+
+    def unpacked_shape(self, weight_name: str) -> tuple[int, int]:
+        module = weight_name.removesuffix(".weight")
+        words, out_features = self.entry(f"{module}.qweight").shape
+        return (out_features, words * 32 // self._bits(module))
+
+    def unpack(self, weight_name: str, get: Callable[[str], Tensor]) -> QuantizedTensor | None:
+        module = weight_name.removesuffix(".weight")
+        qweight, qzeros, scales = (get(f"{module}.{part}") for part in self.parts[:3])
+        # files of other tools leave g_idx out where columns lie in order
+        g_idx = get(f"{module}.g_idx") if f"{module}.g_idx" in self._stored[weight_name] else None
+        settings, bits = self.settings_of(module), self._bits(module)
+        size = int(settings["group_size"] or -1)
+        group_size = None if size in (-1, qweight.shape[0] * 32 // bits) else size
+        version = str(self.quantization.get("checkpoint_format") or V1)
+        return unpack_gptq(
+            qweight, qzeros, scales, g_idx, bits, group_size, bool(settings["sym"]), V2 if version == V2 else V1
+        )
