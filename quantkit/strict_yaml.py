@@ -91,7 +91,8 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         said = (error.problem or error.context or "not YAML").removeprefix("but ")
-        raise RecipeError(f"{where}: {place}{said}", hint=HINT) from error
+        hint = "backslashes stand in single quotes or in none" if "escape character" in said else HINT
+        raise RecipeError(f"{where}: {place}{said}", hint=hint) from error
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{where}: not YAML: {str(error).splitlines()[0]}", hint=HINT) from error
     if loader.problems:

@@ -72,6 +72,13 @@ def test_what_is_refused(text: str, expected: str) -> None:
         parse_yaml(text, "x.yaml")
 
 
+def test_a_regex_in_double_quotes_is_told_where_backslashes_stand() -> None:
+    with pytest.raises(RecipeError, match="unknown escape character") as caught:
+        parse_yaml('skip: ["layers\\.0"]', "x.yaml")
+    assert caught.value.hint == "backslashes stand in single quotes or in none"
+    assert parse_yaml("skip: ['layers\\.0', layers\\.1]", "x.yaml") == {"skip": ["layers\\.0", "layers\\.1"]}
+
+
 def test_an_alias_bomb_is_refused_at_its_first_alias() -> None:
     bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
     with pytest.raises(RecipeError, match="line 2.*aliases"):
