@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device for "auto", "cpu" or "cuda". Raises MissingDependencyError when a GPU is asked for and none is there."""
+    """The torch device for "auto", "cpu" or "cuda". Raises MissingDependencyError when a GPU is asked for and none is
+    there."""
     import torch
 
     if name not in ("auto", "cpu", "cuda"):

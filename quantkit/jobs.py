@@ -115,7 +115,9 @@ def _quantize(
     folders = [folder for _, _, folder in wanted]
     twice = {str(folder) for folder in folders if folders.count(folder) > 1}
     if twice:
-        raise RecipeError(f"two recipes write to {', '.join(sorted(twice))}", hint="give their suite entries different labels")
+        raise RecipeError(
+            f"two recipes write to {', '.join(sorted(twice))}", hint="give their suite entries different labels"
+        )
     jobs: list[Job] = []
     problems: list[RecipeError] = []
     needed = 0

@@ -1,7 +1,8 @@
 """The only loop over blocks: read a block, look at its inputs, quantize it with every recipe, write, drop.
 
-Several recipes with one model and one calibration set go through the model together: each block is read once, and recipes that
-calibrate on the unquantized model share its statistics. Peak memory is a block, its statistics and the hidden states.
+Several recipes with one model and one calibration set go through the model together: each block is read once, and
+recipes that calibrate on the unquantized model share its statistics. Peak memory is a block, its statistics and the
+hidden states.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def quantize(
 ) -> list[Manifest]:
     """Make every job's artifact in one pass over the model; each appears complete or not at all.
 
-    calibration: the token ids that calibrated methods need; None when no job has one. Raises ModelError for a damaged or non-finite model,
-    DataError for a full disk; nothing is left behind then.
+    calibration: the token ids that calibrated methods need; None when no job has one. Raises ModelError for a damaged
+    or non-finite model, DataError for a full disk; nothing is left behind then.
     """
     layout = _Layout(architecture_of(source.config).norm_offset, head_dim(source.config))
     with ExitStack() as stack:
@@ -265,14 +266,15 @@ def _record_skipped(state: _State, linear: str, stored: int, count: int) -> None
 
 
 def _store(state: _State, name: str, tensor: Tensor) -> int:
-    """Write a tensor that stays unquantized. Raises ModelError when it does not fit the dtype it is stored in."""
-    converted = tensor.to("cpu", state.dtype) if tensor.is_floating_point() else tensor.cpu()
-    if converted.dtype == torch.float16 and bool(torch.isinf(converted).any()):
+    """Write a tensor that stays unquantized; the writer converts it. Raises ModelError when its dtype cannot hold it."""
+    largest = torch.finfo(state.dtype).max
+    if tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) > largest:
         raise ModelError(
-            f"{name}: values up to {float(tensor.abs().max()):.3g} do not fit float16, whose largest is 65504",
+            f"{name}: values up to {float(tensor.abs().max()):.3g} do not fit {state.job.recipe.model.dtype}, "
+            f"whose largest is {largest:.6g}",
             hint="--set model.dtype=bfloat16",
         )
-    return state.writer.add(name, converted)
+    return state.writer.add(name, tensor.cpu())
 
 
 def _manifest(

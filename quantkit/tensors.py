@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,8 @@ QuantizedTensor = GroupTensor | Int8Rows | CodebookBlocks | BlockTensor
 def on_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
     """The same quantized tensor with all its parts in host memory."""
     parts = {item.name: getattr(tensor, item.name) for item in fields(tensor)}
-    return replace(tensor, **{name: part.cpu() for name, part in parts.items() if isinstance(part, Tensor)})
+    moved: dict[str, Any] = {name: part.cpu() for name, part in parts.items() if isinstance(part, Tensor)}
+    return replace(tensor, **moved)
 
 
 StoredTensors = Mapping[str, Tensor]

@@ -36,6 +36,7 @@ def shared_data() -> Path:
 def write_tokenizer(folder: Path, vocab_size: int = 384) -> None:
     """A byte-level BPE tokenizer trained on the text that every Python carries."""
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -42,7 +42,9 @@ def pack_awq(name: str, value: QuantizedTensor) -> dict[str, Tensor]:
     }
 
 
-def unpack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int | None, zero_point: bool) -> GroupTensor:
+def unpack_awq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int | None, zero_point: bool
+) -> GroupTensor:
     """The weight behind AutoAWQ's three tensors."""
     out_features = scales.shape[1]
     codes = awq_deinterleave(unpack(qweight, 4, out_features)).T.contiguous()  # [out, in]
@@ -60,7 +62,7 @@ class AutoAWQ(Format):
 
     def misfits(self, plans: list[LinearPlan], source: Source) -> list[str]:
         problems = []
-        sizes = {}
+        sizes: dict[tuple[int | None, bool], str] = {}
         for plan in plans:
             grid = grid_of(plan.method)
             if plan.method is None:
@@ -75,7 +77,9 @@ class AutoAWQ(Format):
                 problems.append(f"{plan.name}: out_features {plan.out_features} is not divisible by {WORD}")
         if len(sizes) > 1:
             found = ", ".join(f"group_size {size} at {name}" for (size, _), name in sizes.items())
-            problems.append(f"the autoawq format holds one group size and one kind of zero for all layers, found {found}")
+            problems.append(
+                f"the autoawq format holds one group size and one kind of zero for all layers, found {found}"
+            )
         return problems
 
     def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:

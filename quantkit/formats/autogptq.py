@@ -1,7 +1,7 @@
 """GPTQ files, read by vLLM, SGLang, TGI, ExLlama and, through gptqmodel, transformers.
 
-Words run along the input features, low bits first; `checkpoint_format: gptq` (v1) stores each zero minus one, in its field.
-Source: AutoGPTQ 0.7.1, auto_gptq/nn_modules/qlinear; gptqmodel 7.6.0, gptqmodel/nn_modules/qlinear.
+Words run along the input features, low bits first; `checkpoint_format: gptq` (v1) stores each zero minus one, in its
+field. Source: AutoGPTQ 0.7.1, auto_gptq/nn_modules/qlinear; gptqmodel 7.6.0, gptqmodel/nn_modules/qlinear.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ V1, V2 = "gptq", "gptq_v2"
 
 
 def pack_gptq(name: str, value: QuantizedTensor, checkpoint_format: str) -> dict[str, Tensor]:
-    """qweight int32 [in*bits/32, out], qzeros int32 [groups, out*bits/32], scales float16 [groups, out], g_idx int32 [in]."""
+    """qweight int32 [in*bits/32, out], qzeros int32 [groups, out*bits/32], scales float16 [groups, out], g_idx int32
+    [in]."""
     tensor = require_group_tensor(name, value)
     module, bits = name.removesuffix(".weight"), tensor.grid.bits
     if tensor.zero is None:
@@ -94,7 +95,9 @@ class AutoGPTQ(Format):
                 continue
             for what, count in (("in_features", plan.in_features), ("out_features", plan.out_features)):
                 if count * grid.bits % 32:
-                    problems.append(f"{plan.name}: {what} {count} does not fill 32-bit words with {grid.bits}-bit codes")
+                    problems.append(
+                        f"{plan.name}: {what} {count} does not fill 32-bit words with {grid.bits}-bit codes"
+                    )
         return problems
 
     def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
@@ -116,7 +119,8 @@ class AutoGPTQ(Format):
             "quant_method": "gptq",
             "bits": grid.bits,
             "group_size": _stored(grid.group_size),
-            # groups are static and columns stay in place, so no reader has to reorder, whatever the order of rounding was
+            # groups are static and columns stay in place, so no reader has to reorder, whatever the order of rounding
+            # was
             "desc_act": False,
             "sym": grid.symmetric,
             "lm_head": any(plan.name == "lm_head" and plan.method is not None for plan in plans),

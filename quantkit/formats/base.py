@@ -40,8 +40,10 @@ class Writer(ABC):
         """Complete the files (headers, indexes, config, side files), fsync, and return every path written."""
 
 
-class Format(Frozen):
-    """The base of every format's settings; a subclass adds `name: Literal[...]` and its fields."""
+class Format(Frozen, ABC):
+    """The base of every format's settings; a subclass narrows `name` to a Literal and adds its fields."""
+
+    name: str
 
     engines: ClassVar[tuple[str, ...]] = ()
     """Names of the engines in quantkit/engines/ that run this format, the preferred one first."""
@@ -50,19 +52,19 @@ class Format(Frozen):
         """Every reason why this format cannot hold what is planned; one line each, with the layer's name."""
         return []
 
+    @abstractmethod
     def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
         """A writer into an existing empty folder. dtype: torch dtype of the tensors that stay unquantized."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def recognizes(cls, path: Path) -> bool:
         """Whether an artifact on disk is of this format; looks at config.json or the magic only."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def open(cls, path: Path) -> ArtifactSource:
         """Read an artifact back. Raises ModelError when a file is missing or damaged."""
-        raise NotImplementedError
 
 
 class ArtifactSource(Source):
@@ -74,7 +76,8 @@ class ArtifactSource(Source):
 
     @abstractmethod
     def quantized(self, name: str) -> QuantizedTensor | None:
-        """The quantized tensor behind a weight name such as "model.layers.0.mlp.up_proj.weight", or None if it is not."""
+        """The quantized tensor behind a weight name such as "model.layers.0.mlp.up_proj.weight", or None if it is
+        not."""
 
     @abstractmethod
     def stored_bytes(self, name: str) -> int:

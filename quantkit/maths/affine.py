@@ -5,10 +5,18 @@ Weights are taken a group of input columns at a time: `[out, in]` is seen as `[o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from quantkit.tensors import Grid, GroupTensor
+
+Candidate = tuple[Tensor, Tensor | None]
+"""Scale and zero of every group, as `grid_for_range` gives them."""
+
+ROW_CHUNK = 512
+"""Rows whose candidates are scored together: a band of a wide layer stays within tens of megabytes."""
 
 SHRINKS = tuple(1.0 - 0.025 * step for step in range(17))
 """Candidate ranges of a group as shares of its full range: 1 down to 0.6. On true fp32 weights at 4 bits the best share
@@ -95,44 +103,79 @@ def search_grid(
     gram: Tensor | None,
     scale_dtype: torch.dtype = torch.float16,
     shrinks: tuple[float, ...] = SHRINKS,
-    row_chunk: int = 256,
 ) -> tuple[Tensor, Tensor | None]:
     """The range of each group, among shares of its full one, that loses least when its weights are rounded.
 
     The loss of a group with rounding error e is `e H_gg e^T`, H_gg being the group's own block of the Gram matrix
-    (gram: float32 [in, in]); with the diagonal alone (gram: float32 [in]) it is `sum_j H_jj e_j^2`, which suits weights whose
-    errors will be compensated across columns; with None it is `e e^T`. Returns scale and zero as `grid_for_range` does.
-    Source: the clip search of AWQ (Lin et al. 2023, section 4), with the Gram block in place of stored activations.
+    (gram: float32 [in, in]); with the diagonal alone (gram: float32 [in]) it is `sum_j H_jj e_j^2`, which suits
+    weights whose errors will be compensated across columns; with None it is `e e^T`. Returns scale and zero as
+    `grid_for_range` does. Source: the clip search of AWQ (Lin et al. 2023, section 4), with the Gram block in place
+    of stored activations.
     """
+    weight = weight.float()
+    low, high = full_range(weight, grid)
+    candidates = [grid_for_range(low * share, high * share, grid, scale_dtype) for share in shrinks]
+    if gram is None or gram.dim() == 1:
+        best = _best_by_columns(weight, grid, gram, candidates)
+    else:
+        best = _best_by_blocks(weight, grid, gram, candidates)
+    scale = torch.stack([scale for scale, _ in candidates]).gather(0, best.unsqueeze(0)).squeeze(0)
+    if grid.symmetric:
+        return scale, None
+    zeros = torch.stack([zero for _, zero in candidates if zero is not None])
+    return scale, zeros.gather(0, best.unsqueeze(0)).squeeze(0)
+
+
+def _best_by_columns(weight: Tensor, grid: Grid, importance: Tensor | None, candidates: list[Candidate]) -> Tensor:
+    """Index of the best candidate of each group, int64 [out, groups], columns weighted by `importance` [in]."""
     in_features = weight.shape[1]
     size = grid.group_size or in_features
-    blocks, importance = None, None
-    if gram is not None and gram.dim() == 1:
-        importance = gram.reshape(in_features // size, size)
-    elif gram is not None:
-        count = in_features // size
-        blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-    scales, zeros = [], []
-    for rows in weight.float().split(row_chunk):
-        low, high = full_range(rows, grid)
-        best_loss = torch.full_like(low, float("inf"))
-        best_share = torch.ones_like(low)
-        for share in shrinks:
-            scale, zero = grid_for_range(low * share, high * share, grid, scale_dtype)
-            error = grouped(nearest_values(rows, scale, zero, grid) - rows, grid)  # [rows, groups, group_size]
-            if blocks is not None:
-                by_group = error.transpose(0, 1)  # [groups, rows, group_size]
-                loss = (torch.bmm(by_group, blocks) * by_group).sum(dim=2).T
-            elif importance is not None:
-                loss = (error.square_() * importance).sum(dim=2)
-            else:
-                loss = error.square_().sum(dim=2)
-            better = loss < best_loss
-            best_loss = torch.where(better, loss, best_loss)
-            best_share = torch.where(better, torch.full_like(best_share, share), best_share)
-        scale, zero = grid_for_range(low * best_share, high * best_share, grid, scale_dtype)
-        scales.append(scale)
-        zeros.append(zero)
-    if grid.symmetric:
-        return torch.cat(scales), None
-    return torch.cat(scales), torch.cat([zero for zero in zeros if zero is not None])
+    if importance is None:
+        importance = torch.ones(in_features, device=weight.device)
+    if weight.device.type == "cpu":
+        from quantkit.maths.kernels import best_range
+
+        scale = torch.stack([scale for scale, _ in candidates])
+        middle = torch.full_like(scale, float(2 ** (grid.bits - 1)))
+        if not grid.symmetric:
+            middle = torch.stack([zero for _, zero in candidates if zero is not None]).float()
+        best = torch.zeros(scale.shape[1:], dtype=torch.int64)
+        shape = (in_features // size, size)
+        best_range(
+            grouped(weight, grid).contiguous().numpy(),
+            importance.float().reshape(shape).contiguous().numpy(),
+            scale.numpy(),
+            middle.numpy(),
+            grid.levels,
+            best.numpy(),
+        )
+        return best
+    by_group = importance.reshape(-1, size)
+    return _least(candidates, lambda error: (error.square() * by_group).sum(dim=2), weight, grid)
+
+
+def _best_by_blocks(weight: Tensor, grid: Grid, gram: Tensor, candidates: list[Candidate]) -> Tensor:
+    """Index of the best candidate of each group, int64 [out, groups], by the groups' own blocks of the Gram matrix."""
+    size = grid.group_size or weight.shape[1]
+    count = weight.shape[1] // size
+    blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+    def loss(error: Tensor) -> Tensor:
+        turned = error.transpose(0, 1)  # [groups, rows, group_size]
+        return (torch.bmm(turned, blocks) * turned).sum(dim=2).T
+
+    return _least(candidates, loss, weight, grid)
+
+
+def _least(candidates: list[Candidate], loss: Callable[[Tensor], Tensor], weight: Tensor, grid: Grid) -> Tensor:
+    """Index of the candidate with the least loss [rows, groups]; a band of rows at a time, so that copies stay
+    small."""
+    chosen = []
+    for start in range(0, weight.shape[0], ROW_CHUNK):
+        rows = slice(start, start + ROW_CHUNK)
+        losses = []
+        for scale, zero in candidates:
+            values = nearest_values(weight[rows], scale[rows], None if zero is None else zero[rows], grid)
+            losses.append(loss(grouped(values - weight[rows], grid)))
+        chosen.append(torch.stack(losses).argmin(dim=0))
+    return torch.cat(chosen)

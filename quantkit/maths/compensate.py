@@ -1,7 +1,7 @@
 """Rounding with error compensation: each column's error is made up for by the columns that are not rounded yet.
 
-Source: Frantar et al. 2022 (GPTQ), algorithm 1, with static groups: scales and zeros come from the unrounded weight, so the
-order in which columns are rounded is free and the codes need no g_idx.
+Source: Frantar et al. 2022 (GPTQ), algorithm 1, with static groups: scales and zeros come from the unrounded weight,
+so the order in which columns are rounded is free and the codes need no g_idx.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class InverseFactor:
     """What error compensation needs of a Gram matrix.
 
     upper: float32 [in, in], upper triangular U with U^T U = (H + damping)^-1, rows and columns in `order`.
-    order: int64 [in], the column rounded at each step. dead: bool [in], columns that never had an input; they are rounded to
-    nearest, since nothing is known of them and other columns cannot make up for them.
+    order: int64 [in], the column rounded at each step. dead: bool [in], columns that never had an input; they are
+    rounded to nearest, since nothing is known of them and other columns cannot make up for them.
     damp: the share of the mean diagonal that was added; larger than asked when the factorization failed with less.
     """
 

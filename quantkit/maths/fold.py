@@ -41,7 +41,8 @@ def search_scale(weight: Tensor, mean_abs: Tensor, gram: Tensor, grid: Grid, exp
 def tie_over_heads(values: Tensor, head_dim: int, repeats: int, reduce: str) -> Tensor:
     """Bring a per-channel statistic of o_proj's inputs [heads * head_dim] to the value channels [kv_heads * head_dim].
 
-    Query heads h * repeats ... h * repeats + repeats - 1 share the value head h. reduce: "mean", or "first" for values that are equal already.
+    Query heads h * repeats ... h * repeats + repeats - 1 share the value head h. reduce: "mean", or "first" for
+    values that are equal already.
     """
     view = values.reshape(-1, repeats, head_dim)  # [kv_heads, repeats, head_dim]
     return (view.mean(dim=1) if reduce == "mean" else view[:, 0]).reshape(-1)

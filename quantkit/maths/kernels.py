@@ -67,3 +67,35 @@ def descend_block(
                 codes[i, j] = np.uint8(code)
                 for k in range(columns):
                     gradient[i, k] += moved * gram[j, k]
+
+
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
+def best_range(
+    weight: NDArray[np.float32],
+    importance: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    middle: NDArray[np.float32],
+    levels: int,
+    best: NDArray[np.int64],
+) -> None:
+    """For each group the candidate grid that loses least when its weights are rounded to nearest.
+
+    weight: [out, groups, group_size]. importance: [groups, group_size]. scale, middle: [candidates, out, groups].
+    best: [out, groups] receives the candidate's index, the first of equals.
+    """
+    rows, groups, size = weight.shape
+    top = np.float32(levels - 1)
+    for i in prange(rows):
+        for g in range(groups):
+            least = np.float32(np.inf)
+            for candidate in range(scale.shape[0]):
+                step, zero = scale[candidate, i, g], middle[candidate, i, g]
+                loss = np.float32(0.0)
+                for j in range(size):
+                    code = np.rint(weight[i, g, j] / step + zero)
+                    code = min(max(code, np.float32(0.0)), top)
+                    error = (code - zero) * step - weight[i, g, j]
+                    loss += importance[g, j] * error * error
+                if loss < least:
+                    least = loss
+                    best[i, g] = candidate

@@ -1,7 +1,7 @@
 """Codes in machine words: 2, 3, 4 and 8 bits into int32, low bits first, without a loop over elements.
 
-A code may straddle two words (3 bits: 32 codes in 3 words). Everything works along the last dimension; formats that pack along the
-other one transpose.
+A code may straddle two words (3 bits: 32 codes in 3 words). Everything works along the last dimension; formats that
+pack along the other one transpose.
 """
 
 from __future__ import annotations

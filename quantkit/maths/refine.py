@@ -1,8 +1,8 @@
 """What error compensation leaves on the table: codes and scales improved in turn, the loss falling at every step.
 
-GPTQ decides each column once and never looks back. Coordinate descent visits every code again, the others held, and moves it to
-the grid point that is best given them; a refit solves for the scales that suit the codes best. Both work on the same
-loss, `trace((Q - W) H (Q - W)^T)`. Source: Behdin et al. 2023 (QuantEase), section 3, for the descent.
+GPTQ decides each column once and never looks back. Coordinate descent visits every code again, the others held, and
+moves it to the grid point that is best given them; a refit solves for the scales that suit the codes best. Both work
+on the same loss, `trace((Q - W) H (Q - W)^T)`. Source: Behdin et al. 2023 (QuantEase), section 3, for the descent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ ROW_CHUNK = 256
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
-    """H with `damp` times its mean diagonal added; dead columns get the mean so that they stay at their nearest code."""
+    """H with `damp` times its mean diagonal added; dead columns get the mean so that they stay at their nearest
+    code."""
     diagonal = gram.diagonal()
     live = diagonal > 0
     mean = diagonal[live].mean() if bool(live.any()) else diagonal.new_ones(())
@@ -33,8 +34,8 @@ def refine(
 ) -> tuple[Tensor, Tensor]:
     """Better codes uint8 [out, in] and scales float32 [out, groups] for a rounded weight float32 [out, in].
 
-    gram: float32 [in, in], already damped. Each round is a sweep of coordinate descent and a refit of the scales, and one last sweep
-    follows. Zeros stay as they are.
+    gram: float32 [in, in], already damped. Each round is a sweep of coordinate descent and a refit of the scales, and
+    one last sweep follows. Zeros stay as they are.
     """
     middle = torch.full_like(scale, float(2 ** (grid.bits - 1))) if zero is None else zero.float()
     for _ in range(rounds):
@@ -100,8 +101,9 @@ def _descend_block_tensors(
 def refit_scale(weight: Tensor, codes: Tensor, scale: Tensor, middle: Tensor, grid: Grid, gram: Tensor) -> Tensor:
     """The scales that minimize the loss for given codes, as float16 stores them: float32 [out, groups].
 
-    For each row a linear system of as many unknowns as groups: with c_g the row's codes of group g, `A_gk = c_g H_gk c_k` and
-    `b_g = w H c_g`. A scale that would leave half to twice its old value stays; so does one whose group is all zero.
+    For each row a linear system of as many unknowns as groups: with c_g the row's codes of group g, `A_gk = c_g H_gk
+    c_k` and `b_g = w H c_g`. A scale that would leave half to twice its old value stays; so does one whose group is
+    all zero.
     """
     columns = weight.shape[1]
     size = grid.group_size or columns

@@ -1,7 +1,7 @@
 """AWQ (Lin et al. 2023): scales that protect the input channels which matter, folded into what stands before.
 
-Scales are found by the Gram score (maths/fold.py), ranges by the clip search (maths/affine.py). `rounding: gptq` then rounds
-the scaled weights with error compensation instead of to nearest; the file is a plain AWQ file either way.
+Scales are found by the Gram score (maths/fold.py), ranges by the clip search (maths/affine.py). `rounding: gptq` then
+rounds the scaled weights with error compensation instead of to nearest; the file is a plain AWQ file either way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class AWQ(Method):
     clip: bool = Field(True, description="search each group's range for the one that loses least")
     exponents: int = Field(20, ge=1, le=200, description="candidates of the scale search")
     damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram; rounding gptq")
-    refine: int = Field(2, ge=0, le=20, description="rounds of coordinate descent and scale refit after GPTQ's rounding")
+    refine: int = Field(
+        2, ge=0, le=20, description="rounds of coordinate descent and scale refit after GPTQ's rounding"
+    )
     propagate: Literal["unquantized", "quantized"] = Field(
         "unquantized", description="whose outputs the next block is calibrated on"
     )
@@ -50,5 +52,7 @@ class AWQ(Method):
         return affine_bits(self.grid, out_features, in_features)
 
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
-        steps = Steps(self.grid, self.exponents, self.clip, self.rounding == "gptq", self.damp, act_order=True, refine=self.refine)
+        steps = Steps(
+            self.grid, self.exponents, self.clip, self.rounding == "gptq", self.damp, act_order=True, refine=self.refine
+        )
         return quantize_calibrated(given, statistics, steps)

@@ -93,9 +93,7 @@ class Method(Frozen):
         """
 
 
-def quantize_each(
-    given: BlockWeights, quantize: Callable[[Tensor], QuantizedTensor], label: str
-) -> BlockResult:
+def quantize_each(given: BlockWeights, quantize: Callable[[Tensor], QuantizedTensor], label: str) -> BlockResult:
     """The whole of `quantize_block` for a method that looks at one weight at a time."""
     quantized = {name: quantize(weight) for name, weight in given.weights.items()}
     return BlockResult(quantized, dict.fromkeys(quantized, label))

@@ -1,7 +1,7 @@
 """What AWQ and GPTQ share: fold scales into what stands before, choose each group's grid, round.
 
-The two methods differ in their defaults and in the file they are written for, not in their steps, so each is a choice of
-`Steps`: scales or none, a searched or a full range, rounding to nearest or with error compensation.
+The two methods differ in their defaults and in the file they are written for, not in their steps, so each is a choice
+of `Steps`: scales or none, a searched or a full range, rounding to nearest or with error compensation.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Steps:
     """How a calibrated method treats the linears of one input.
 
     exponents: candidates of AWQ's scale search; 0 leaves the scales out. search_range: look for the best share of each
-    group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of GPTQ's rounding. refine: rounds of descent
-    and scale refit after it.
+    group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of GPTQ's rounding. refine: rounds
+    of descent and scale refit after it.
     """
 
     grid: Grid
@@ -176,7 +176,9 @@ def _round_group(
     marks: dict[str, list[str]],
 ) -> None:
     """Choose grids and round the linears of one input, stacked by rows so that each matrix is factored once."""
-    stacked = torch.cat([working.weights[name] for name in linears]) if len(linears) > 1 else working.weights[linears[0]]
+    stacked = (
+        torch.cat([working.weights[name] for name in linears]) if len(linears) > 1 else working.weights[linears[0]]
+    )
     grid = steps.grid
     if steps.search_range:
         scale, zero = search_grid(stacked, grid, gram.diagonal() if steps.compensate else gram)

@@ -27,7 +27,9 @@ class GPTQ(Method):
     act_order: bool = Field(True, description="round the columns with the largest inputs first")
     damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram")
     search_range: bool = Field(True, description="search each group's range for the one that loses least")
-    refine: int = Field(2, ge=0, le=20, description="rounds of coordinate descent and scale refit after GPTQ's rounding")
+    refine: int = Field(
+        2, ge=0, le=20, description="rounds of coordinate descent and scale refit after GPTQ's rounding"
+    )
     propagate: Literal["unquantized", "quantized"] = Field(
         "quantized", description="whose outputs the next block is calibrated on"
     )

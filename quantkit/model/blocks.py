@@ -93,7 +93,8 @@ def head_dim(config: dict[str, Any]) -> int | None:
 
 
 def blocks_of(source: Source) -> list[Block]:
-    """The decoder blocks of a model in order. Raises ModelError when the checkpoint lacks a linear that it must have."""
+    """The decoder blocks of a model in order. Raises ModelError when the checkpoint lacks a linear that it must
+    have."""
     architecture = architecture_of(source.config)
     by_prefix: dict[int, list[str]] = {}
     pattern = re.compile("^" + re.escape(architecture.block_prefix).replace(r"\{index\}", r"(\d+)"))

@@ -1,7 +1,7 @@
 """Running a model one block at a time: only the block at hand has weights, whatever the depth of the model.
 
-The transformers model is built on the meta device from its config. A trial run in which every block is replaced by a recorder
-tells what each block is called with (masks, rotary tables), so no architecture needs code of its own here.
+The transformers model is built on the meta device from its config. A trial run in which every block is replaced by a
+recorder tells what each block is called with (masks, rotary tables), so no architecture needs code of its own here.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class BlockRunner:
         self._kwargs: list[dict[str, Any]] = []
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Hidden states before the first block: [sequences, length, hidden] on the CPU, for ids int64 [sequences, length].
+        """Hidden states before the first block: [sequences, length, hidden] on the CPU, for ids int64 [sequences,
+        length].
 
         Also learns what every block is called with at this length. Sequences are full, so no padding mask is needed.
         """
@@ -87,7 +88,9 @@ class BlockRunner:
                 self.layers[position] = block
             setattr(self.trunk, norm_name, norm)
             embedding.weight = meta
-        self._kwargs = [{key: _for_any_batch(value) for key, value in recorder.kwargs.items()} for recorder in recorders]
+        self._kwargs = [
+            {key: _for_any_batch(value) for key, value in recorder.kwargs.items()} for recorder in recorders
+        ]
         return torch.cat(hidden)
 
     def _rows(self, ids_or_hidden: Tensor) -> int:

@@ -48,7 +48,8 @@ class Source(ABC):
 
     @abstractmethod
     def side_files(self) -> list[Path]:
-        """Files an artifact carries on unaltered: tokenizer, generation config, chat template, licence; not config.json."""
+        """Files an artifact carries on unaltered: tokenizer, generation config, chat template, licence; not
+        config.json."""
 
     @abstractmethod
     def lineage(self) -> dict[str, Any]:

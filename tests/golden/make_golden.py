@@ -1,10 +1,11 @@
-"""Words as the readers' own packers write them, for bit-exact tests of ours. Run in an environment of the reader, not the project's:
+"""Words as the readers' own packers write them, for bit-exact tests of ours. Run in an environment of the reader, not
+the project's:
 
     python make_golden.py gptqmodel gptqmodel.safetensors          # gptqmodel 7.6.0
     python make_golden.py autoawq autoawq.safetensors AUTOAWQ_DIR  # the unpacked source of autoawq 0.2.9
 
-Each case holds codes [out, in], scale and zero [out, groups] and g_idx [in] as quantkit has them, and the words made from the weight
-that they stand for.
+Each case holds codes [out, in], scale and zero [out, groups] and g_idx [in] as quantkit has them, and the words made
+from the weight that they stand for.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ def case(seed: int, bits: int, out_features: int, in_features: int, group_size: 
     weight = (codes - zero[:, g_idx]) * scale[:, g_idx]
     linear = torch.nn.Linear(in_features, out_features, bias=False)
     linear.weight.data = weight
-    kept = {"codes": codes.to(torch.uint8), "scale": scale, "zero": zero.to(torch.uint8), "g_idx": g_idx.to(torch.int32)}
+    kept = {
+        "codes": codes.to(torch.uint8),
+        "scale": scale,
+        "zero": zero.to(torch.uint8),
+        "g_idx": g_idx.to(torch.int32),
+    }
     return linear, kept, scale, zero, g_idx
 
 
@@ -54,11 +60,19 @@ def gptqmodel() -> dict[str, torch.Tensor]:
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
     made = {}
-    for seed, (name, (bits, out_features, in_features, group_size, symmetric, act_order)) in enumerate(GPTQ_CASES.items()):
+    for seed, (name, (bits, out_features, in_features, group_size, symmetric, act_order)) in enumerate(
+        GPTQ_CASES.items()
+    ):
         linear, kept, scale, zero, g_idx = case(seed, bits, out_features, in_features, group_size, symmetric, act_order)
         module = TorchLinear(
-            bits=bits, group_size=group_size, sym=symmetric, desc_act=act_order, in_features=in_features,
-            out_features=out_features, bias=False, format=FORMAT.GPTQ_V2,
+            bits=bits,
+            group_size=group_size,
+            sym=symmetric,
+            desc_act=act_order,
+            in_features=in_features,
+            out_features=out_features,
+            bias=False,
+            format=FORMAT.GPTQ_V2,
         )
         module.pack_original(linear, scale, zero.float(), g_idx.to(torch.int32))
         words = {"qweight": module.qweight.clone(), "scales": module.scales.clone(), "qzeros_v2": module.qzeros.clone()}
@@ -99,7 +113,9 @@ def autoawq(source: str) -> dict[str, torch.Tensor]:
     for seed, (name, (bits, out_features, in_features, group_size, symmetric, _)) in enumerate(AWQ_CASES.items()):
         linear, kept, scale, zero, _ = case(100 + seed, bits, out_features, in_features, group_size, symmetric, False)
         # AutoAWQ takes scales and zeros as [groups, out]
-        module = gemm.WQLinear_GEMM.from_linear(linear, bits, group_size, False, scale.T.contiguous(), zero.T.float().contiguous())
+        module = gemm.WQLinear_GEMM.from_linear(
+            linear, bits, group_size, False, scale.T.contiguous(), zero.T.float().contiguous()
+        )
         words = {"qweight": module.qweight, "qzeros": module.qzeros, "scales": module.scales}
         made.update({f"{name}/{key}": tensor.contiguous() for key, tensor in {**kept, **words}.items()})
     return made

@@ -3,14 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles import awq as oracle
 
+from oracles import awq as oracle
 from quantkit.maths.affine import full_range, grid_for_range, nearest_values, quantize_nearest, search_grid
 from quantkit.tensors import Grid
 
-GRIDS = [
-    Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (8, 24, None) for symmetric in (True, False)
-]
+GRIDS = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (8, 24, None) for symmetric in (True, False)]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.label().replace(" ", "-"))
@@ -44,7 +42,7 @@ def test_range_search_finds_the_best_share_of_each_group(symmetric: bool) -> Non
     inputs = torch.randn(200, 32, generator=generator) * torch.linspace(0.1, 3, 32)
     grid = Grid(4, 16, symmetric)
     shares = (1.0, 0.9, 0.8, 0.7)
-    scale, zero = search_grid(weight, grid, inputs.T @ inputs, shrinks=shares, row_chunk=4)
+    scale, zero = search_grid(weight, grid, inputs.T @ inputs, shrinks=shares)
     error = (nearest_values(weight, scale, zero, grid) - weight).double().numpy()
     losses = oracle.range_losses(weight.double().numpy(), inputs.double().numpy(), 16, 16, symmetric, shares)
     for group in range(2):
@@ -60,3 +58,17 @@ def test_without_a_gram_the_search_never_loses_to_the_full_range() -> None:
     plain = nearest_values(weight, *grid_for_range(*full_range(weight, grid), grid), grid)
     searched = nearest_values(weight, *search_grid(weight, grid, None), grid)
     assert ((searched - weight) ** 2).sum() < ((plain - weight) ** 2).sum()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_compiled_search_equals_the_tensor_search(symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(30, 96, generator=generator) ** 3
+    importance = torch.rand(96, generator=generator) + 0.1
+    grid = Grid(4, 24, symmetric)
+    scale, zero = search_grid(weight, grid, importance)
+    # a diagonal Gram takes the path of tensors and has the same loss
+    plain_scale, plain_zero = search_grid(weight, grid, torch.diag(importance))
+    assert (scale != plain_scale).float().mean() < 0.02
+    if zero is not None and plain_zero is not None:
+        assert (zero != plain_zero).float().mean() < 0.02

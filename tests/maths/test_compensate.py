@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles.gptq import gptq
 
+from oracles.gptq import gptq
 from quantkit.errors import ModelError
 from quantkit.maths import compensate
 from quantkit.maths.affine import full_range, grid_for_range

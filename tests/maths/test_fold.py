@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles import awq as oracle
 
+from oracles import awq as oracle
 from quantkit.maths.fold import candidate_scale, search_scale, spread_over_heads, tie_over_heads
 from quantkit.maths.gram import GramAccumulator
 from quantkit.maths.measure import sqnr_db

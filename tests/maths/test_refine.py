@@ -3,16 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles import descent as oracle
 from torch import Tensor
 
+from oracles import descent as oracle
 from quantkit.maths import refine as module
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes
 from quantkit.maths.refine import damped, descend, refine, refit_scale
 from quantkit.tensors import Grid, GroupTensor
 
 
-def _case(symmetric: bool, columns: int = 24, rows: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Grid, Tensor]:
+def _case(
+    symmetric: bool, columns: int = 24, rows: int = 4
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Grid, Tensor]:
     generator = torch.Generator().manual_seed(columns)
     inputs = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
     gram = damped(inputs.T @ inputs, 0.01)

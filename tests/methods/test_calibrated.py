@@ -78,7 +78,9 @@ def test_folding_alone_changes_no_function(rounding: str) -> None:
     folded = {name: result.reference.get(name, weights[name]).double() for name in weights}
     others_now = {name: result.replaced.get(name, tensor).double() for name, tensor in others.items()}
     inputs = torch.randn(20, HIDDEN, dtype=torch.float64)
-    before = _attention_and_mlp({k: w.double() for k, w in weights.items()}, {k: t.double() for k, t in others.items()}, inputs)
+    before = _attention_and_mlp(
+        {k: w.double() for k, w in weights.items()}, {k: t.double() for k, t in others.items()}, inputs
+    )
     after = _attention_and_mlp(folded, others_now, inputs)
     assert torch.allclose(before, after, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
     assert any("scale^0." in text for text in result.applied.values()), "the case must be one where a scale pays"

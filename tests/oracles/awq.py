@@ -1,4 +1,5 @@
-"""AWQ's scale and clip searches written plainly in float64, scored on the activations themselves, not on their Gram matrix."""
+"""AWQ's scale and clip searches written plainly in float64, scored on the activations themselves, not on their Gram
+matrix."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def rounded(weight, group_size, levels, symmetric, share=1.0):
 
 
 def best_scale(weight, inputs, group_size, levels, symmetric, exponents):
-    """(scale [in], exponent, losses): the candidate whose rounded layer's outputs on `inputs` [tokens, in] are nearest."""
+    """(scale [in], exponent, losses): the candidate whose rounded layer's outputs on `inputs` [tokens, in] are
+    nearest."""
     weight, inputs = np.array(weight, np.float64), np.array(inputs, np.float64)
     magnitude = np.maximum(np.abs(inputs).mean(axis=0), 1e-4)
     losses = []
