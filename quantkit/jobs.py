@@ -40,7 +40,7 @@ def quantize(
     source, model_name = _open_model(model, loaded.model.id, loaded.model.revision, recipe)
     name = Path(recipe).stem
     folder = out or Path("artifacts") / f"{model_name}-{name}"
-    return _quantize([(name, loaded, folder)], source, target, force, progress)[0]
+    return run_passes([(name, loaded, folder)], source, target, force, progress)[0]
 
 
 def run(
@@ -68,7 +68,7 @@ def run(
     folder = out or Path("reports") / loaded.name
     pairs = suite_recipes(loaded)
     outs = [(label, recipe, folder / "artifacts" / _file_name(label)) for label, recipe in pairs]
-    _quantize(outs, source, target, force, progress)
+    run_passes(outs, source, target, force, progress)
     results = bench(
         [path for _, _, path in outs],
         baseline=model or str(loaded.model.id),
@@ -100,7 +100,7 @@ def _file_name(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", label).strip("-.") or "model"
 
 
-def _quantize(
+def run_passes(
     wanted: Sequence[tuple[str, Recipe, Path]], source: Source, device: torch.device, force: bool, progress: Progress
 ) -> list[Manifest]:
     """Check every job, then make the artifacts: one pass over the model for each calibration set."""

@@ -266,7 +266,7 @@ def _record_skipped(state: _State, linear: str, stored: int, count: int) -> None
 
 
 def _store(state: _State, name: str, tensor: Tensor) -> int:
-    """Write a tensor that stays unquantized; the writer converts it. Raises ModelError when its dtype cannot hold it."""
+    """Write a tensor that stays unquantized; the writer converts it. Raises ModelError when its dtype is too narrow."""
     largest = torch.finfo(state.dtype).max
     if tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) > largest:
         raise ModelError(

@@ -152,7 +152,8 @@ class Recipe(Frozen):
     @property
     def resolved_format(self) -> Format:
         """The format of the artifact: the recipe's, or the default of its method."""
-        return FORMATS[DEFAULT_FORMAT[self.method.name]]() if self.format is None else self.format
+        default = FORMATS[DEFAULT_FORMAT[self.method.name]]
+        return default.model_validate({}) if self.format is None else self.format
 
     def method_for(self, linear_name: str) -> Method | None:
         """The method for a linear such as "model.layers.0.mlp.up_proj", None when it is skipped; `skip` goes first."""

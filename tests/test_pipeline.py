@@ -1,0 +1,202 @@
+"""The loop over blocks, end to end on tiny models: what is written equals what a plain run over the whole model
+gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import write_tiny_llama
+from quantkit.errors import ModelError, RecipeError, UsageError
+from quantkit.formats import open_artifact
+from quantkit.jobs import quantize
+from quantkit.manifest import Manifest, read_manifest
+from quantkit.maths.gram import GramAccumulator
+from quantkit.methods.base import BlockWeights
+from quantkit.model.blocks import blocks_of, head_dim
+from quantkit.model.calibration import load_calibration
+from quantkit.model.reader import open_source
+from quantkit.progress import Progress
+from quantkit.recipe import Recipe, load_recipe
+
+SMALL = ["calibration.sequences=6", "calibration.length=64"]
+
+
+def make(recipe: str, model: Path, out: Path, *settings: str, force: bool = False) -> Manifest:
+    return quantize(
+        recipe,
+        model=str(model),
+        out=out,
+        settings=[*SMALL, *settings],
+        device="cpu",
+        force=force,
+        progress=Progress(quiet=True),
+    )
+
+
+def plain_run(recipe: Recipe, model: Path) -> dict[str, torch.Tensor]:
+    """The same recipe without streaming: the whole transformers model, hooks, one block after the other."""
+    from transformers import AutoModelForCausalLM
+
+    source = open_source(str(model))
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    ids = load_calibration(recipe.calibration, model).ids
+    made: dict[str, torch.Tensor] = {}
+    for block in blocks_of(source):
+        seen: dict[str, Any] = {}
+        handles = []
+        for group in block.groups:
+            accumulator = GramAccumulator(source.shape(f"{group.linears[0]}.weight")[1], torch.device("cpu"))
+            module = whole.get_submodule(group.linears[0])
+            handles.append(module.register_forward_pre_hook(lambda _, inputs, a=accumulator: a.add(inputs[0])))
+            seen.update(dict.fromkeys(group.linears, accumulator))
+        with torch.no_grad():
+            whole(ids)
+        for handle in handles:
+            handle.remove()
+        weights = {linear: source.read(f"{linear}.weight") for linear in block.linears}
+        others = {name: source.read(name) for name in block.tensors if name.removesuffix(".weight") not in weights}
+        given = BlockWeights(block, weights, others, head_dim=head_dim(source.config))
+        result = recipe.method.quantize_block(given, {name: a.result() for name, a in seen.items()})
+        new = {f"{name}.weight": tensor.dequantize() for name, tensor in result.quantized.items()}
+        new.update(result.replaced)
+        made.update(new)
+        if getattr(recipe.method, "propagate", "unquantized") == "quantized":
+            whole.load_state_dict(new, strict=False)
+    return made
+
+
+@pytest.mark.parametrize("propagate", ["quantized", "unquantized"])
+@pytest.mark.parametrize("name", ["gptq-4bit-g64", "awq-4bit-g64"])
+def test_streaming_equals_a_plain_run_over_the_whole_model(
+    name: str, propagate: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    settings = [f"method.propagate={propagate}", "method.group_size=32"]
+    make(name, tiny_llama, tmp_path / "out", *settings)
+    expected = plain_run(load_recipe(name, [*SMALL, *settings]), tiny_llama)
+    artifact = open_artifact(tmp_path / "out")
+    for tensor_name, tensor in expected.items():
+        found = artifact.read(tensor_name).float()
+        if artifact.quantized(tensor_name) is None:
+            assert torch.allclose(found, tensor, rtol=2e-3), tensor_name
+            continue
+        # batches sum in another order, so that a few codes on an edge may differ
+        noise = float((found - tensor).norm() / tensor.norm())
+        assert noise < 0.02, (tensor_name, noise)
+
+
+def test_several_recipes_in_one_pass_equal_each_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    from quantkit.jobs import run_passes
+
+    wanted = {
+        "gptq": load_recipe("gptq-4bit-g64", SMALL),
+        "awq": load_recipe("awq-4bit-g64", SMALL),
+        "rtn": load_recipe("rtn-4bit-g128", [*SMALL, "method.group_size=64"]),
+        "q8": load_recipe("gguf-q8_0", SMALL),
+    }
+    source = open_source(str(tiny_llama))
+    pairs = [(label, recipe, tmp_path / "together" / label) for label, recipe in wanted.items()]
+    run_passes(pairs, source, torch.device("cpu"), False, Progress(quiet=True))
+    for label, recipe in wanted.items():
+        alone = tmp_path / "alone" / label
+        run_passes([(label, recipe, alone)], source, torch.device("cpu"), False, Progress(quiet=True))
+        for path in sorted(alone.iterdir()):
+            if path.name != "quantkit.json":
+                assert path.read_bytes() == (tmp_path / "together" / label / path.name).read_bytes(), (label, path.name)
+
+
+def test_the_manifest_tells_what_was_done(tiny_llama: Path, tmp_path: Path) -> None:
+    made = make("gptq-4bit-g64", tiny_llama, tmp_path / "out", "overrides={'down_proj': {bits: 8}, 'k_proj': skip}")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest == made
+    assert manifest is not None and manifest.calibration is not None
+    ids = load_calibration(load_recipe("gptq-4bit-g64", SMALL).calibration, tiny_llama)
+    assert manifest.calibration["fingerprint"] == ids.fingerprint
+    records = {record.name: record for record in manifest.tensors}
+    assert records["model.layers.0.self_attn.k_proj"].applied == "unquantized"
+    assert records["model.layers.0.self_attn.k_proj"].bits_per_weight == 16
+    assert records["model.layers.1.mlp.down_proj"].applied.startswith("gptq 8-bit")
+    q_proj = records["model.layers.0.self_attn.q_proj"]
+    # 64 x 64 codes, a scale, a zero and the column's group: 4 + 16/64 + 4/64 + 32/64 bits
+    assert q_proj.bits_per_weight == pytest.approx(4 + 16 / 64 + 4 / 64 + 32 / 64)
+    assert q_proj.sqnr_db is not None and 10 < q_proj.sqnr_db < 30
+    down, gate = records["model.layers.1.mlp.down_proj"], records["model.layers.1.mlp.gate_proj"]
+    assert down.sqnr_db is not None and gate.sqnr_db is not None and down.sqnr_db > gate.sqnr_db + 15
+    for record in manifest.files:
+        assert (tmp_path / "out" / record.name).stat().st_size == record.bytes
+    assert records["lm_head"].requested == "skip"
+
+
+def test_a_tied_head_stays_tied_and_side_files_arrive_unaltered(tiny_llama_tied: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama_tied, model)
+    (model / "LICENSE").write_text("a licence\n")
+    make("awq-4bit-g64", model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in stored and "model.embed_tokens.weight" in stored
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    for name in ("LICENSE", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_every_misfit_is_named_before_a_weight_is_read(tiny_llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][:] = float("nan")  # reading it would be another error
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(RecipeError) as caught:
+        make("gptq-4bit-g128", model, tmp_path / "out", "method.group_size=96")
+    assert caught.value.message.count("group_size 96 does not divide") == 12
+    assert "and 2 more" in caught.value.message and caught.value.hint is not None
+    assert "method.group_size=64" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(tiny_llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("inf")
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight: 1 of 8192"):
+        make("rtn-4bit-g128", model, tmp_path / "out", "method.group_size=64")
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_values_too_large_for_the_stored_dtype_are_refused(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"][7, 7] = 1e6
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(ModelError, match="do not fit float16") as caught:
+        make("rtn-4bit-g128", model, tmp_path / "out", "method.group_size=64")
+    assert caught.value.hint is not None and "bfloat16" in caught.value.hint
+
+
+def test_output_rules(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rtn = ("rtn-4bit-g128", tiny_llama, out, "method.group_size=64")
+    make(*rtn)
+    (out / "my-notes.txt").write_text("mine")
+    first = (out / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        make(*rtn)
+    made = make(*rtn, "method.bits=8", force=True)
+    assert (out / "my-notes.txt").read_text() == "mine"
+    assert (out / "model.safetensors").read_bytes() != first
+    assert read_manifest(out) == made
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="is not part of an artifact"):
+        make("rtn-4bit-g128", tiny_llama, foreign, "method.group_size=64", force=True)
+    assert (foreign / "config.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "out"]
