@@ -85,11 +85,12 @@ def _file_texts(path: Path, source: CalibrationSource, render: Render) -> list[s
         raise DataError(f"{path}: no such file", hint=f"it is named by the calibration set {source.name}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    # streamed: `datasets` would copy the file into its cache otherwise, and the token ids are what is kept
-    options: dict[str, Any] = {"data_files": str(path), "split": "train", "streaming": True}
-    if kind == "text":
-        options["sample_by"] = "document"
-    rows = _loaded(str(path), kind, **options)
+    with _explained(str(path)):
+        from datasets import load_dataset
+
+        # streamed: `datasets` would copy the file into its cache otherwise, and the token ids are what is kept
+        options = {"sample_by": "document"} if kind == "text" else {}
+        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
     if kind == "text":
         return [text for row in _guarded(rows, str(path)) for text in cut_text(row["text"])]
     return _texts(rows, source, str(path), render)
@@ -98,25 +99,22 @@ def _file_texts(path: Path, source: CalibrationSource, render: Render) -> list[s
 def _hub_rows(hub: HubSet, split: str) -> Iterable[Mapping[str, Any]]:
     from quantkit.resources import cache_folder
 
-    cache = str(cache_folder() / "datasets")
-    streaming = hub.rows is not None
-    rows = _loaded(
-        f"{hub.id} (revision {hub.revision}, split {split})",
-        hub.id,
-        name=hub.config,
-        revision=hub.revision,
-        split=split,
-        streaming=streaming,
-        cache_dir=cache,
-    )
-    return rows.take(hub.rows) if streaming else rows  # type: ignore[no-any-return]
-
-
-def _loaded(where: str, *arguments: Any, **options: Any) -> Any:
+    where = f"{hub.id} (revision {hub.revision}, split {split})"
     with _explained(where), _no_progress_bars():
-        from datasets import load_dataset
+        from datasets import load_dataset_builder
 
-        return load_dataset(*arguments, **options)
+        cache = str(cache_folder() / "datasets")
+        builder = load_dataset_builder(hub.id, name=hub.config, revision=hub.revision, cache_dir=cache)
+        if hub.pinned and builder.hash != hub.revision:
+            # without network `datasets` takes whatever commit it has
+            raise DataError(
+                f"{where}: the hub cannot be reached, and the cache holds another commit: {builder.hash}",
+                hint="unset HF_HUB_OFFLINE and check the network, or take that commit in a definition of your own",
+            )
+        if hub.rows is not None:
+            return builder.as_streaming_dataset(split=split).take(hub.rows)  # type: ignore[no-any-return]
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)  # type: ignore[no-any-return]
 
 
 def _guarded(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[Mapping[str, Any]]:
@@ -138,13 +136,16 @@ def _explained(where: str) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         lines = [line.strip() for line in str(cause or error).splitlines() if line.strip()]
         said = f"{type(cause or error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-        offline = constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE
         if Path(where).exists():
             hint = "expected one JSON object a line, a JSON array, a Parquet table or UTF-8 text, by the file's suffix"
-        elif offline:
+        elif constants.HF_HUB_OFFLINE:
             hint = "HF_HUB_OFFLINE is set: unset it, or take a local file or the set pydoc, which need no network"
+        elif isinstance(error, datasets.exceptions.DatasetNotFoundError):
+            hint = "check id and revision in its definition; a private or gated set needs HF_TOKEN"
+        elif isinstance(error, ValueError):
+            hint = "check config and split in its definition"
         else:
-            hint = "check the network, HF_ENDPOINT and HF_TOKEN; a local file or the set pydoc need no network"
+            hint = "check the network and HF_ENDPOINT; a local file or the set pydoc need no network"
         raise DataError(f"{where}: cannot be read: {said}", hint=hint) from error
 
 

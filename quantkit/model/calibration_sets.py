@@ -26,7 +26,7 @@ _YAML = (".yaml", ".yml")
 class HubSet(Frozen):
     """Rows of a data set on a hub."""
 
-    id: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    id: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
     revision: str = Field("main", description="a commit of 40 digits is fixed; a branch or tag may change")
     config: str | None = None
     split: str = "train"
