@@ -1,9 +1,254 @@
+"""bitsandbytes: LLM.int8 and 4-bit weights in the names that transformers and vLLM load.
+
+Written from what the quantizer gave, never from a module: on some processors bitsandbytes lays 4-bit weights out anew
+in place when a module runs. Source: bitsandbytes, nn/modules.py (state dicts of Linear8bitLt and Linear4bit) and
+functional.py (QuantState); transformers, quantizers/quantizer_bnb_*.py.
+"""
+
 from __future__ import annotations
 
-from typing import Literal
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from quantkit.formats.base import Format
+import torch
+from torch import Tensor
+
+from quantkit.errors import ModelError
+from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
+from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
+from quantkit.model.blocks import architecture_of
+from quantkit.model.source import Source
+from quantkit.tensors import CodebookBlocks, Int8Rows, QuantizedTensor, StoredTensors
+
+ROW_LAYOUT = 0
+"""weight_format of the plain order of rows, the only one since the library dropped those of old GPUs."""
+
+INT8_PARTS = ("SCB", "weight", "weight_format")
+TABLES = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
+
+
+def state_part(quant_type: str) -> str:
+    """Ending of the JSON text beside a 4-bit weight."""
+    return f"weight.quant_state.bitsandbytes__{quant_type}"
+
+
+def four_bit_parts(quant_type: str) -> tuple[str, ...]:
+    """Endings behind a module's name that a 4-bit linear is stored under; the first one marks it."""
+    return (state_part(quant_type), *TABLES)
+
+
+def pack_int8(weight_name: str, value: Int8Rows) -> StoredTensors:
+    """weight int8 [out, in], SCB float32 [out], weight_format uint8 []."""
+    module = weight_name.removesuffix(".weight")
+    return {
+        weight_name: value.codes,
+        f"{module}.SCB": value.absmax,
+        f"{module}.weight_format": torch.tensor(ROW_LAYOUT, dtype=torch.uint8),
+    }
+
+
+def pack_nf4(weight_name: str, value: CodebookBlocks, dtype: torch.dtype) -> StoredTensors:
+    """Codes, tables, and the rest as JSON. dtype: what the reader decodes to.
+
+    Raises ModelError when the weights do not fit that dtype.
+    """
+    largest = float(value.block_scale().abs().max())
+    if largest > torch.finfo(dtype).max:
+        raise ModelError(
+            f"{weight_name}: values up to {largest:.3g} do not fit {_name(dtype)}, whose largest is "
+            f"{torch.finfo(dtype).max:.5g}",
+            hint="--set model.dtype=bfloat16",
+        )
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": value.block_size,
+        "dtype": _name(dtype),
+        "shape": list(value.shape),
+    }
+    stored = {
+        weight_name: value.packed,
+        f"{weight_name}.absmax": value.absmax,
+        f"{weight_name}.quant_map": value.codebook,
+    }
+    if value.nested_absmax is not None:
+        assert value.nested_codebook is not None
+        state["nested_blocksize"] = value.nested_block_size
+        state["nested_dtype"] = _name(value.nested_absmax.dtype)
+        state["nested_offset"] = value.nested_offset
+        stored[f"{weight_name}.nested_absmax"] = value.nested_absmax
+        stored[f"{weight_name}.nested_quant_map"] = value.nested_codebook
+    text = json.dumps(state).encode()
+    module = weight_name.removesuffix(".weight")
+    stored[f"{module}.{state_part('nf4')}"] = torch.tensor(list(text), dtype=torch.uint8)
+    return stored
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class BitsAndBytesArtifact(FolderArtifact):
+    """A folder of LLM.int8, NF4 or FP4 weights, made here or by transformers."""
+
+    format_name = "bitsandbytes"
+
+    def __init__(self, folder: Path):
+        config = read_quantization_config(folder) or {}
+        quant_type = str(config.get("bnb_4bit_quant_type", "fp4"))  # the library's own default
+        self._is_int8 = not config.get("load_in_4bit")
+        self.parts = INT8_PARTS if self._is_int8 else four_bit_parts(quant_type)
+        self._states: dict[str, dict[str, Any]] = {}
+        super().__init__(folder)
+
+    def unpacked_shape(self, weight_name: str) -> tuple[int, int]:
+        if not self._is_int8:
+            out_features, in_features = self._state(weight_name)["shape"]
+            return (out_features, in_features)
+        shape = self.entry(weight_name).shape
+        if len(shape) != 2:
+            raise self._damaged(weight_name, f"shape {list(shape)}, expected [out, in]")
+        return (shape[0], shape[1])
+
+    def unpack(self, weight_name: str, get: Callable[[str], Tensor]) -> QuantizedTensor | None:
+        return self._int8(weight_name, get) if self._is_int8 else self._four_bit(weight_name, get)
+
+    def _int8(self, weight_name: str, get: Callable[[str], Tensor]) -> Int8Rows:
+        module = weight_name.removesuffix(".weight")
+        shape = self.unpacked_shape(weight_name)
+        codes, absmax = get(weight_name), get(f"{module}.SCB")
+        self._expect(weight_name, codes, shape, torch.int8)
+        self._expect(f"{module}.SCB", absmax, shape[:1], torch.float32)
+        layout = f"{module}.weight_format"
+        if layout in self._files and int(get(layout)) != ROW_LAYOUT:
+            raise ModelError(f"{self.path}: {layout}: layout {int(get(layout))}, expected {ROW_LAYOUT} (rows)")
+        return Int8Rows(codes, absmax)
+
+    def _four_bit(self, weight_name: str, get: Callable[[str], Tensor]) -> CodebookBlocks:
+        state = self._state(weight_name)
+        shape = self.unpacked_shape(weight_name)
+        blocks = -(-math.prod(shape) // state["blocksize"])
+        packed = get(weight_name).view(torch.uint8).reshape(-1, 1)  # words of any width hold the same bytes
+        absmax, codebook = get(f"{weight_name}.absmax"), get(f"{weight_name}.quant_map")
+        nested = "nested_blocksize" in state
+        self._expect(weight_name, packed, (math.prod(shape) // 2, 1), torch.uint8)
+        self._expect(f"{weight_name}.absmax", absmax, (blocks,), torch.uint8 if nested else torch.float32)
+        self._expect(f"{weight_name}.quant_map", codebook, (16,), torch.float32)
+        parts: dict[str, Any] = {}
+        if nested:
+            outer, table = f"{weight_name}.nested_absmax", f"{weight_name}.nested_quant_map"
+            size = state["nested_blocksize"]
+            parts = {
+                "nested_absmax": get(outer),
+                "nested_codebook": get(table),
+                "nested_block_size": size,
+                "nested_offset": float(state["nested_offset"]),
+            }
+            self._expect(outer, parts["nested_absmax"], (-(-blocks // size),), torch.float32)
+            self._expect(table, parts["nested_codebook"], (256,), torch.float32)
+        dtype = getattr(torch, state["dtype"])
+        return CodebookBlocks(packed, absmax, codebook, state["blocksize"], *shape, dtype, **parts)
+
+    def _state(self, weight_name: str) -> dict[str, Any]:
+        """The JSON text beside a 4-bit weight, its keys checked."""
+        if weight_name not in self._states:
+            name = f"{weight_name.removesuffix('.weight')}.{self.parts[0]}"
+            try:
+                state = json.loads(bytes(self.stored(name).tolist()))
+                whole = [state["blocksize"], state.get("nested_blocksize", 1), *state["shape"]]
+                usable = all(type(size) is int and size > 0 for size in whole) and len(state["shape"]) == 2
+                usable = usable and state["dtype"] in ("float16", "bfloat16", "float32")
+                usable = usable and ("nested_blocksize" not in state or type(state["nested_offset"]) is float)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise self._damaged(name, f"not the JSON of a quantized weight: {error!r}") from error
+            if not usable:
+                raise self._damaged(name, f"{str(state)[:200]}, expected blocksize, dtype and shape [out, in]")
+            self._states[weight_name] = state
+        return self._states[weight_name]
+
+    def _expect(self, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            found = f"{_name(tensor.dtype)} {list(tensor.shape)}"
+            raise self._damaged(name, f"{found}, expected {_name(dtype)} {list(shape)}")
+
+    def _damaged(self, name: str, what: str) -> ModelError:
+        return ModelError(f"{self.path}: {name}: {what}", hint="the artifact is damaged: make it again")
 
 
 class BitsAndBytes(Format):
+    """A Hugging Face folder with the weights of INT8 or NF4."""
+
+    engines: ClassVar[tuple[str, ...]] = ("transformers",)
+
     name: Literal["bitsandbytes"] = "bitsandbytes"
+
+    def misfits(self, plans: list[LinearPlan], source: Source) -> list[str]:
+        quantized = [plan for plan in plans if plan.method is not None]
+        problems = [
+            f"{plan.name}: method {plan.method.name} cannot be stored for bitsandbytes; expected int8 or nf4"
+            for plan in quantized
+            if plan.method is not None and plan.method.name not in ("int8", "nf4")
+        ]
+        if problems or not quantized:
+            return problems
+        first = quantized[0]
+        return [
+            f"{plan.name}: {_settings(plan)}, but {first.name} has {_settings(first)}; config.json holds one for all"
+            for plan in quantized
+            if plan.method != first.method
+        ]
+
+    def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
+        method = next(plan.method for plan in plans if plan.method is not None)
+        four_bit = method.name == "nf4"
+
+        def pack(weight_name: str, value: QuantizedTensor) -> StoredTensors:
+            if isinstance(value, CodebookBlocks):
+                return pack_nf4(weight_name, value, dtype)
+            assert isinstance(value, Int8Rows), f"{weight_name}: a {type(value).__name__} does not belong here"
+            return pack_int8(weight_name, value)
+
+        parts = four_bit_parts("nf4") if four_bit else INT8_PARTS
+        config = quantization_config(method, plans, source)
+        return FolderWriter(folder, source, plans, dtype, pack, config, parts=parts)
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        config = read_quantization_config(path)
+        return config is not None and config.get("quant_method") == "bitsandbytes"
+
+    @classmethod
+    def open(cls, path: Path) -> ArtifactSource:
+        return BitsAndBytesArtifact(path)
+
+
+def _settings(plan: LinearPlan) -> str:
+    assert plan.method is not None
+    return " ".join(f"{key}={value}" for key, value in plan.method.model_dump().items())
+
+
+def quantization_config(method: Any, plans: Sequence[LinearPlan], source: Source) -> dict[str, Any]:
+    """The entry of config.json; linears that it does not name are taken for quantized by the readers."""
+    head = architecture_of(source.config).head
+    skipped = [plan.name for plan in plans if plan.method is None]
+    if head not in [plan.name for plan in plans]:
+        skipped.append(head)  # tied to the embedding
+    config: dict[str, Any] = {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": method.name == "int8",
+        "load_in_4bit": method.name == "nf4",
+        "llm_int8_threshold": method.threshold if method.name == "int8" else 6.0,  # no meaning for 4-bit
+        "llm_int8_skip_modules": skipped,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }
+    if method.name == "nf4":
+        config |= {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": method.compute_dtype,
+            "bnb_4bit_use_double_quant": method.double_quant,
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    return config

@@ -1,4 +1,4 @@
-"""What all formats that are a Hugging Face folder share: config, side files, safetensors; a format adds only its words."""
+"""What the formats that are a Hugging Face folder share: config, side files, safetensors; each adds only its words."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class FolderWriter(Writer):
 
 
 def read_quantization_config(path: Path) -> dict[str, Any] | None:
-    """The quantization_config of a folder's config.json, None when there is none. Raises ModelError for damaged JSON."""
+    """The quantization_config in a folder, None when there is none. Raises ModelError for a damaged config.json."""
     file = path / CONFIG
     found = read_json_object(file).get("quantization_config") if file.is_file() else None
     return found if isinstance(found, dict) else None
@@ -112,9 +112,9 @@ def read_quantization_config(path: Path) -> dict[str, Any] | None:
 class FolderArtifact(ArtifactSource):
     """An artifact in a Hugging Face folder, read back; headers are read and checked at once, tensors when asked for.
 
-    A format's subclass says in `parts` under which endings behind a module's name a quantized linear is stored (the first
-    one marks it), and what they mean in `unpack`. `read` gives float32 for quantized weights, others as stored. Raises
-    ModelError when a file is missing or damaged.
+    A format's subclass says in `parts` under which endings behind a module's name a quantized linear is stored (the
+    first one marks it), and what they mean in `unpack`. `read` gives float32 for quantized weights, others as stored.
+    Raises ModelError when a file is missing or damaged.
     """
 
     parts: Sequence[str] = GROUPED_PARTS

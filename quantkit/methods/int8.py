@@ -1,14 +1,57 @@
-"""LLM.int8: row-wise absmax int8 weights; activations are quantized at run time, outlier columns kept in half precision."""
+"""LLM.int8: int8 weights with one scale a row; activations are quantized at run time, outliers kept in half precision.
+
+Source: Dettmers et al. 2022, section 2; bitsandbytes' Int8Params.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
-from quantkit.methods.base import Method
+from quantkit.errors import ModelError
+from quantkit.maths.gram import InputStatistics
+from quantkit.methods.base import BlockResult, BlockWeights, Method
+from quantkit.methods.bitsandbytes_kernels import kernels
+from quantkit.tensors import Int8Rows
+
+
+def quantize_rows(weight: Tensor) -> Int8Rows:
+    """`round(weight * 127 / absmax)` of each row of a float16 weight [out, in], by bitsandbytes on the weight's device.
+
+    Raises MissingDependencyError without bitsandbytes.
+    """
+    codes, absmax, _ = kernels().int8_vectorwise_quant(weight.contiguous())
+    return Int8Rows(codes, absmax)
 
 
 class INT8(Method):
+    """Every row in int8 with one float32 scale; any shape fits."""
+
     name: Literal["int8"] = "int8"
     threshold: float = Field(6.0, ge=0, description="activations above this magnitude go through in half precision")
+
+    def label(self) -> str:
+        return "int8"
+
+    def predicted_bits(self, out_features: int, in_features: int) -> float:
+        layout_bits = 8  # a scalar that names the layout
+        return 8 + (32 * out_features + layout_bits) / (out_features * in_features)
+
+    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+        quantized = {name: quantize_rows(_half(name, given.finite(name))) for name in given.weights}
+        return BlockResult(quantized, dict.fromkeys(quantized, self.label()))
+
+
+def _half(name: str, weight: Tensor) -> Tensor:
+    """float16, from which bitsandbytes quantizes whatever the weight was. Raises ModelError when it overflows."""
+    half = weight.to(torch.float16)
+    if bool(torch.isinf(half).any()):
+        raise ModelError(
+            f"{name}.weight: values up to {float(weight.abs().max()):.3g} do not fit float16, whose largest is 65504",
+            hint=f"int8 is made from float16: add {name} to skip, or choose another method",
+        )
+    return half

@@ -1,16 +1,94 @@
-"""NF4 (QLoRA): 4-bit codes into the quantiles of a normal distribution, one absmax a block of 64 weights."""
+"""NF4 (QLoRA): 4-bit codes into the quantiles of a normal distribution, one absmax a block of 64 weights.
+
+Source: Dettmers et al. 2023, sections 3 and 4; bitsandbytes' quantize_4bit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
+from torch import Tensor
 
-from quantkit.methods.base import Method
+from quantkit.maths.gram import InputStatistics
+from quantkit.methods.base import BlockResult, BlockWeights, Method, require_finite
+from quantkit.methods.bitsandbytes_kernels import kernels
+from quantkit.tensors import CodebookBlocks
+
+NESTED_BLOCK_SIZE = 256
+"""Scales that share a scale of their own; fixed in bitsandbytes."""
+
+_CODEBOOK_BYTES = 16 * 4
+_NESTED_CODEBOOK_BYTES = 256 * 4
+_STATE_BYTES = 86
+_NESTED_STATE_BYTES = 90
+"""The JSON text beside a tensor, and what double quantization adds to it; up to a few digits of its numbers."""
+
+
+def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> CodebookBlocks:
+    """Codes and scales of a float weight [out, in], by bitsandbytes on the weight's device and in its dtype.
+
+    Blocks run over the rows laid end to end. Raises MissingDependencyError without
+    bitsandbytes.
+    """
+    packed, state = kernels().quantize_4bit(
+        weight.contiguous(), blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
+    )
+    out_features, in_features = weight.shape
+    nested = state.state2
+    return CodebookBlocks(
+        packed=packed,  # [out * in / 2, 1]
+        absmax=state.absmax,  # [blocks]
+        codebook=state.code,
+        block_size=block_size,
+        out_features=out_features,
+        in_features=in_features,
+        dtype=weight.dtype,
+        nested_absmax=None if nested is None else nested.absmax,
+        nested_codebook=None if nested is None else nested.code,
+        nested_block_size=None if nested is None else nested.blocksize,
+        nested_offset=None if nested is None else float(state.offset),
+    )
 
 
 class NF4(Method):
+    """Blocks of 4-bit codes with a float32 scale each, or an 8-bit one when double-quantized.
+
+    A block must not straddle two rows: bitsandbytes 0.50 decodes such rows wrongly, without an error, on processors
+    with AVX-512. On those with AVX512-BF16 it also refuses linears whose out_features is not a multiple of 32.
+    """
+
     name: Literal["nf4"] = "nf4"
-    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     double_quant: bool = Field(True, description="quantize the blocks' absmax to 8 bits as well")
     compute_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def label(self) -> str:
+        size = "" if self.block_size == 64 else f" g{self.block_size}"
+        return f"nf4{size}{' double-quant' if self.double_quant else ''}"
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        if in_features % self.block_size:
+            return (
+                f"block_size {self.block_size} does not divide in_features {in_features}, "
+                "and bitsandbytes decodes blocks that straddle rows wrongly on some processors"
+            )
+        return None
+
+    def predicted_bits(self, out_features: int, in_features: int) -> float:
+        count = out_features * in_features
+        blocks = count // self.block_size
+        stored = count // 2 + _CODEBOOK_BYTES + _STATE_BYTES
+        if self.double_quant:
+            stored += blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + _NESTED_CODEBOOK_BYTES + _NESTED_STATE_BYTES
+        else:
+            stored += 4 * blocks
+        return stored * 8 / count
+
+    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+        quantized = {}
+        for name, weight in given.weights.items():
+            require_finite(f"{name}.weight", weight)
+            quantized[name] = quantize_nf4(weight, self.block_size, self.double_quant)
+        return BlockResult(quantized, dict.fromkeys(quantized, self.label()))
