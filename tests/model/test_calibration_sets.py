@@ -90,6 +90,7 @@ def test_embedded_topics_that_quote_each_other_are_kept_once() -> None:
 def test_parts_of_a_file_are_disjoint_and_whole(jsonl: Path) -> None:
     calibration, evaluation = texts_of(jsonl, "calibration"), texts_of(jsonl, "evaluation")
     assert len(evaluation) == 4 and sorted(calibration + evaluation) == sorted(sentences(40))
+    assert set(evaluation) != set(sorted(sentences(40))[:4]), "drawn, not the first of the alphabet"
 
 
 def test_duplicates_and_order_do_not_move_a_text_to_the_other_part(jsonl: Path, tmp_path: Path) -> None:
