@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, pad
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,14 @@ class CodebookBlocks:
 
     def dequantize(self) -> Tensor:
         """float32 [out, in]."""
-        packed = self.packed.reshape(-1)
-        codes = torch.stack((packed >> 4, packed & 0xF), dim=1).reshape(-1)  # high nibble first
-        values = self.codebook.float()[codes.long()]
-        scale = self.block_scale().repeat_interleave(self.block_size)[: values.numel()]
-        return (values * scale).reshape(self.shape)
+        codebook = self.codebook.float()
+        # both values of a byte in one look-up, the high nibble first
+        pairs = torch.stack((codebook.repeat_interleave(16), codebook.repeat(16)), dim=1)  # [256, 2]
+        values = embedding(self.packed.reshape(-1).int(), pairs).reshape(-1)
+        count = self.out_features * self.in_features
+        values = values[:count]  # an odd number of weights leaves half a byte
+        values = pad(values, (0, -count % self.block_size)).reshape(-1, self.block_size)  # [blocks, block_size]
+        return (values * self.block_scale()[:, None]).reshape(-1)[:count].reshape(self.shape)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class BitsAndBytesArtifact(FolderArtifact):
         packed = get(weight_name).view(torch.uint8).reshape(-1, 1)  # words of any width hold the same bytes
         absmax, codebook = get(f"{weight_name}.absmax"), get(f"{weight_name}.quant_map")
         nested = "nested_blocksize" in state
-        self._expect(weight_name, packed, (math.prod(shape) // 2, 1), torch.uint8)
+        self._expect(weight_name, packed, (-(-math.prod(shape) // 2), 1), torch.uint8)
         self._expect(f"{weight_name}.absmax", absmax, (blocks,), torch.uint8 if nested else torch.float32)
         self._expect(f"{weight_name}.quant_map", codebook, (16,), torch.float32)
         parts: dict[str, Any] = {}
