@@ -6,6 +6,8 @@ Source: Lin et al. 2023 (AWQ), section 3.2. The paper scores a candidate by runn
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,17 +27,32 @@ def search_scale(weight: Tensor, mean_abs: Tensor, gram: Tensor, grid: Grid, exp
     weight: float32 [out, in], the linears of one input stacked by rows. mean_abs: float32 [in]. gram: float32 [in, in].
     e = 0 is a scale of one everywhere: no fold.
     """
-    best_loss, best_exponent = float("inf"), 0.0
-    for step in range(exponents):
-        exponent = step / exponents
-        scale = candidate_scale(mean_abs, exponent)
+
+    def loss(step: int) -> float:
+        scale = candidate_scale(mean_abs, step / exponents)
         scaled = weight * scale
         rounded = nearest_values(scaled, *grid_for_range(*full_range(scaled, grid), grid), grid)
         error = rounded.div_(scale).sub_(weight)
-        loss = float((error @ gram).mul_(error).sum(dtype=torch.float64))
-        if loss < best_loss:
-            best_loss, best_exponent = loss, exponent
-    return candidate_scale(mean_abs, best_exponent), best_exponent
+        return float((error @ gram).mul_(error).sum(dtype=torch.float64))
+
+    best = _coarse_to_fine(loss, exponents)
+    return candidate_scale(mean_abs, best / exponents), best / exponents
+
+
+def _coarse_to_fine(loss: Callable[[int], float], count: int) -> int:
+    """The integer below `count` with the least loss, looked for in halving steps around the best so far.
+
+    The loss is smooth in the exponent but for rounding, so that half the candidates need not be tried.
+    """
+    step = max(1, count // 4)
+    losses = {position: loss(position) for position in range(0, count, step)}
+    while step > 1:
+        step = (step + 1) // 2
+        best = min(losses, key=lambda position: (losses[position], position))
+        for position in (best - step, best + step):
+            if 0 <= position < count and position not in losses:
+                losses[position] = loss(position)
+    return min(losses, key=lambda position: (losses[position], position))
 
 
 def tie_over_heads(values: Tensor, head_dim: int, repeats: int, reduce: str) -> Tensor:
