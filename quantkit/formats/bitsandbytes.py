@@ -202,7 +202,6 @@ class BitsAndBytes(Format):
 
     def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
         method = next(plan.method for plan in plans if plan.method is not None)
-        four_bit = method.name == "nf4"
 
         def pack(weight_name: str, value: QuantizedTensor) -> StoredTensors:
             if isinstance(value, CodebookBlocks):
@@ -210,7 +209,9 @@ class BitsAndBytes(Format):
             assert isinstance(value, Int8Rows), f"{weight_name}: a {type(value).__name__} does not belong here"
             return pack_int8(weight_name, value)
 
-        parts = four_bit_parts("nf4") if four_bit else INT8_PARTS
+        parts = four_bit_parts("nf4") if method.name == "nf4" else INT8_PARTS
+        if method.name == "nf4" and not method.double_quant:
+            parts = tuple(part for part in parts if "nested" not in part)
         config = quantization_config(method, plans, source)
         return FolderWriter(folder, source, plans, dtype, pack, config, parts=parts)
 

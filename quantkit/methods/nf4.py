@@ -21,9 +21,18 @@ NESTED_BLOCK_SIZE = 256
 
 _CODEBOOK_BYTES = 16 * 4
 _NESTED_CODEBOOK_BYTES = 256 * 4
-_STATE_BYTES = 86
-_NESTED_STATE_BYTES = 90
-"""The JSON text beside a tensor, and what double quantization adds to it; up to a few digits of its numbers."""
+_OFFSET_DIGITS = 19
+"""Of a float32 mean as Python writes it, give or take three."""
+
+
+def _state_bytes(block_size: int, out_features: int, in_features: int, double_quant: bool) -> int:
+    """Length of the JSON text that the format stores beside a weight."""
+    text = f'{{"quant_type": "nf4", "blocksize": {block_size}, "dtype": "float16", '
+    text += f'"shape": [{out_features}, {in_features}]}}'
+    if not double_quant:
+        return len(text)
+    nested = f', "nested_blocksize": {NESTED_BLOCK_SIZE}, "nested_dtype": "float32", "nested_offset": '
+    return len(text) + len(nested) + _OFFSET_DIGITS
 
 
 def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> CodebookBlocks:
@@ -69,19 +78,21 @@ class NF4(Method):
         return f"nf4{size}{' double-quant' if self.double_quant else ''}"
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
-        if in_features % self.block_size:
-            return (
-                f"block_size {self.block_size} does not divide in_features {in_features}, "
-                "and bitsandbytes decodes blocks that straddle rows wrongly on some processors"
-            )
-        return None
+        if in_features % self.block_size == 0:
+            return None
+        remedy = "; block_size 32 divides it" if in_features % 32 == 0 else ""
+        return (
+            f"block_size {self.block_size} does not divide in_features {in_features}{remedy} "
+            "(bitsandbytes decodes blocks that straddle rows wrongly on some processors)"
+        )
 
     def predicted_bits(self, out_features: int, in_features: int) -> float:
         count = out_features * in_features
         blocks = count // self.block_size
-        stored = count // 2 + _CODEBOOK_BYTES + _STATE_BYTES
+        stored = count // 2 + _CODEBOOK_BYTES
+        stored += _state_bytes(self.block_size, out_features, in_features, self.double_quant)
         if self.double_quant:
-            stored += blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + _NESTED_CODEBOOK_BYTES + _NESTED_STATE_BYTES
+            stored += blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + _NESTED_CODEBOOK_BYTES
         else:
             stored += 4 * blocks
         return stored * 8 / count
