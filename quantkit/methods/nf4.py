@@ -69,9 +69,9 @@ class NF4(Method):
     """
 
     name: Literal["nf4"] = "nf4"
-    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="weights that share a scale")
     double_quant: bool = Field(True, description="quantize the blocks' absmax to 8 bits as well")
-    compute_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    compute_dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="of the reader's products")
 
     def label(self) -> str:
         size = "" if self.block_size == 64 else f" g{self.block_size}"
