@@ -1,0 +1,189 @@
+"""Bench: a fresh process for the baseline and for each artifact, one after another, into one Results."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.bench.measurement import Results, Row
+from quantkit.bench.process import WorkerFailed, missing, run_worker
+from quantkit.bench.worker import Answer, Job
+from quantkit.errors import ModelError
+from quantkit.progress import Progress, Tracker
+from quantkit.sections import AccuracyBench, AnyBench, CalibrationSection, DivergenceBench
+
+if TYPE_CHECKING:
+    from quantkit.model.source import Source
+
+TIMEOUT_S = 6 * 3600.0
+"""A worker that takes longer has stopped answering: a full run of stock tasks on a CPU takes a few hours."""
+
+DTYPE_LABELS = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
+
+
+def bench(
+    artifacts: Sequence[Path],
+    *,
+    baseline: str,
+    sections: Sequence[AnyBench],
+    name: str,
+    device: str,
+    progress: Progress,
+    labels: Sequence[str] | None = None,
+    model_notes: Sequence[str] = (),
+    timeout_s: float = TIMEOUT_S,
+) -> Results:
+    """Measure a baseline (folder, .gguf file or hub id) and artifacts by it; a measurement that fails says why.
+
+    labels: of the rows, the artifacts' names when None. model_notes: beside those of the model's source. What can be
+    wrong with models, texts, tasks and files is checked before the first process starts. Raises UsageError, ModelError,
+    DataError.
+    """
+    import torch
+
+    from quantkit.environment import environment
+    from quantkit.formats import open_artifact
+    from quantkit.model.reader import open_source
+
+    source = open_source(baseline)
+    for path in artifacts:
+        _same_model(path, open_artifact(path).config, source.config)
+    tokenizer = source.tokenizer_folder()
+    _check_tasks(sections)
+    with tempfile.TemporaryDirectory(prefix="quantkit-bench-") as folder:
+        scratch = Path(folder)
+        texts = _write_texts(sections, tokenizer, scratch)
+        common: dict[str, Any] = {
+            "sections": tuple(sections),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "scratch": folder,
+            "tokenizer_folder": str(tokenizer.absolute()),
+        }
+        # a hub id has been fetched by now; its folder is what the worker opens
+        job = Job(kind="baseline", path=str(source.path.absolute()), **common)
+        first = _measure(job, "baseline", progress, timeout_s)
+        row = Row(
+            label=_dtype_label(source),
+            notes=[*source.notes, *first.notes],
+            measurements=first.measurements,
+            samples=first.samples,
+        )
+        rows = []
+        for index, path in enumerate(artifacts):
+            label = labels[index] if labels else path.name
+            job = Job(kind="artifact", path=str(path.absolute()), **common)
+            rows.append(_row(path, label, _measure(job, label, progress, timeout_s)))
+    return Results(
+        name=name,
+        model=_model_name(baseline),
+        model_notes=list(dict.fromkeys([*source.notes, *model_notes])),
+        baseline=row,
+        rows=rows,
+        settings={"bench": [section.model_dump(mode="json") for section in sections], "texts": texts},
+        environment=environment(device),
+    )
+
+
+def _measure(job: Job, label: str, progress: Progress, timeout_s: float) -> Answer:
+    """The answer of a worker. An artifact whose engine ends the process is measured again on decoded weights.
+
+    When there is no answer at all, every measurement is missing with the reason.
+    """
+    with progress.task(f"bench {label}", len(job.sections) + 1) as tracker:
+        started = time.monotonic()
+        try:
+            answer = run_worker(job, timeout_s, tracker)
+        except WorkerFailed as error:
+            progress.say(f"bench {label}: {error}")
+            answer = _second_try(job, str(error), timeout_s, tracker)
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in answer.seconds.items())
+        total = time.monotonic() - started
+        progress.say(f"bench {label}: {stages or 'nothing measured'}; process {total:.1f} s")
+    return answer
+
+
+def _second_try(job: Job, reason: str, timeout_s: float, tracker: Tracker) -> Answer:
+    failed = Answer(measurements=missing(job.sections, reason), notes=[reason])
+    if job.kind == "baseline" or job.without_engine is not None:
+        return failed
+    try:
+        again = run_worker(job.model_copy(update={"without_engine": reason}), timeout_s, tracker)
+    except WorkerFailed:
+        return failed
+    note = f"the engine failed, so quality is that of decoded weights: {reason}"
+    return again.model_copy(update={"notes": [*again.notes, note]})
+
+
+def _row(path: Path, label: str, answer: Answer) -> Row:
+    """The row of an artifact: what was measured, and what its manifest tells."""
+    from quantkit.formats import open_artifact
+    from quantkit.inspection import method_label
+    from quantkit.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    opened = open_artifact(path)
+    return Row(
+        label=label,
+        artifact=path.name,
+        method=manifest.method if manifest else method_label(opened.quantization),
+        method_name=manifest.method_name if manifest else None,
+        format=opened.format_name,
+        quantize_s=manifest.quantize_s if manifest else None,
+        fallbacks=manifest.fallbacks() if manifest else [],
+        notes=answer.notes,
+        measurements=answer.measurements,
+        samples=answer.samples,
+    )
+
+
+def _same_model(path: Path, config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
+    """Refuse an artifact of another model. Raises ModelError."""
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if config.get(key) != reference.get(key):
+            raise ModelError(
+                f"{path}: {key} is {config.get(key)}, that of the baseline {reference.get(key)}: not made from it",
+                hint="give --baseline the model that the artifact was made from; `quantkit inspect` names it",
+            )
+
+
+def _check_tasks(sections: Sequence[AnyBench]) -> None:
+    from quantkit.bench.tasks import check_tasks
+
+    for section in sections:
+        if isinstance(section, AccuracyBench):
+            check_tasks(section.tasks, section.data)
+
+
+def _write_texts(sections: Sequence[AnyBench], tokenizer: Path, scratch: Path) -> list[dict[str, Any]]:
+    """Leave the token ids of every divergence section in the scratch folder, and say which they are."""
+    texts = []
+    for section in sections:
+        if isinstance(section, DivergenceBench):
+            import numpy as np
+
+            from quantkit.bench.divergence import ids_path
+            from quantkit.model.calibration import load_calibration
+
+            wanted = CalibrationSection(set=section.set, sequences=section.sequences, length=section.length)
+            text = load_calibration(wanted, tokenizer, "evaluation")
+            np.save(ids_path(scratch, section), text.ids.numpy())
+            texts.append({"set": text.name, "part": text.part, "fingerprint": text.fingerprint})
+    return texts
+
+
+def _dtype_label(source: Source) -> str:
+    """What the weights of the baseline are stored in, such as "FP16"."""
+    names = [name for name in source.names() if len(source.shape(name)) == 2]
+    dtype = str(Counter(source.dtype(name) for name in names).most_common(1)[0][0]).removeprefix("torch.")
+    return DTYPE_LABELS.get(dtype, dtype)
+
+
+def _model_name(baseline: str) -> str:
+    """A short name of the model: the last part of a path, the whole of a hub id."""
+    path = Path(baseline).expanduser()
+    return path.resolve().name.removesuffix(".gguf") if path.exists() else baseline

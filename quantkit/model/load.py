@@ -1,0 +1,103 @@
+"""A transformers model from any Source: built without weights, then filled tensor by tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from quantkit.errors import ModelError
+from quantkit.model.blocks import architecture_of
+from quantkit.model.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHOWN = 4
+"""Names that a message lists before it only counts."""
+
+
+def load_transformers(source: Source, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model of a folder, a GGUF file or a decoded artifact, ready to run, with weights of `dtype` on `device`.
+
+    At no time is more than one tensor in memory twice. Raises ModelError naming every tensor that the architecture
+    needs and the source lacks, that it does not know, or whose shape is another.
+    """
+    model = _without_weights(source, dtype)
+    wanted = dict(model.named_parameters())
+    head = f"{architecture_of(source.config).head}.weight"
+    if source.tied_head:
+        wanted.pop(head, None)
+    stored = [name for name in source.names() if not (name == head and source.tied_head)]
+    _check(source, model, wanted, stored)
+    for name in stored:
+        if name in wanted:
+            value = source.read(name).to(device=device, dtype=dtype)
+            _put(model, name, nn.Parameter(value, requires_grad=False))
+    if source.tied_head:
+        output = model.get_output_embeddings()
+        assert output is not None, "a causal language model has a head"
+        output.weight = model.get_input_embeddings().weight  # type: ignore[assignment]
+    for name, buffer in list(model.named_buffers()):
+        _put(model, name, buffer.to(device))
+    return model.eval()
+
+
+def _without_weights(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on the meta device and its buffers, such as rotary frequencies, computed."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in source.config.items() if key not in ("model_type", "quantization_config")}
+    settings["tie_word_embeddings"] = source.tied_head
+    try:
+        config = AutoConfig.for_model(source.config["model_type"], **settings)
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ModelError(f"{source.path}: config.json: transformers cannot build the model: {error}") from error
+    return model
+
+
+def _check(source: Source, model: PreTrainedModel, wanted: dict[str, Any], stored: list[str]) -> None:
+    """Hold the names and shapes of a source against those of the architecture before anything is read."""
+    present = set(stored)
+    buffers = {name for name, _ in model.named_buffers()}
+    missing = [name for name in wanted if name not in present]
+    # old checkpoints store the rotary table of every layer, which the model computes
+    known = {*wanted, *buffers}
+    unknown = [name for name in stored if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    wrong = [
+        f"{name} ({list(source.shape(name))} stored, {list(wanted[name].shape)} expected)"
+        for name in stored
+        if name in wanted and tuple(source.shape(name)) != tuple(wanted[name].shape)
+    ]
+    problems = [
+        f"{source.path}: {len(names)} tensors {what}: {_shown(names)}"
+        for names, what in (
+            (missing, "that the model needs are not stored"),
+            (unknown, "are not those of the model"),
+            (wrong, "have another shape"),
+        )
+        if names
+    ]
+    if problems:
+        raise ModelError(
+            "\n".join(problems), hint="the download may be incomplete, or config.json belongs to another model"
+        )
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _put(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Set a parameter or buffer by its full name."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        setattr(module, leaf, value)
