@@ -2,8 +2,8 @@
 
     python benchmarks/contention.py
 
-Prints seconds a layer (3072 x 576, scale search, range search, GPTQ rounding, refinement) with OpenMP's default waiting and with
-OMP_WAIT_POLICY=PASSIVE, the setting of the command line.
+Prints seconds a layer (3072 x 576, scale search, range search, GPTQ rounding, refinement) with OpenMP's default
+waiting and with OMP_WAIT_POLICY=PASSIVE, the setting of the command line.
 """
 
 from __future__ import annotations
