@@ -1,5 +1,6 @@
 # make demo    quantize a real 135M model with all five methods, measure every artifact, print the table
 # make test    lint, types and tests; offline once the environment is there
+# make model   the demo's model alone, into models/, for trying the commands of README.md
 # make venv    the environment alone: .venv, installed from requirements.lock; made again when the lock changes
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= reports/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format readme lock wheel clean
+.PHONY: help venv demo model test test-slow lint format readme lock wheel clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -33,6 +34,9 @@ $(STAMP): requirements.lock
 
 demo: $(STAMP)
 	$(BIN)/python -m quantkit.demo --out $(OUT) $(if $(MODEL),--model $(MODEL))
+
+model: $(STAMP)
+	$(BIN)/python -m quantkit.demo --fetch models
 
 test: $(STAMP) lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -136,9 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m quantkit.demo", description=__doc__)
     parser.add_argument("--model", help="another model: a folder, a .gguf file or a hub id")
     parser.add_argument("--out", type=Path, default=Path("reports/demo"))
+    parser.add_argument("--fetch", type=Path, metavar="DIR", help="only put the demo's model there, and print its path")
     given = parser.parse_args(arguments)
     try:
         quiet_libraries()
+        if given.fetch is not None:
+            print(fetch(DEMO_MODEL, given.fetch, Progress()))
+            return 0
         with stdout_for_data():
             results = run(given.model, given.out, Progress())
         report.show(results)
