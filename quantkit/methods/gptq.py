@@ -1,6 +1,8 @@
 """GPTQ (Frantar et al. 2022): round column by column, each error made up for by the columns still to come.
 
-Groups are static (their scales come from the unrounded weight), so act-order costs the file no g_idx permutation.
+Groups are static (their scales come from the unrounded weight), so act-order costs the file no g_idx permutation. By
+default AWQ's scales (Lin et al. 2023) are folded into what stands before a layer first: the file stays a plain GPTQ
+file, and the channels that matter most are rounded more finely. `exponents: 0` is the method of the paper.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ class GPTQ(Method):
     symmetric: bool = Field(True, description="vLLM takes symmetric files only")
     act_order: bool = Field(True, description="round the columns with the largest inputs first")
     damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram")
+    exponents: int = Field(
+        20, ge=0, le=200, description="candidates of AWQ's scale search, folded in before rounding; 0 is plain GPTQ"
+    )
     search_range: bool = Field(True, description="search each group's range for the one that loses least")
     refine: int = Field(
         2, ge=0, le=20, description="rounds of coordinate descent and scale refit after GPTQ's rounding"
@@ -39,7 +44,7 @@ class GPTQ(Method):
         return Grid(self.bits, self.group_size, self.symmetric)
 
     def label(self) -> str:
-        return f"gptq {self.grid.label()}{' act-order' if self.act_order else ''}"
+        return f"gptq{'+scales' if self.exponents else ''} {self.grid.label()}{' act-order' if self.act_order else ''}"
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         return affine_misfit(self.grid, in_features)
@@ -48,5 +53,5 @@ class GPTQ(Method):
         return affine_bits(self.grid, out_features, in_features)
 
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
-        steps = Steps(self.grid, 0, self.search_range, True, self.damp, self.act_order, self.refine)
+        steps = Steps(self.grid, self.exponents, self.search_range, True, self.damp, self.act_order, self.refine)
         return quantize_calibrated(given, statistics, steps)
