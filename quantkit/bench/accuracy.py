@@ -38,7 +38,8 @@ def measure(section: AccuracyBench, run: Run) -> list[Measurement]:
         except UsageError:
             raise
         except Exception as error:  # hub, datasets and lm-eval raise what they like for data that cannot be had
-            found.append(_missing(name, error, f"its rows cannot be had (data: {{{name}: FILE}} takes local ones)"))
+            local = f"the rows of {section.data[name]} do not fit it" if name in section.data else None
+            found.append(_missing(name, error, local or f"no rows (data: {{{name}: FILE}} takes local ones)"))
     if not tasks:
         return found
     session = run.quality(model=True)

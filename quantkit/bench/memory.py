@@ -87,6 +87,4 @@ def _vram(run: Run) -> Measurement:
         return Measurement(metric="peak_vram", value=None, unit="bytes", missing=str(error))
     if session.model is None:
         return Measurement(metric="peak_vram", value=None, unit="bytes", missing=f"{session.engine} ran on the CPU")
-    return Measurement(
-        metric="peak_vram", value=torch.cuda.max_memory_allocated(), unit="bytes", engine=session.engine
-    )
+    return Measurement(metric="peak_vram", value=torch.cuda.max_memory_allocated(), unit="bytes", engine=session.engine)

@@ -28,8 +28,10 @@ def run_worker(job: Job, timeout_s: float, tracker: Tracker | None = None) -> An
     with tempfile.TemporaryDirectory(prefix="job-", dir=job.scratch) as folder:
         files = [Path(folder) / name for name in ("job.json", "out.json", "log.txt")]
         files[0].write_text(job.model_dump_json())
-        environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-m", "quantkit.bench.worker", str(files[0]), str(files[1])]
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # what this process imports from
+        environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": path}
+        # -P: a folder named like a package where the user stands must not be imported in its stead
+        command = [sys.executable, "-P", "-m", "quantkit.bench.worker", str(files[0]), str(files[1])]
         with files[2].open("wb") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
         assert process.stdout is not None

@@ -41,7 +41,7 @@ class Subject(ABC):
 
     @abstractmethod
     def for_quality(self, device: torch.device, *, model: bool) -> Session:
-        """A session in the dtype of quality. model: it must hold a transformers model, if need be of decoded weights."""
+        """A session in the dtype of quality. model: it must hold a transformers model, decoded if need be."""
 
     @abstractmethod
     def stored_dtype(self) -> torch.dtype:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from quantkit.engines.base import Engine, Session
 from quantkit.engines.transformers import TransformersSession, from_pretrained
+from quantkit.errors import ModelError
 
 PACKAGES = ("gptqmodel", "optimum")
 
@@ -31,13 +31,16 @@ class GPTQModel(Engine):
     def load(self, path: Path, device: torch.device, dtype: torch.dtype) -> Session:
         from quantkit.formats.folder import read_quantization_config
 
-        changes: dict[str, Any] = {}
-        if device.type == "cpu" and (read_quantization_config(path) or {}).get("quant_method") == "awq":
+        try:
+            model = from_pretrained(path, device, dtype)
+        except ModelError:
+            if device.type != "cpu" or (read_quantization_config(path) or {}).get("quant_method") != "awq":
+                raise
             from transformers import AwqConfig
             from transformers.utils.quantization_config import AwqBackend
 
-            # the backend that it chooses itself refuses a CPU
-            changes = {"quantization_config": AwqConfig(backend=AwqBackend.TORCH_AWQ)}
-        model = from_pretrained(path, device, dtype, **changes)
+            # where none of the fast kernels takes a shape on a CPU it refuses, though this one takes all;
+            # `kernels` shows which it was
+            model = from_pretrained(path, device, dtype, quantization_config=AwqConfig(backend=AwqBackend.TORCH_AWQ))
         kernels = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "qweight")})
         return TransformersSession(model, self.name, {"kernels": kernels})

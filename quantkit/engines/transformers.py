@@ -71,7 +71,24 @@ class Transformers(Engine):
         from transformers import LlamaForCausalLM  # noqa: F401  # the models are imported when first asked for
 
     def load(self, path: Path, device: torch.device, dtype: torch.dtype) -> Session:
-        return TransformersSession(from_pretrained(path, device, dtype), self.name)
+        model = from_pretrained(path, device, dtype)
+        compute_in(model, dtype)
+        return TransformersSession(model, self.name)
+
+
+def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let a model of bitsandbytes compute in `dtype`: it keeps that of the file for what is not quantized.
+
+    Half precision, which files usually ask for, is several times slower than float32 on most CPUs.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
 
 
 def from_pretrained(path: Path, device: torch.device, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:

@@ -1,0 +1,131 @@
+"""The bench as a whole: fresh processes, one results file, and reasons wherever there is no number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from oracles.memory_source import MemorySource, store
+from quantkit.bench import process, runner
+from quantkit.bench.measurement import Measurement, Results
+from quantkit.bench.process import WorkerFailed, missing, run_worker
+from quantkit.bench.runner import bench
+from quantkit.bench.worker import Answer, Job, work
+from quantkit.errors import ModelError, UsageError
+from quantkit.formats.gguf import GGUF
+from quantkit.methods.ggml import GGML
+from quantkit.progress import Progress
+from quantkit.sections import AccuracyBench, AnyBench, DivergenceBench, MemoryBench, ThroughputBench
+
+QUIET = Progress(quiet=True)
+SECTIONS: tuple[AnyBench, ...] = (
+    AccuracyBench(limit=8),
+    DivergenceBench(sequences=2, length=32),
+    ThroughputBench(prompt_tokens=8, decode_tokens=2, batch_sizes=(1, 2), repetitions=2),
+    MemoryBench(),
+)
+METRICS = {"artifact", "bits_per_weight", "bits_per_weight_all", "loaded", "peak_rss", "peak_vram", "prefill", "decode"}
+METRICS |= {"first_token", "perplexity", "kl", "top1", "accuracy/basics"}
+
+
+@pytest.fixture
+def artifact(tiny_llama: Path, tmp_path: Path) -> Path:
+    store(MemorySource(tiny_llama), GGUF(), tmp_path / "q4", GGML(type="q4_0"), torch.float16)
+    return tmp_path / "q4"
+
+
+def _job(path: Path, kind: str, scratch: Path, **more: Any) -> Job:
+    given = {"sections": (MemoryBench(),), "device": "cpu", "threads": 1, "tokenizer_folder": str(path)} | more
+    return Job.model_validate({"kind": kind, "path": str(path), "scratch": str(scratch), **given})
+
+
+def test_baseline_and_artifact_are_measured_each_in_a_process_of_its_own(tiny_llama: Path, artifact: Path) -> None:
+    results = bench(
+        [artifact], baseline=str(tiny_llama), sections=SECTIONS, name="t", device="cpu", progress=QUIET, labels=["Q4"]
+    )
+    again = Results.model_validate(json.loads(results.model_dump_json()))
+    assert again == results
+    base, (row,) = results.baseline, results.rows
+    assert base.label == "FP32" and results.model == "tiny-llama"
+    assert (row.label, row.artifact, row.format, row.method) == ("Q4", "q4", "gguf", "gguf Q4_0")
+    assert {found.metric for found in row.measurements} == METRICS
+    assert {found.metric for found in base.measurements} == METRICS - {"kl", "top1"}
+    by_metric = {found.metric: found for found in row.measurements}
+    assert by_metric["kl"].value and by_metric["kl"].value > 0
+    assert len(row.samples["basics"]) == len(base.samples["basics"]) == 8
+    assert [f.settings["batch_size"] for f in base.measurements if f.metric == "decode"] == [1, 2]
+    assert all((found.value is None) == bool(found.missing) for found in [*base.measurements, *row.measurements])
+    assert results.environment["device"] == "cpu" and results.environment["packages"]["torch"]
+
+
+def test_a_worker_that_fails_says_how(tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailed, match="the process ended with code 1: .*no such file or folder"):
+        run_worker(_job(tmp_path / "gone", "baseline", tmp_path), 120)
+
+
+def test_a_worker_that_takes_too_long_is_ended(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailed, match="stopped after 0 s without an answer"):
+        run_worker(_job(tiny_llama, "baseline", tmp_path), 0.05)
+
+
+def test_a_signal_is_named() -> None:
+    assert process._why(-11, "loading\nsomething\n") == "the process was ended by SIGSEGV: something"
+
+
+def test_a_crash_of_every_process_leaves_rows_of_reasons(
+    tiny_llama: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> Answer:
+        raise WorkerFailed("the process was ended by SIGKILL")
+
+    monkeypatch.setattr(runner, "run_worker", crash)
+    results = bench([artifact], baseline=str(tiny_llama), sections=SECTIONS, name="t", device="cpu", progress=QUIET)
+    for row in (results.baseline, *results.rows):
+        assert {found.metric for found in row.measurements} >= METRICS - {"kl", "top1"}
+        assert all(found.missing == "the process was ended by SIGKILL" for found in row.measurements)
+        assert row.notes == ["the process was ended by SIGKILL"]
+
+
+def test_an_engine_that_crashes_leaves_quality_of_decoded_weights(
+    tiny_llama: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash_once(job: Job, *_: object) -> Answer:
+        if job.kind == "artifact" and job.without_engine is None:
+            raise WorkerFailed("the process was ended by SIGSEGV")
+        return work(job)
+
+    monkeypatch.setattr(runner, "run_worker", crash_once)
+    results = bench([artifact], baseline=str(tiny_llama), sections=SECTIONS[1:], name="t", device="cpu", progress=QUIET)
+    found = {one.metric: one for one in results.rows[0].measurements}
+    assert found["decode"].missing == found["loaded"].missing == "the process was ended by SIGSEGV"
+    assert found["kl"].value is not None and found["kl"].engine == "decoded weights"
+    assert "SIGSEGV" in results.rows[0].notes[-1]
+
+
+def test_what_is_wrong_is_said_before_anything_runs(
+    tiny_llama: Path, tiny_llama_tied: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> Answer:
+        raise AssertionError("nothing may run")
+
+    monkeypatch.setattr(runner, "run_worker", never)
+    common: dict[str, Any] = {"name": "t", "device": "cpu", "progress": QUIET}
+    section = AccuracyBench(data={"basics": str(tmp_path / "gone.jsonl")})
+    with pytest.raises(UsageError, match=r"data\.basics: .*no such file"):
+        bench([artifact], baseline=str(tiny_llama), sections=(section,), **common)
+    with pytest.raises(ModelError, match="no such artifact"):
+        bench([tmp_path / "none"], baseline=str(tiny_llama), sections=SECTIONS, **common)
+    config = json.loads((tiny_llama / "config.json").read_text()) | {"vocab_size": 999}
+    with pytest.raises(ModelError, match="vocab_size is 384, that of the baseline 999"):
+        runner._same_model(artifact, {**config, "vocab_size": 384}, config)
+
+
+def test_every_metric_has_its_place_when_missing() -> None:
+    found: list[Measurement] = missing(SECTIONS, "because")
+    assert {one.metric for one in found} == METRICS
+    assert {one.settings["batch_size"] for one in found if one.metric == "prefill"} == {1, 2}
+    assert all(one.value is None and one.missing == "because" for one in found)
