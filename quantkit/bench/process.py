@@ -30,6 +30,8 @@ def run_worker(job: Job, timeout_s: float, tracker: Tracker | None = None) -> An
         files[0].write_text(job.model_dump_json())
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # what this process imports from
         environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": path}
+        if job.offline:
+            environment["HF_HUB_OFFLINE"] = "1"
         # -P: a folder named like a package where the user stands must not be imported in its stead
         command = [sys.executable, "-P", "-m", "quantkit.bench.worker", str(files[0]), str(files[1])]
         with files[2].open("wb") as log:

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class Job(Frozen):
-    """What a worker is to do. without_engine: why the artifact's own engine may not be used, None when it may."""
+    """What a worker is to do.
+
+    without_engine: why the artifact's own engine may not be used, None when it may. offline: take the questions of
+    tasks from the cache alone, so that all rows answer the same ones and an unreachable hub is waited for once.
+    """
 
     kind: Literal["baseline", "artifact"]
     path: str
@@ -35,6 +39,7 @@ class Job(Frozen):
     scratch: str
     tokenizer_folder: str
     without_engine: str | None = None
+    offline: bool = False
 
 
 class Answer(Frozen):

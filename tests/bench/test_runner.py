@@ -129,3 +129,19 @@ def test_every_metric_has_its_place_when_missing() -> None:
     assert {one.metric for one in found} == METRICS
     assert {one.settings["batch_size"] for one in found if one.metric == "prefill"} == {1, 2}
     assert all(one.value is None and one.missing == "because" for one in found)
+
+
+def test_only_the_baseline_may_fetch_questions(
+    tiny_llama: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def answer(job: Job, *_: object) -> Answer:
+        seen.append((job.kind, job.offline))
+        return Answer(measurements=[], seconds={section.name: 0.0 for section in job.sections})
+
+    monkeypatch.setattr(runner, "run_worker", answer)
+    common: dict[str, Any] = {"baseline": str(tiny_llama), "name": "t", "device": "cpu", "progress": QUIET}
+    bench([artifact], sections=(AccuracyBench(),), **common)
+    bench([artifact], sections=(MemoryBench(),), **common)
+    assert seen == [("baseline", False), ("artifact", True), ("baseline", False), ("artifact", False)]
