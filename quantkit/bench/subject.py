@@ -16,6 +16,7 @@ from quantkit.formats import FORMATS, open_artifact
 from quantkit.formats.base import ArtifactSource
 from quantkit.model.blocks import architecture_of, blocks_of
 from quantkit.model.load import load_transformers
+from quantkit.model.reader import open_source
 from quantkit.model.source import Source
 
 
@@ -75,7 +76,9 @@ class Baseline(Subject):
         return self._load(device, quality_dtype(device, self.stored_dtype()))
 
     def _load(self, device: torch.device, dtype: torch.dtype) -> Session:
-        return TransformersSession(load_transformers(self.source, dtype, device), "transformers")
+        # opened again, so that what is mapped while loading is let go and does not count as the model's memory
+        source = open_source(str(self.source.path))
+        return TransformersSession(load_transformers(source, dtype, device), "transformers")
 
 
 class Artifact(Subject):
