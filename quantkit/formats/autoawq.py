@@ -18,6 +18,7 @@ from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
 from quantkit.formats.group import float16_scale, grid_of, require_group_tensor
 from quantkit.maths.packing import awq_deinterleave, awq_interleave, pack, unpack
+from quantkit.model.blocks import architecture_of
 from quantkit.model.source import Source
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
 
@@ -62,6 +63,7 @@ class AutoAWQ(Format):
 
     def misfits(self, plans: list[LinearPlan], source: Source) -> list[str]:
         problems = []
+        head = architecture_of(source.config).head
         sizes: dict[tuple[int | None, bool], str] = {}
         for plan in plans:
             grid = grid_of(plan.method)
@@ -73,6 +75,8 @@ class AutoAWQ(Format):
             sizes.setdefault((grid.group_size, grid.symmetric), plan.name)
             if grid.bits != 4:
                 problems.append(f"{plan.name}: the autoawq format holds 4 bits, found {grid.bits}")
+            if plan.name == head:
+                problems.append(f"{plan.name}: readers of autoawq files keep it unquantized; expected it in skip")
             if plan.out_features % WORD:
                 problems.append(f"{plan.name}: out_features {plan.out_features} is not divisible by {WORD}")
         if len(sizes) > 1:
@@ -119,7 +123,8 @@ class AWQArtifact(FolderArtifact):
     def unpack(self, weight_name: str, get: Callable[[str], Tensor]) -> QuantizedTensor | None:
         module = weight_name.removesuffix(".weight")
         qweight, qzeros, scales = (get(f"{module}.{part}") for part in self.parts)
-        bits, version = self.quantization.get("bits", 4), self.quantization.get("version", "gemm")
+        bits = self.quantization.get("bits", 4)
+        version = self.quantization.get("version") or self.quantization.get("format") or "gemm"
         if bits != 4 or str(version).lower() != "gemm":
             raise ModelError(f"{self.path}: awq version {version} with {bits} bits; expected gemm with 4 bits")
         size = int(self.quantization.get("group_size", 128))

@@ -1,7 +1,9 @@
 """GPTQ files, read by vLLM, SGLang, TGI, ExLlama and, through gptqmodel, transformers.
 
 Words run along the input features, low bits first; `checkpoint_format: gptq` (v1) stores each zero minus one, in its
-field. Source: AutoGPTQ 0.7.1, auto_gptq/nn_modules/qlinear; gptqmodel 7.6.0, gptqmodel/nn_modules/qlinear.
+field. Readers disagree on a v1 zero of 0 (gptqmodel adds one to whole words, so that the field's carry changes the next
+row; others decode 16): gptq_v2 is exact everywhere. Source: AutoGPTQ 0.7.1, auto_gptq/nn_modules/qlinear; gptqmodel
+7.6.0, gptqmodel/nn_modules/qlinear and gptqmodel/utils/model.py.
 """
 
 from __future__ import annotations
@@ -73,6 +75,16 @@ def unpack_gptq(
         in_order = torch.arange(in_features) // (group_size or in_features)
         group_of = None if torch.equal(g_idx.long(), in_order) else g_idx.to(torch.int32)
     return GroupTensor(codes, scales.T.float().contiguous(), None if grid.symmetric else zero, grid, group_of)
+
+
+def undo_borrows(qzeros: Tensor, bits: int) -> Tensor:
+    """The words of gptq_v2 from v1 words of gptqmodel, which takes one from every field of a word in one subtraction.
+
+    Source: gptqmodel 7.6.0, utils/model.py, convert_gptq_v2_to_v1_format_module; its 3-bit fields do not borrow.
+    """
+    assert 32 % bits == 0, f"{bits}-bit fields do not fill a word"
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    return qzeros + ones  # int32 wraps around, as the subtraction did
 
 
 class AutoGPTQ(Format):
@@ -148,6 +160,10 @@ class AutoGPTQ(Format):
                 }
         if dynamic:
             config["dynamic"] = dynamic
+        if any(rule.startswith("-:") for rule in dynamic):
+            # transformers does not know `dynamic`: it takes every linear of a block for quantized unless this names
+            # those that are. Whole names, which it compares by their end and vLLM as a part.
+            config["modules_in_block_to_quantize"] = [[plan.name for plan in plans if plan.method is not None]]
         return config
 
     @classmethod
@@ -199,7 +215,20 @@ class GPTQArtifact(FolderArtifact):
         settings, bits = self.settings_of(module), self._bits(module)
         size = int(settings["group_size"] or -1)
         group_size = None if size in (-1, qweight.shape[0] * 32 // bits) else size
-        version = str(self.quantization.get("checkpoint_format") or V1)
-        return unpack_gptq(
-            qweight, qzeros, scales, g_idx, bits, group_size, bool(settings["sym"]), V2 if version == V2 else V1
-        )
+        version = self._version()
+        if version == V1 and self._borrows() and bits != 3:
+            qzeros, version = undo_borrows(qzeros, bits), V2
+        return unpack_gptq(qweight, qzeros, scales, g_idx, bits, group_size, bool(settings["sym"]), version)
+
+    def _version(self) -> str:
+        """gptq or gptq_v2; newer tools call the key `format`, older ones have neither."""
+        version = str(self.quantization.get("checkpoint_format") or self.quantization.get("format") or V1).lower()
+        if version not in (V1, V2):
+            raise ModelError(f"{self.path}: checkpoint_format {version}; expected {V1} or {V2}")
+        return version
+
+    def _borrows(self) -> bool:
+        """Whether gptqmodel wrote the file."""
+        made_by = (self.quantization.get("meta") or {}).get("quantizer") or []
+        tools = [made_by] if isinstance(made_by, str) else made_by
+        return any(str(tool).lower().startswith("gptqmodel:") for tool in tools)

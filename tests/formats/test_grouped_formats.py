@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.formats import open_artifact
 from quantkit.formats.autoawq import AutoAWQ, pack_awq, unpack_awq
-from quantkit.formats.autogptq import AutoGPTQ, pack_gptq, unpack_gptq
+from quantkit.formats.autogptq import AutoGPTQ, pack_gptq, undo_borrows, unpack_gptq
 from quantkit.formats.base import LinearPlan
 from quantkit.maths.affine import quantize_nearest
 from quantkit.methods.gptq import GPTQ
@@ -63,7 +63,9 @@ def test_gptq_words_are_those_of_gptqmodel(name: str, version: str) -> None:
     tensor = _tensor(case, name, bits)
     packed = pack_gptq("m.weight", tensor, version)
     assert torch.equal(packed["m.qweight"], case["qweight"])
-    assert torch.equal(packed["m.qzeros"], case["qzeros_v1" if version == "gptq" else "qzeros_v2"])
+    theirs = case["qzeros_v1" if version == "gptq" else "qzeros_v2"]
+    borrowed = version == "gptq" and bits != 3 and bool((case["zero"] == 0).any())
+    assert torch.equal(packed["m.qzeros"], theirs) is not borrowed
     assert torch.equal(packed["m.scales"], case["scales"])
     assert torch.equal(packed["m.g_idx"], case["g_idx"])
     size = tensor.grid.group_size
@@ -88,6 +90,61 @@ def test_a_zero_of_zero_does_not_borrow_from_its_neighbours(bits: int) -> None:
     assert _same(unpack_gptq(*parts, bits, 16, False, "gptq"), tensor)
 
 
+@pytest.mark.parametrize("name", [name for name in GPTQ_GOLDEN if not name.startswith("3")])
+def test_borrowed_zeros_of_gptqmodel_are_given_back(name: str) -> None:
+    case, bits = GPTQ_GOLDEN[name], int(name[0])
+    assert torch.equal(undo_borrows(case["qzeros_v1"], bits), case["qzeros_v2"])
+
+
+def _read_from_folder(folder: Path, bits: int, words: dict[str, Tensor], **settings: object) -> GroupTensor:
+    """One linear of another tool, in a folder with these settings, read back."""
+    folder.mkdir()
+    save_file({f"m.{part}": tensor for part, tensor in words.items()}, folder / "model.safetensors")
+    quantization = {"quant_method": "gptq", "bits": bits, "group_size": 16, "sym": False, **settings}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    found = open_artifact(folder).quantized("m.weight")
+    assert isinstance(found, GroupTensor)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in GPTQ_GOLDEN if name.endswith("zeros0")])
+def test_files_of_gptqmodel_are_read_as_it_wrote_them(name: str, tmp_path: Path) -> None:
+    case, bits = GPTQ_GOLDEN[name], int(name[0])
+    wanted, meta = _tensor(case, name, bits), {"quantizer": ["optimum:2.3.0", "gptqmodel:7.6.0"]}
+    words = {part: case[part] for part in ("qweight", "scales")}
+    v1 = {**words, "qzeros": case["qzeros_v1"], "g_idx": case["g_idx"]}
+    assert _same(_read_from_folder(tmp_path / "v1", bits, v1, checkpoint_format="gptq", meta=meta), wanted)
+    # newer tools name the key `format`; some leave g_idx out where columns lie in order
+    v2 = {**words, "qzeros": case["qzeros_v2"]}
+    assert _same(_read_from_folder(tmp_path / "v2", bits, v2, format="gptq_v2", meta=meta), wanted)
+
+
+def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
+    case = GPTQ_GOLDEN["4-asym"]
+    words = {part: case[part] for part in ("qweight", "scales")} | {"qzeros": case["qzeros_v1"]}
+    with pytest.raises(ModelError, match="checkpoint_format marlin; expected gptq or gptq_v2"):
+        _read_from_folder(tmp_path / "m", 4, words, checkpoint_format="marlin")
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_our_own_folder_with_zeros_of_zero_reads_back(
+    tiny_llama: Path, tmp_path: Path, bits: int, version: str
+) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "method": {"name": "rtn", "bits": bits, "group_size": 32},
+            "format": {"name": "autogptq", "checkpoint_format": version},
+        }
+    )
+    made = _written(tiny_llama, tmp_path / "out", recipe, one_signed=True)
+    assert all(tensor.zero is not None and (tensor.zero == 0).any() for tensor in made.values())
+    artifact = open_artifact(tmp_path / "out")
+    for name, tensor in made.items():
+        found = artifact.quantized(name)
+        assert isinstance(found, GroupTensor) and _same(found, tensor)
+
+
 @pytest.mark.parametrize("name", list(AWQ_GOLDEN))
 def test_awq_words_are_those_of_autoawq(name: str) -> None:
     case = AWQ_GOLDEN[name]
@@ -106,8 +163,11 @@ def test_scales_that_float16_cannot_hold_are_refused() -> None:
         pack_gptq("m.weight", tensor, "gptq")
 
 
-def _written(model: Path, out: Path, recipe: Recipe) -> dict[str, GroupTensor]:
-    """An artifact made by hand: every planned linear rounded to nearest. Returns what went in."""
+def _written(model: Path, out: Path, recipe: Recipe, one_signed: bool = False) -> dict[str, GroupTensor]:
+    """An artifact made by hand: every planned linear rounded to nearest. Returns what went in.
+
+    one_signed: every third row is made positive, so that its zeros are 0.
+    """
     source = open_source(str(model))
     plans = plan_linears(recipe, source)
     assert recipe.resolved_format.misfits(plans, source) == []
@@ -118,6 +178,9 @@ def _written(model: Path, out: Path, recipe: Recipe) -> dict[str, GroupTensor]:
     for name in source.names():
         tensor = source.read(name)
         if name in methods:
+            if one_signed:
+                tensor = tensor.clone()
+                tensor[::3] = tensor[::3].abs()
             made[name] = quantize_nearest(tensor, methods[name].grid)
         writer.add(name, made.get(name, tensor))
     writer.finish()
@@ -135,6 +198,9 @@ def test_a_gptq_folder_reads_back_with_overrides(tiny_llama: Path, tmp_path: Pat
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config == json.loads((tmp_path / "out" / "quantize_config.json").read_text())
     assert config["bits"] == 4 and config["group_size"] == 32 and config["sym"] is True
+    # what transformers reads in place of `dynamic`
+    (quantized,) = config["modules_in_block_to_quantize"]
+    assert sorted(quantized) == sorted(name.removesuffix(".weight") for name in made)
     assert config["dynamic"]["-:^model\\.layers\\.1\\.self_attn\\.v_proj$"] == {}
     assert config["dynamic"]["+:^model\\.layers\\.0\\.mlp\\.down_proj$"] == {"bits": 8, "group_size": 64, "sym": True}
     artifact = open_artifact(tmp_path / "out")
@@ -170,5 +236,7 @@ def test_misfits_name_every_layer(tiny_llama: Path) -> None:
     text = "\n".join(problems)
     assert "a: out_features 12" in text and "b: the autoawq format holds 4 bits, found 8" in text and "c: int8" in text
     assert "one group size and one kind of zero" in text
+    problems = AutoAWQ().misfits([LinearPlan("lm_head", 384, 64, RTN(group_size=32))], source)
+    assert len(problems) == 1 and problems[0].startswith("lm_head: readers of autoawq files keep it unquantized")
     problems = AutoGPTQ().misfits([LinearPlan("d", 33, 64, RTN(bits=3, group_size=32))], source)
     assert len(problems) == 1 and "out_features 33" in problems[0]

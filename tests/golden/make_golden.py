@@ -18,12 +18,21 @@ import torch
 from safetensors.torch import save_file
 
 
-def case(seed: int, bits: int, out_features: int, in_features: int, group_size: int, symmetric: bool, act_order: bool):
+def case(
+    seed: int,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    symmetric: bool,
+    act_order: bool,
+    lowest_zero: int = 1,
+):
     generator = torch.Generator().manual_seed(seed)
     groups = in_features // group_size
     codes = torch.randint(0, 2**bits, (out_features, in_features), generator=generator)
     scale = (torch.rand(out_features, groups, generator=generator) * 0.05 + 0.01).half().float()
-    zero = torch.randint(1, 2**bits, (out_features, groups), generator=generator)
+    zero = torch.randint(lowest_zero, 2**bits, (out_features, groups), generator=generator)
     if symmetric:
         zero.fill_(2 ** (bits - 1))
     g_idx = torch.arange(in_features) // group_size
@@ -50,6 +59,11 @@ GPTQ_CASES = {
     "2-asym": (2, 32, 64, 32, False, False),
     "3-asym": (3, 64, 96, 32, False, False),
     "3-sym-actorder": (3, 32, 64, 32, True, True),
+    # gptqmodel's v1 lets a zero of 0 borrow from the next field, and its reader gives it back
+    "2-asym-zeros0": (2, 32, 64, 16, False, False, 0),
+    "3-asym-zeros0": (3, 32, 64, 16, False, False, 0),
+    "4-asym-zeros0": (4, 32, 64, 16, False, False, 0),
+    "8-asym-zeros0": (8, 32, 64, 16, False, False, 0),
 }
 
 
@@ -60,10 +74,13 @@ def gptqmodel() -> dict[str, torch.Tensor]:
     from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
 
     made = {}
-    for seed, (name, (bits, out_features, in_features, group_size, symmetric, act_order)) in enumerate(
-        GPTQ_CASES.items()
-    ):
-        linear, kept, scale, zero, g_idx = case(seed, bits, out_features, in_features, group_size, symmetric, act_order)
+    for seed, (name, settings) in enumerate(GPTQ_CASES.items()):
+        bits, out_features, in_features, group_size, symmetric, act_order = settings[:6]
+        linear, kept, scale, zero, g_idx = case(seed, *settings)
+        if name.endswith("zeros0"):
+            zero[::3] = 0  # many of them, at 8 bits too
+            kept["zero"] = zero.to(torch.uint8)
+            linear.weight.data = (kept["codes"].long() - zero[:, g_idx]) * scale[:, g_idx]
         module = TorchLinear(
             bits=bits,
             group_size=group_size,
