@@ -11,7 +11,8 @@ from quantkit.model.blocks import architecture_of, blocks_of
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
 
-GROUP_SIZES = (256, 128, 96, 64, 48, 32, 16, 8)
+GROUP_SIZES = (256, 128, 64, 32, 16)
+"""What the readers of grouped files have kernels for, the largest first."""
 SHOWN = 12
 
 

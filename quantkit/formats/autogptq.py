@@ -92,8 +92,10 @@ class AutoGPTQ(Format):
 
     engines: ClassVar[tuple[str, ...]] = ("gptqmodel",)
     name: Literal["autogptq"] = "autogptq"
-    checkpoint_format: Literal["gptq", "gptq_v2"] = Field(
-        "gptq", description="gptq (v1, zeros minus one, every reader) or gptq_v2 (zeros as they are)"
+    checkpoint_format: Literal["gptq", "gptq_v2"] | None = Field(
+        None,
+        description="gptq (v1, zeros minus one) or gptq_v2 (zeros as they are); left out: v1 when symmetric, which all "
+        "readers take, v2 when not, since readers disagree on a v1 zero of 0",
     )
 
     def misfits(self, plans: list[LinearPlan], source: Source) -> list[str]:
@@ -113,15 +115,23 @@ class AutoGPTQ(Format):
         return problems
 
     def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
-        config = self._config(plans)
+        version = self._version(plans)
+        config = self._config(plans, version)
 
         def packed(name: str, value: QuantizedTensor) -> dict[str, Tensor]:
-            return pack_gptq(name, value, self.checkpoint_format)
+            return pack_gptq(name, value, version)
 
         extra = {"quantize_config.json": (json.dumps(config, indent=2) + "\n").encode()}
         return FolderWriter(folder, source, plans, dtype, packed, config, extra)
 
-    def _config(self, plans: list[LinearPlan]) -> dict[str, Any]:
+    def _version(self, plans: list[LinearPlan]) -> str:
+        """The layout of the zeros: what the recipe says, else the one that every reader of such a file gets right."""
+        if self.checkpoint_format is not None:
+            return self.checkpoint_format
+        grids = [grid for plan in plans if (grid := grid_of(plan.method)) is not None]
+        return V1 if all(grid.symmetric for grid in grids) else V2
+
+    def _config(self, plans: list[LinearPlan], version: str) -> dict[str, Any]:
         """quantization_config: the settings of most linears, and the others under `dynamic`."""
         settings = [plan.method for plan in plans if plan.method is not None]
         main = max(settings, key=settings.count)
@@ -136,7 +146,7 @@ class AutoGPTQ(Format):
             "desc_act": False,
             "sym": grid.symmetric,
             "lm_head": any(plan.name == "lm_head" and plan.method is not None for plan in plans),
-            "checkpoint_format": self.checkpoint_format,
+            "checkpoint_format": version,
             "damp_percent": getattr(main, "damp", 0.01),
             "static_groups": True,
             "true_sequential": False,

@@ -240,3 +240,16 @@ def test_misfits_name_every_layer(tiny_llama: Path) -> None:
     assert len(problems) == 1 and problems[0].startswith("lm_head: readers of autoawq files keep it unquantized")
     problems = AutoGPTQ().misfits([LinearPlan("d", 33, 64, RTN(bits=3, group_size=32))], source)
     assert len(problems) == 1 and "out_features 33" in problems[0]
+
+
+def test_asymmetric_files_store_zeros_as_they_are_unless_told_otherwise(tiny_llama: Path, tmp_path: Path) -> None:
+    def version(out: str, symmetric: bool, **form: str) -> str:
+        method = {"name": "rtn", "group_size": 32, "symmetric": symmetric}
+        recipe = Recipe.model_validate({"method": method, "format": {"name": "autogptq", **form}})
+        _written(tiny_llama, tmp_path / out, recipe)
+        config = json.loads((tmp_path / out / "config.json").read_text())
+        return str(config["quantization_config"]["checkpoint_format"])
+
+    assert version("symmetric", True) == "gptq"
+    assert version("asymmetric", False) == "gptq_v2"
+    assert version("told", False, checkpoint_format="gptq") == "gptq"
