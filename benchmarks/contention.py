@@ -3,7 +3,8 @@
     python benchmarks/contention.py
 
 Prints seconds a layer (3072 x 576, scale search, range search, GPTQ rounding, refinement) with OpenMP's default
-waiting and with OMP_WAIT_POLICY=PASSIVE, the setting of the command line.
+waiting, which is faster on an idle machine and stays the product's, and with OMP_WAIT_POLICY=PASSIVE, which is
+faster beside another busy process.
 """
 
 from __future__ import annotations

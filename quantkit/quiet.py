@@ -19,11 +19,6 @@ ENVIRONMENT = {
 }
 """A user who sets one of them keeps what was set."""
 
-PATIENCE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait for each other sleep instead of spinning. Read once, when torch is imported. Two quantizing
-processes on two cores spin away four fifths of the time otherwise: 9.7 s against 2.4 s for one layer
-(benchmarks/contention.py)."""
-
 KNOWN_WARNINGS = ("MatMul8bitLt: inputs will be cast from",)  # by every linear of every forward pass on a CPU
 """Beginnings of messages that say nothing a user can act on; every other warning stays."""
 
@@ -31,8 +26,6 @@ KNOWN_WARNINGS = ("MatMul8bitLt: inputs will be cast from",)  # by every linear 
 def quiet_libraries() -> None:
     """Silence by name what is known to be noise; QUANTKIT_DEBUG=1 lets all of it through. Also sets how threads
     wait."""
-    for name, value in PATIENCE.items():
-        os.environ.setdefault(name, value)
     if debugging():
         return
     for name, value in ENVIRONMENT.items():

@@ -1,8 +1,8 @@
 """GPTQ (Frantar et al. 2022): round column by column, each error made up for by the columns still to come.
 
-Groups are static (their scales come from the unrounded weight), so act-order costs the file no g_idx permutation. By
-default AWQ's scales (Lin et al. 2023) are folded into what stands before a layer first: the file stays a plain GPTQ
-file, and the channels that matter most are rounded more finely. `exponents: 0` is the method of the paper.
+Groups are static (their scales come from the unrounded weight), so act-order costs the file no g_idx permutation.
+Beyond the paper, each group's range is searched, and codes and scales are refined in turn after rounding
+(maths/refine.py). AWQ's scales can be folded in first: `exponents: 20`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GPTQ(Method):
     act_order: bool = Field(True, description="round the columns with the largest inputs first")
     damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram")
     exponents: int = Field(
-        20, ge=0, le=200, description="candidates of AWQ's scale search, folded in before rounding; 0 is plain GPTQ"
+        0, ge=0, le=200, description="candidates of AWQ's scale search, folded in before rounding; 0 leaves scales out"
     )
     search_range: bool = Field(True, description="search each group's range for the one that loses least")
     refine: int = Field(
