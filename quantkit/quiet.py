@@ -24,8 +24,7 @@ KNOWN_WARNINGS = ("MatMul8bitLt: inputs will be cast from",)  # by every linear 
 
 
 def quiet_libraries() -> None:
-    """Silence by name what is known to be noise; QUANTKIT_DEBUG=1 lets all of it through. Also sets how threads
-    wait."""
+    """Silence by name what is known to be noise; QUANTKIT_DEBUG=1 lets all of it through."""
     if debugging():
         return
     for name, value in ENVIRONMENT.items():
