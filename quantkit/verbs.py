@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from quantkit.errors import DataError, RecipeError, UsageError
 from quantkit.progress import Progress
@@ -118,22 +117,8 @@ def build_calibration(
     force: bool,
 ) -> str:
     """Tokenize and pack a set with a model's tokenizer, and write it as JSON. Returns the fingerprint of the ids."""
-    from quantkit.manifest import write_atomic
-    from quantkit.model.calibration import load_calibration
+    from quantkit.model.calibration import build
     from quantkit.model.reader import open_source
-    from quantkit.sections import CalibrationSection
 
     check_file(out, force=force)
-    section = CalibrationSection(set=name, sequences=sequences, length=length, seed=seed)
-    built = load_calibration(section, open_source(model).tokenizer_folder(), part)
-    document: dict[str, Any] = {
-        "set": built.name,
-        "part": built.part,
-        "section": section.model_dump(mode="json"),
-        "definition": built.definition,
-        "fingerprint": built.fingerprint,
-        "ids": built.ids.tolist(),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, (json.dumps(document, ensure_ascii=False) + "\n").encode())
-    return built.fingerprint
+    return build(name, open_source(model).tokenizer_folder(), out, sequences, length, seed, part).fingerprint
