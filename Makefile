@@ -64,7 +64,7 @@ lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install -U pip setuptools wheel hatchling
-	build/lock/bin/python -m pip install ".[dev,llama-cpp]" numpy==2.2.6
+	build/lock/bin/python -m pip install ".[dev,llama-cpp,compressed-tensors]" numpy==2.2.6
 	grep '^#' requirements.lock > build/requirements.lock
 	build/lock/bin/python -m pip freeze --all | grep -v '^quantkit' | sed 's/+[a-z0-9.]*$$//' >> build/requirements.lock
 	mv build/requirements.lock requirements.lock

@@ -74,7 +74,18 @@ def method_label(quantization: Mapping[str, Any]) -> str | None:
     symmetric = quantization.get("sym", None if "zero_point" not in quantization else not quantization["zero_point"])
     words += [] if symmetric is None else ["sym" if symmetric else "asym"]
     words += ["act-order"] if quantization.get("desc_act") else []
+    groups = quantization.get("config_groups")
+    words += [" + ".join(_group_label(group["weights"]) for group in groups.values())] if groups else []
     return " ".join(words)
+
+
+def _group_label(weights: Mapping[str, Any]) -> str:
+    """The label of a config group of compressed-tensors."""
+    size = weights.get("group_size")
+    row = size in (None, -1)
+    symmetry = "sym" if weights["symmetric"] else "asym"
+    order = " act-order" if weights.get("actorder") else ""
+    return f"{weights['num_bits']}-bit {'row' if row else f'g{size}'} {symmetry}{order}"
 
 
 def _tensors(source: ArtifactSource, manifest: Manifest | None) -> list[dict[str, Any]]:

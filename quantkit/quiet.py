@@ -19,7 +19,10 @@ ENVIRONMENT = {
 }
 """A user who sets one of them keeps what was set."""
 
-KNOWN_WARNINGS = ("MatMul8bitLt: inputs will be cast from",)  # by every linear of every forward pass on a CPU
+KNOWN_WARNINGS = (
+    "MatMul8bitLt: inputs will be cast from",  # by every linear of every forward pass on a CPU
+    "You passed `quantization_config` or equivalent",  # by every loading that tells transformers how to decode
+)
 """Beginnings of messages that say nothing a user can act on; every other warning stays."""
 
 

@@ -98,6 +98,10 @@ def test_what_is_no_artifact(tmp_path: Path, tiny_llama: Path) -> None:
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes int8"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
           "bnb_4bit_use_double_quant": True}, "bitsandbytes nf4 double"),
+        ({"quant_method": "compressed-tensors", "config_groups": {
+            "group_0": {"weights": {"num_bits": 4, "group_size": 64, "symmetric": True, "actorder": "static"}},
+            "group_1": {"weights": {"num_bits": 8, "group_size": None, "symmetric": False}}}},
+         "compressed-tensors 4-bit g64 sym act-order + 8-bit row asym"),
         ({"type": "Q4_1", "types": {"Q4_1": 210}}, "gguf Q4_1"),
         ({}, None),
     ],

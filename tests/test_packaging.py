@@ -19,7 +19,7 @@ from quantkit import __version__
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK_LINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.!]*")
-IN_LOCK = ("dev", "llama-cpp")
+IN_LOCK = ("dev", "llama-cpp", "compressed-tensors")
 """The extras that the lock covers; gptq is built from source when it is installed, so it stays a choice."""
 
 

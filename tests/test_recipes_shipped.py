@@ -46,6 +46,9 @@ def test_the_list_has_every_file_and_everything_that_was_asked_for() -> None:
         ("gptq-4bit-g128", {"name": "gptq", "bits": 4, "group_size": 128, "symmetric": True, "act_order": True}),
         ("gptq-4bit-g64", {"name": "gptq", "bits": 4, "group_size": 64, "symmetric": True, "act_order": True}),
         ("gptq-8bit", {"name": "gptq", "bits": 8, "group_size": 128, "symmetric": True, "act_order": True}),
+        ("gptq-w4a16", {"name": "gptq", "bits": 4, "group_size": 128, "symmetric": True, "act_order": True}),
+        ("awq-w4a16-asym", {"name": "awq", "bits": 4, "group_size": 128, "zero_point": True}),
+        ("rtn-w8a16", {"name": "rtn", "bits": 8, "group_size": 128, "symmetric": True}),
         ("gguf-q8_0", {"name": "ggml", "type": "q8_0"}),
         ("gguf-q4_0", {"name": "ggml", "type": "q4_0"}),
     ],
@@ -53,6 +56,17 @@ def test_the_list_has_every_file_and_everything_that_was_asked_for() -> None:
 def test_settings(name: str, expected: dict[str, object]) -> None:
     method = load_recipe(name).method.model_dump()
     assert {key: method[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "same"), [("gptq-w4a16", "gptq-4bit-g128"), ("awq-w4a16-asym", "awq-4bit-g128"), ("rtn-w8a16", None)]
+)
+def test_recipes_for_vllm_make_the_weights_of_the_others(name: str, same: str | None) -> None:
+    recipe = load_recipe(name)
+    assert recipe.resolved_format.name == "compressed-tensors"
+    if same is not None:
+        other = load_recipe(same)
+        assert (recipe.method, recipe.calibration) == (other.method, other.calibration)
 
 
 @pytest.mark.parametrize("name", ["demo", "table"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantkit.engines.base import Engine, Session
+from quantkit.engines.compressed_tensors import CompressedTensors
 from quantkit.engines.decoded import Decoded
 from quantkit.engines.gptqmodel import GPTQModel
 from quantkit.engines.llama_cpp import LlamaCpp
@@ -10,7 +11,7 @@ from quantkit.engines.transformers import Transformers
 
 __all__ = ["DECODED", "ENGINES", "Engine", "Session"]
 
-ENGINES: dict[str, Engine] = {kind.name: kind() for kind in (Transformers, GPTQModel, LlamaCpp)}
+ENGINES: dict[str, Engine] = {kind.name: kind() for kind in (Transformers, GPTQModel, CompressedTensors, LlamaCpp)}
 """Every engine that runs artifacts, by the name that `Format.engines` has."""
 
 DECODED = Decoded()

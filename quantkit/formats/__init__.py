@@ -12,10 +12,11 @@ from quantkit.formats.autoawq import AutoAWQ
 from quantkit.formats.autogptq import AutoGPTQ
 from quantkit.formats.base import ArtifactSource, Format
 from quantkit.formats.bitsandbytes import BitsAndBytes
+from quantkit.formats.compressed_tensors import CompressedTensors
 from quantkit.formats.gguf import GGUF
 from quantkit.methods import METHODS
 
-AnyFormat = Annotated[BitsAndBytes | AutoAWQ | AutoGPTQ | GGUF, Field(discriminator="name")]
+AnyFormat = Annotated[BitsAndBytes | AutoAWQ | AutoGPTQ | CompressedTensors | GGUF, Field(discriminator="name")]
 
 _KINDS = get_args(get_args(AnyFormat)[0])
 FORMATS: dict[str, type[Format]] = {kind.model_fields["name"].default: kind for kind in _KINDS}
@@ -24,7 +25,7 @@ FORMATS: dict[str, type[Format]] = {kind.model_fields["name"].default: kind for 
 SUITABLE_FORMATS: dict[str, tuple[str, ...]] = {name: kind.formats for name, kind in METHODS.items()} | {
     "int8": ("bitsandbytes",),
     "nf4": ("bitsandbytes",),
-    "awq": ("autoawq", "autogptq"),
+    "awq": ("autoawq", "autogptq", "compressed-tensors"),
     "ggml": ("gguf",),
 }
 """The formats that can hold what a method makes, the default first; bit widths and shapes are for `Format.misfits`."""

@@ -69,8 +69,9 @@ class Method(Frozen):
     calibrated: ClassVar[bool] = False
     """Whether `quantize_block` needs the statistics of its inputs."""
 
-    formats: ClassVar[tuple[str, ...]] = ("autogptq", "autoawq")
-    """Names of the formats that can hold what the method makes, the default first; group-wise affine codes fit both."""
+    formats: ClassVar[tuple[str, ...]] = ("autogptq", "autoawq", "compressed-tensors")
+    """Names of the formats that can hold what the method makes, the default first; group-wise affine codes fit all
+    three."""
 
     @abstractmethod
     def label(self) -> str:

@@ -3,6 +3,7 @@ the project's:
 
     python make_golden.py gptqmodel gptqmodel.safetensors          # gptqmodel 7.6.0
     python make_golden.py autoawq autoawq.safetensors AUTOAWQ_DIR  # the unpacked source of autoawq 0.2.9
+    python make_golden.py compressed compressed_tensors.safetensors  # compressed-tensors 0.15.0.1
 
 Each case holds codes [out, in], scale and zero [out, groups] and g_idx [in] as quantkit has them, and the words made
 from the weight that they stand for.
@@ -138,7 +139,48 @@ def autoawq(source: str) -> dict[str, torch.Tensor]:
     return made
 
 
+COMPRESSED_CASES = {
+    "4-sym": (4, 40, 96, 32, True, False, 0),
+    "4-asym": (4, 33, 96, 32, False, False, 0),
+    "4-asym-channel": (4, 33, 44, 44, False, False, 0),
+    "8-sym": (8, 33, 50, 10, True, False, 0),
+    "8-asym": (8, 33, 50, 10, False, False, 0),
+    "4-sym-actorder": (4, 40, 96, 32, True, True, 0),
+    "4-asym-actorder": (4, 33, 96, 32, False, True, 0),
+}
+
+
+def compressed() -> dict[str, torch.Tensor]:
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    made = {}
+    for seed, (name, settings) in enumerate(COMPRESSED_CASES.items()):
+        bits, _, in_features, group_size, symmetric, act_order, _ = settings
+        linear, kept, scale, zero, g_idx = case(200 + seed, *settings)
+        channel = group_size == in_features
+        weights = QuantizationArgs(
+            num_bits=bits,
+            symmetric=symmetric,
+            strategy="channel" if channel else "group",
+            group_size=None if channel else group_size,
+            actorder="group" if act_order else None,
+        )
+        given = {
+            "weight": linear.weight.data,
+            "weight_scale": scale,
+            "weight_zero_point": (zero - 2 ** (bits - 1)).to(torch.int8),
+        }
+        if act_order:
+            given["weight_g_idx"] = g_idx.to(torch.int32)
+        words = PackedQuantizationCompressor.compress(given, QuantizationScheme(targets=["Linear"], weights=weights))
+        words["weight_scale"] = words["weight_scale"].half()
+        made.update({f"{name}/{key}": tensor.contiguous() for key, tensor in {**kept, **words}.items()})
+    return made
+
+
 if __name__ == "__main__":
-    tensors = gptqmodel() if sys.argv[1] == "gptqmodel" else autoawq(sys.argv[3])
+    makers = {"gptqmodel": gptqmodel, "autoawq": lambda: autoawq(sys.argv[3]), "compressed": compressed}
+    tensors = makers[sys.argv[1]]()
     save_file(tensors, sys.argv[2])
     print(f"{len(tensors)} tensors, {Path(sys.argv[2]).stat().st_size} bytes")
