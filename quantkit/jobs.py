@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from quantkit.errors import RecipeError, UsageError
 from quantkit.manifest import Manifest, write_atomic
+from quantkit.memory import NO_LIMIT, MemoryLimit
 from quantkit.progress import Progress
 
 if TYPE_CHECKING:
@@ -30,17 +31,23 @@ def quantize(
     device: str,
     force: bool,
     progress: Progress,
+    max_memory: str | None = None,
 ) -> Manifest:
-    """Make one artifact. Everything cheap is checked first: the recipe, the output, the shapes, the disk."""
+    """Make one artifact. Everything cheap is checked first: the recipe, the output, the shapes, the disk.
+
+    max_memory: the most resident memory to take, such as "3GB"; the artifact does not depend on it.
+    """
     from quantkit.device import resolve_device
+    from quantkit.memory import memory_limit
     from quantkit.recipe import load_recipe
 
     loaded = load_recipe(recipe, settings)
+    memory = memory_limit(max_memory)
     target = resolve_device(device)
-    source, model_name = _open_model(model, loaded.model.id, loaded.model.revision, recipe)
+    source, model_name = open_model(model, loaded.model.id, loaded.model.revision, recipe)
     name = Path(recipe).stem
     folder = out or Path("artifacts") / f"{model_name}-{name}"
-    return run_passes([(name, loaded, folder)], source, target, force, progress)[0]
+    return run_passes([(name, loaded, folder)], source, target, force, progress, memory)[0]
 
 
 def run(
@@ -52,6 +59,7 @@ def run(
     device: str,
     force: bool,
     progress: Progress,
+    max_memory: str | None = None,
 ) -> Results:
     """Quantize every recipe of a suite, bench every artifact beside the baseline, write the report.
 
@@ -60,15 +68,17 @@ def run(
     from quantkit import report
     from quantkit.bench.runner import bench
     from quantkit.device import resolve_device
+    from quantkit.memory import memory_limit
     from quantkit.recipe import load_suite, suite_recipes
 
     loaded = load_suite(suite, settings)
+    memory = memory_limit(max_memory)
     target = resolve_device(device)
-    source, _ = _open_model(model, loaded.model.id, loaded.model.revision, suite)
+    source, _ = open_model(model, loaded.model.id, loaded.model.revision, suite)
     folder = out or Path("reports") / loaded.name
     pairs = suite_recipes(loaded)
     outs = [(label, recipe, folder / "artifacts" / _file_name(label)) for label, recipe in pairs]
-    run_passes(outs, source, target, force, progress)
+    run_passes(outs, source, target, force, progress, memory)
     results = bench(
         [path for _, _, path in outs],
         baseline=model or str(loaded.model.id),
@@ -83,8 +93,8 @@ def run(
     return results
 
 
-def _open_model(given: str | None, recipe_model: str | None, revision: str, recipe: str) -> tuple[Source, str]:
-    """The model that the command line or the recipe names, and a short name for it."""
+def open_model(given: str | None, recipe_model: str | None, revision: str, recipe: str) -> tuple[Source, str]:
+    """The model that the command line or the recipe names, and a short name for it. Raises UsageError for neither."""
     from quantkit.model.reader import open_source
 
     chosen = given or recipe_model
@@ -101,7 +111,12 @@ def _file_name(label: str) -> str:
 
 
 def run_passes(
-    wanted: Sequence[tuple[str, Recipe, Path]], source: Source, device: torch.device, force: bool, progress: Progress
+    wanted: Sequence[tuple[str, Recipe, Path]],
+    source: Source,
+    device: torch.device,
+    force: bool,
+    progress: Progress,
+    memory: MemoryLimit = NO_LIMIT,
 ) -> list[Manifest]:
     """Check every job, then make the artifacts: one pass over the model for each calibration set."""
     import torch
@@ -140,7 +155,9 @@ def run_passes(
         if section is not None:
             progress.say(f"calibration: {section.set}, {section.sequences} x {section.length} tokens")
             calibration = load_calibration(section, source.tokenizer_folder())
-        for job, manifest in zip(together, run_pass(together, source, calibration, device, progress), strict=True):
+        for job, manifest in zip(
+            together, run_pass(together, source, calibration, device, progress, memory), strict=True
+        ):
             made[job.label] = manifest
     return [made[job.label] for job in jobs]
 

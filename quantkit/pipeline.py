@@ -8,7 +8,8 @@ hidden states.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,10 +26,13 @@ from quantkit.formats.base import LinearPlan, Writer
 from quantkit.manifest import Manifest, TensorRecord, file_record, write_manifest
 from quantkit.maths.gram import InputStatistics
 from quantkit.maths.measure import sqnr_db
+from quantkit.memory import NO_LIMIT, MemoryLimit
 from quantkit.methods.base import BlockResult, BlockWeights, Method, merge
+from quantkit.methods.calibrated import CalibratedMethod
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
+from quantkit.model.hidden import HiddenStates
 from quantkit.model.source import Source
 from quantkit.output import no_space_explained, published
 from quantkit.progress import Progress
@@ -65,7 +69,7 @@ class _State:
     methods: dict[str, Method]
     layout: _Layout
     records: list[TensorRecord] = field(default_factory=list)
-    hidden: Tensor | None = None  # its own hidden states, when quantized outputs are propagated
+    hidden: HiddenStates | None = None  # its own hidden states, when quantized outputs are propagated
     own_s: float = 0.0
 
     @property
@@ -83,11 +87,13 @@ def quantize(
     calibration: CalibrationSet | None,
     device: torch.device,
     progress: Progress,
+    memory: MemoryLimit = NO_LIMIT,
 ) -> list[Manifest]:
     """Make every job's artifact in one pass over the model; each appears complete or not at all.
 
-    calibration: the token ids that calibrated methods need; None when no job has one. Raises ModelError for a damaged
-    or non-finite model, DataError for a full disk; nothing is left behind then.
+    calibration: the token ids that calibrated methods need; None when no job has one. memory: how much may be held at
+    once; the artifact is the same whatever it says. Raises ModelError for a damaged or non-finite model, DataError for
+    a full disk; nothing is left behind then.
     """
     layout = _Layout(architecture_of(source.config).norm_offset, head_dim(source.config))
     with ExitStack() as stack:
@@ -99,7 +105,7 @@ def quantize(
             writer = job.recipe.resolved_format.writer(folder, source, job.plans, dtype)
             methods = {plan.name: plan.method for plan in job.plans if plan.method is not None}
             states.append(_State(job, writer, folder, dtype, methods, layout))
-        shared_s = _run(states, source, calibration, device, progress)
+        shared_s = _run(states, source, calibration, device, memory, progress)
         manifests = []
         for state in states:
             started = time.perf_counter()
@@ -116,6 +122,7 @@ def _run(
     source: Source,
     calibration: CalibrationSet | None,
     device: torch.device,
+    memory: MemoryLimit,
     progress: Progress,
 ) -> float:
     """The loop. Returns the seconds spent for all jobs together: reading, and running the unquantized model."""
@@ -125,11 +132,10 @@ def _run(
     outside = [name for name in source.names() if name not in in_blocks]
     head = architecture_of(source.config).head
     calibrated = [state for state in states if state.calibrated]
-    runner, hidden = None, None
+    run = None
     if calibrated:
         assert calibration is not None, "the caller builds the calibration set that its recipes ask for"
-        runner = BlockRunner(source, device, compute_dtype(device, source.dtype(blocks[0].linears[0] + ".weight")))
-        hidden = runner.embed(calibration.ids)
+        run = _start(source, calibration, device, memory, states[0].folder)
     title = "quantizing " + ", ".join(state.job.label for state in states)
     with progress.task(title, len(blocks) + 1) as tracker:
         for name in outside:
@@ -137,9 +143,14 @@ def _run(
                 tensor = source.read(name)
                 for state in states:
                     _store(state, name, tensor)
-        for block in blocks:
-            tensors = {name: source.read(name) for name in block.tensors}
-            hidden = _run_block(states, runner, block, tensors, hidden, last=block is blocks[-1])
+                del tensor
+        for block, tensors in _read(source, blocks, ahead=device.type == "cuda"):
+            if run is None:
+                for state in states:
+                    _quantize_block(state, block, tensors, {})
+            else:
+                _run_block(states, run, block, tensors, last=block is blocks[-1])
+            del tensors
             tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
             _run_head(states, head, source.read(f"{head}.weight"), device)
@@ -147,82 +158,141 @@ def _run(
     return time.perf_counter() - started - sum(state.own_s for state in states)
 
 
-def _run_block(
-    states: list[_State],
-    runner: BlockRunner | None,
-    block: Block,
-    tensors: dict[str, Tensor],
-    hidden: Tensor | None,
-    *,
-    last: bool,
-) -> Tensor | None:
-    """One block for every job. Returns the unquantized model's hidden states behind it, None when no job needs them."""
-    on_device = tensors if runner is None else {name: tensor.to(runner.device) for name, tensor in tensors.items()}
-    if runner is None:
-        for state in states:
-            _quantize_block(state, block, on_device, {})
-        return None
+@dataclass
+class _Run:
+    """The model on its way through its blocks. hidden: of the unquantized model, None once no job needs them."""
+
+    runner: BlockRunner
+    memory: MemoryLimit
+    hidden: HiddenStates | None
+
+
+def _start(
+    source: Source, calibration: CalibrationSet, device: torch.device, memory: MemoryLimit, scratch: Path
+) -> _Run:
+    """Embed the calibration set; hidden states that would take over a quarter of the room go to a scratch file."""
+    some = blocks_of(source)[0].linears[0]
+    runner = BlockRunner(source, device, compute_dtype(device, source.dtype(f"{some}.weight")))
+    width = source.shape(f"{architecture_of(source.config).embedding}.weight")[1]
+    size = calibration.ids.numel() * width * runner.dtype.itemsize
+    spill = scratch if size > memory.room_bytes(torch.device("cpu")) // 4 else None
+    return _Run(runner, memory, runner.embed(calibration.ids, spill))
+
+
+def _read(source: Source, blocks: Sequence[Block], *, ahead: bool) -> Iterator[tuple[Block, dict[str, Tensor]]]:
+    """Each block and its tensors. ahead: read the next one while this one is worked on, which pays where the work is
+    done by another device than the reading; it takes the memory of one more block."""
+
+    def tensors(block: Block) -> dict[str, Tensor]:
+        return {name: source.read(name) for name in block.tensors}
+
+    if not ahead:
+        for block in blocks:
+            yield block, tensors(block)
+        return
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = pool.submit(tensors, blocks[0])
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            found = coming.result()
+            if following is not None:
+                coming = pool.submit(tensors, following)
+            yield block, found
+
+
+def _run_block(states: list[_State], run: _Run, block: Block, tensors: Mapping[str, Tensor], *, last: bool) -> None:
+    """One block for every job. Jobs that look at the unquantized model's inputs share them; others have their own."""
+    runner = run.runner
+    on_device = {name: tensor.to(runner.device) for name, tensor in tensors.items()}
     followers = [state for state in states if state.calibrated and not state.propagates]
     leaders = [state for state in states if state.calibrated and state.propagates]
+    if run.hidden is not None:
+        for position, state in enumerate(leaders, 1):
+            # the first block's inputs are those of the unquantized model for everyone
+            if state.hidden is None:
+                state.hidden = run.hidden.copy() if followers or position < len(leaders) else run.hidden
     statistics: dict[str, InputStatistics] = {}
     with runner.loaded(block, on_device) as module:
-        if hidden is not None:
-            # the first block's inputs are those of the unquantized model for everyone
-            for state in leaders:
-                if state.hidden is None:
-                    state.hidden = hidden.clone() if followers or len(leaders) > 1 else hidden
-            first = block.index == 0
-            if followers or first:
-                statistics = runner.statistics(module, block, hidden, advance=bool(followers) and not last)
+        if followers:
+            assert run.hidden is not None
+            statistics = runner.statistics(module, block, run.hidden, advance=not last)
+        else:
+            run.hidden = None
         for state in states:
-            seen = statistics
-            if state in leaders and block.index > 0:
-                started = time.perf_counter()
-                assert state.hidden is not None
-                runner.assign(module, block, on_device)
-                seen = runner.statistics(module, block, state.hidden, advance=False)
-                state.own_s += time.perf_counter() - started
-            result = _quantize_block(state, block, on_device, seen)
-            if state in leaders and not last:
-                _propagate(state, runner, module, block, on_device, result)
-    return hidden if followers else None
+            if state in leaders:
+                _quantize_staged(state, run, module, block, on_device, last=last)
+            else:
+                _quantize_block(state, block, on_device, statistics)
 
 
-def _propagate(
-    state: _State,
-    runner: BlockRunner,
-    module: nn.Module,
-    block: Block,
-    tensors: dict[str, Tensor],
-    result: BlockResult,
+def _quantize_staged(
+    state: _State, run: _Run, module: nn.Module, block: Block, tensors: Mapping[str, Tensor], *, last: bool
 ) -> None:
-    """Send a job's own hidden states through its quantized block."""
+    """Quantize one block for a job whose linears see inputs that passed everything rounded before them."""
     started = time.perf_counter()
-    assert state.hidden is not None
-    quantized = {f"{name}.weight": tensor.dequantize() for name, tensor in result.quantized.items()}
-    runner.assign(module, block, {**tensors, **result.replaced, **quantized})
-    runner.forward(module, block, state.hidden)
+    runner, hidden = run.runner, state.hidden
+    assert hidden is not None
+    now = dict(tensors)
+    results, works = [], []
+    for method, given in _shares(state, block, tensors):
+        if isinstance(method, CalibratedMethod):
+            works.append(method.begin(given))
+        else:
+            results.append(method.quantize_block(given, {}))
+            now |= {f"{name}.weight": made.dequantize() for name, made in results[-1].quantized.items()}
+    if any(work.steps.exponents for work in works):
+        runner.assign(module, block, now)
+        seen = runner.statistics(module, block, hidden.copy(every=_every(hidden)), advance=False)
+        for work in works:
+            work.fold(seen)
+            now |= {f"{name}.weight": weight for name, weight in work.weights.items()} | work.replaced
+
+    def rounder(group: LinearGroup, seen: InputStatistics) -> dict[str, Tensor]:
+        done: dict[str, Tensor] = {}
+        for work in works:
+            if work.ours(group):
+                done |= work.round(group, seen.gram)
+        return {f"{name}.weight": weight for name, weight in done.items()}
+
+    runner.assign(module, block, now)
+    keep = runner.kept_bytes(block, hidden) < run.memory.room_bytes(runner.device)
+    runner.staged(module, block, hidden, rounder, keep=keep, advance=not last)
+    results += [work.result() for work in works]
+    _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started
 
 
-def _quantize_block(
-    state: _State, block: Block, tensors: Mapping[str, Tensor], statistics: Mapping[str, InputStatistics]
-) -> BlockResult:
-    """Quantize one block for one job, write it, and record what was done to each linear."""
-    started = time.perf_counter()
+def _every(hidden: HiddenStates) -> int:
+    """Of how many sequences one is looked at for the scales: an eighth, but 2048 tokens where there are as many."""
+    return max(1, min(8, hidden.shape[0] * hidden.shape[1] // 2048))
+
+
+def _shares(state: _State, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Method, BlockWeights]]:
+    """Each method of a job with the linears of the block that are its own."""
     by_method: dict[Method, list[str]] = {}
     for linear in block.linears:
         if linear in state.methods:
             by_method.setdefault(state.methods[linear], []).append(linear)
     others = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in state.methods}
-    results = []
     for method, linears in by_method.items():
         weights = {linear: tensors[f"{linear}.weight"] for linear in linears}
-        given = BlockWeights(block, weights, others, state.layout.norm_offset, state.layout.head_dim)
-        result = method.quantize_block(given, statistics if method.calibrated else {})
-        results.append(result)
-        others = {**others, **result.replaced}
-    merged = merge(results)
+        yield method, BlockWeights(block, weights, others, state.layout.norm_offset, state.layout.head_dim)
+
+
+def _quantize_block(
+    state: _State, block: Block, tensors: Mapping[str, Tensor], statistics: Mapping[str, InputStatistics]
+) -> None:
+    """Quantize one block for one job by statistics that are there already."""
+    started = time.perf_counter()
+    results = [
+        method.quantize_block(given, statistics if method.calibrated else {})
+        for method, given in _shares(state, block, tensors)
+    ]
+    _finish_block(state, block, tensors, merge(results))
+    state.own_s += time.perf_counter() - started
+
+
+def _finish_block(state: _State, block: Block, tensors: Mapping[str, Tensor], merged: BlockResult) -> None:
+    """Write one block of one job, and record what was done to each linear."""
     for name, tensor in tensors.items():
         linear = name.removesuffix(".weight")
         if name.endswith(".weight") and linear in merged.quantized:
@@ -231,8 +301,6 @@ def _quantize_block(
             stored = _store(state, name, merged.replaced.get(name, tensor))
             if name.endswith(".weight") and linear in block.linears:
                 _record_skipped(state, linear, stored, tensor.numel())
-    state.own_s += time.perf_counter() - started
-    return merged
 
 
 def _run_head(states: Sequence[_State], head: str, weight: Tensor, device: torch.device) -> None:
@@ -267,13 +335,15 @@ def _record_skipped(state: _State, linear: str, stored: int, count: int) -> None
 
 def _store(state: _State, name: str, tensor: Tensor) -> int:
     """Write a tensor that stays unquantized; the writer converts it. Raises ModelError when its dtype is too narrow."""
-    largest = torch.finfo(state.dtype).max
-    if tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) > largest:
-        raise ModelError(
-            f"{name}: values up to {float(tensor.abs().max()):.3g} do not fit {state.job.recipe.model.dtype}, "
-            f"whose largest is {largest:.6g}",
-            hint="--set model.dtype=bfloat16",
-        )
+    if tensor.is_floating_point() and tensor.numel():
+        largest = torch.finfo(state.dtype).max
+        found = max(float(value.abs()) for value in tensor.aminmax())
+        if found > largest:
+            raise ModelError(
+                f"{name}: values up to {found:.3g} do not fit {state.job.recipe.model.dtype}, "
+                f"whose largest is {largest:.6g}",
+                hint="--set model.dtype=bfloat16",
+            )
     return state.writer.add(name, tensor.cpu())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import write_tiny_llama
+from quantkit import pipeline
 from quantkit.errors import ModelError, RecipeError, UsageError
 from quantkit.formats import open_artifact
 from quantkit.jobs import quantize
 from quantkit.manifest import Manifest, read_manifest
-from quantkit.maths.gram import GramAccumulator
+from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.methods.base import BlockWeights
-from quantkit.model.blocks import blocks_of, head_dim
+from quantkit.model.blocks import LinearGroup, blocks_of, head_dim
 from quantkit.model.calibration import load_calibration
 from quantkit.model.reader import open_source
 from quantkit.progress import Progress
@@ -48,28 +50,43 @@ def plain_run(recipe: Recipe, model: Path) -> dict[str, torch.Tensor]:
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     ids = load_calibration(recipe.calibration, model).ids
     made: dict[str, torch.Tensor] = {}
+    quantized = recipe.method.propagate == "quantized"
     for block in blocks_of(source):
-        seen: dict[str, Any] = {}
-        handles = []
-        for group in block.groups:
-            accumulator = GramAccumulator(source.shape(f"{group.linears[0]}.weight")[1], torch.device("cpu"))
-            module = whole.get_submodule(group.linears[0])
-            handles.append(module.register_forward_pre_hook(lambda _, inputs, a=accumulator: a.add(inputs[0])))
-            seen.update(dict.fromkeys(group.linears, accumulator))
-        with torch.no_grad():
-            whole(ids)
-        for handle in handles:
-            handle.remove()
         weights = {linear: source.read(f"{linear}.weight") for linear in block.linears}
         others = {name: source.read(name) for name in block.tensors if name.removesuffix(".weight") not in weights}
-        given = BlockWeights(block, weights, others, head_dim=head_dim(source.config))
-        result = recipe.method.quantize_block(given, {name: a.result() for name, a in seen.items()})
-        new = {f"{name}.weight": tensor.dequantize() for name, tensor in result.quantized.items()}
-        new.update(result.replaced)
-        made.update(new)
-        if getattr(recipe.method, "propagate", "unquantized") == "quantized":
-            whole.load_state_dict(new, strict=False)
+        work = recipe.method.begin(BlockWeights(block, weights, others, head_dim=head_dim(source.config)))
+        # scales look at one sequence in so many; linears at all of them, behind everything that was rounded
+        work.fold(inputs_of(whole, block.groups, ids[:: pipeline._every(ids)] if quantized else ids))
+        if not quantized:
+            seen = inputs_of(whole, block.groups, ids)
+            for group in block.groups:
+                work.round(group, work.behind_scale(group.linears[0], seen[group.linears[0]].gram))
+        else:
+            whole.load_state_dict({f"{name}.weight": weight for name, weight in work.weights.items()}, strict=False)
+            whole.load_state_dict(work.replaced, strict=False)
+            for group in block.groups:
+                seen = inputs_of(whole, [group], ids)
+                rounded = work.round(group, seen[group.linears[0]].gram)
+                whole.load_state_dict({f"{name}.weight": weight for name, weight in rounded.items()}, strict=False)
+        result = work.result()
+        made.update({f"{name}.weight": tensor.dequantize() for name, tensor in result.quantized.items()})
+        made.update(result.replaced)
     return made
+
+
+def inputs_of(whole: Any, groups: Sequence[LinearGroup], ids: torch.Tensor) -> dict[str, InputStatistics]:
+    seen: dict[str, GramAccumulator] = {}
+    handles = []
+    for group in groups:
+        module = whole.get_submodule(group.linears[0])
+        accumulator = GramAccumulator(module.weight.shape[1], torch.device("cpu"))
+        handles.append(module.register_forward_pre_hook(lambda _, inputs, a=accumulator: a.add(inputs[0])))
+        seen.update(dict.fromkeys(group.linears, accumulator))
+    with torch.no_grad():
+        whole(ids)
+    for handle in handles:
+        handle.remove()
+    return {name: accumulator.result() for name, accumulator in seen.items()}
 
 
 @pytest.mark.parametrize("propagate", ["quantized", "unquantized"])

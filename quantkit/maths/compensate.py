@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,19 +54,23 @@ def inverse_factor(gram: Tensor, damp: float, act_order: bool) -> InverseFactor:
     dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
     order = order.to(gram.device)
-    # double: the inverse of a rank-deficient Gram with 1% damping loses most of float32's digits
-    ordered = gram[order][:, order].double()
-    live = dead[order].logical_not()
+    backward = order.flip(0)
+    live = dead[backward].logical_not()
+    # double: a Gram whose largest eigenvalue is its whole trace leaves float32 no digits for the damping
+    ordered = gram[backward][:, backward].double()
     mean = float(ordered.diagonal()[live].mean()) if bool(live.any()) else 1.0
     ordered.diagonal()[~live] = mean
+    added = 0.0
     for _ in range(DAMP_STEPS):
-        damped = ordered.clone()
-        damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failed) and bool(torch.isfinite(lower).all()):
+        ordered.diagonal().add_((damp - added) * mean)
+        added = damp
+        lower, failed = torch.linalg.cholesky_ex(ordered)
+        if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
+            del ordered
+            lower = lower.float()  # its condition is the root of the Gram's, which float32 inverts well
             identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return InverseFactor(inverse.flip(0, 1).float().contiguous(), order, dead, damp)
+            return InverseFactor(inverse.flip(0, 1), order, dead, damp)
         damp = min(damp * 10, 1.0)
     raise ModelError(
         f"the Gram matrix of the inputs is not positive definite even with {damp:.0%} damping",
@@ -87,18 +90,17 @@ def round_compensated(
     size = grid.group_size or columns
     order = factor.order
     work = weight.float()[:, order].contiguous()  # [out, in], in the order of rounding
+    scale = scale.contiguous()
     middle = torch.full_like(scale, float(2 ** (grid.bits - 1))) if zero is None else zero.float()
-    group = (order // size).to(torch.int64)
+    group = order // size
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     loss = 0.0
     for start in range(0, columns, BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, columns)
         upper = factor.upper[start:end, start:end].contiguous()
-        of = group[start:end]
-        block_codes, error = _round_block(
-            work[:, start:end].contiguous(), scale[:, of].contiguous(), middle[:, of].contiguous(), upper, grid.levels
+        codes[:, start:end], error = _round_block(
+            work[:, start:end].contiguous(), scale, middle, group[start:end], upper, grid.levels
         )
-        codes[:, start:end] = block_codes
         loss += float(error.double().square().sum())
         if end < columns:
             work[:, end:].addmm_(error, factor.upper[start:end, end:], alpha=-1.0)
@@ -107,37 +109,36 @@ def round_compensated(
     return back, loss
 
 
-def _round_block(weight: Tensor, scale: Tensor, middle: Tensor, upper: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 and scaled errors float32, both [out, columns], of one block of columns."""
-    if weight.device.type == "cpu":
-        return _round_block_cpu(weight, scale, middle, upper, levels)
-    return _round_block_tensors(weight, scale, middle, upper, levels)
+def _round_block(
+    work: Tensor, scale: Tensor, middle: Tensor, group: Tensor, upper: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 and scaled errors float32, both [out, columns], of one block of columns; `work` is used up.
+
+    scale, middle: [out, groups]. group: int64 [columns], the group of each column.
+    """
+    if work.device.type != "cpu":
+        return _round_block_tensors(work, scale, middle, group, upper, levels)
+    from quantkit.maths.kernels import round_block
+
+    codes, errors = torch.empty(work.shape, dtype=torch.uint8), torch.empty_like(work)
+    round_block(
+        work.numpy(), scale.numpy(), middle.numpy(), group.numpy(), upper.numpy(), levels, codes.numpy(), errors.numpy()
+    )
+    return codes, errors
 
 
 def _round_block_tensors(
-    weight: Tensor, scale: Tensor, middle: Tensor, upper: Tensor, levels: int
+    work: Tensor, scale: Tensor, middle: Tensor, group: Tensor, upper: Tensor, levels: int
 ) -> tuple[Tensor, Tensor]:
     """The same for any device, a tensor operation a column."""
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    errors = torch.empty_like(weight)
-    work = weight.clone()
-    for j in range(weight.shape[1]):
+    scale, middle = scale[:, group], middle[:, group]  # [out, columns]
+    codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
+    for j in range(work.shape[1]):
         column = work[:, j]
         code = torch.round(column / scale[:, j] + middle[:, j]).clamp_(0, levels - 1)
         error = (column - (code - middle[:, j]) * scale[:, j]) / upper[j, j]
         codes[:, j] = code.to(torch.uint8)
         errors[:, j] = error
-        if j + 1 < weight.shape[1]:
+        if j + 1 < work.shape[1]:
             work[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1.0)
     return codes, errors
-
-
-def _round_block_cpu(
-    weight: Tensor, scale: Tensor, middle: Tensor, upper: Tensor, levels: int
-) -> tuple[Tensor, Tensor]:
-    from quantkit.maths.kernels import round_block
-
-    codes = np.empty(weight.shape, dtype=np.uint8)
-    errors = np.empty(weight.shape, dtype=np.float32)
-    round_block(weight.numpy().copy(), scale.numpy(), middle.numpy(), upper.numpy(), levels, codes, errors)
-    return torch.from_numpy(codes), torch.from_numpy(errors)

@@ -21,6 +21,12 @@ class InputStatistics:
     tokens: int
 
 
+def strip_width(columns: int) -> int:
+    """Columns of a Gram matrix that are summed in one product: few strips keep the products large, many skip more of
+    the lower triangle. A quarter of the matrix was fastest from 576 to 1536 columns."""
+    return max(64, -(-columns // 4))
+
+
 class GramAccumulator:
     """Sums x^T x and |x| over batches of inputs.
 
@@ -35,9 +41,17 @@ class GramAccumulator:
     def add(self, inputs: Tensor) -> None:
         """inputs: [..., in], any float dtype."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
-        self.gram.addmm_(rows.T, rows)
+        columns = rows.shape[1]
+        width = strip_width(columns)
+        for start in range(0, columns, width):  # the lower triangle is the mirror of the upper
+            strip = slice(start, min(start + width, columns))
+            self.gram[strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
         self.sum_abs += rows.abs().sum(dim=0)
         self.tokens += rows.shape[0]
 
     def result(self) -> InputStatistics:
+        """The statistics of everything added so far."""
+        width = strip_width(len(self.gram))
+        for start in range(width, len(self.gram), width):
+            self.gram[start:, start - width : start] = self.gram[start - width : start, start:].T
         return InputStatistics(self.gram, self.sum_abs / max(self.tokens, 1), self.tokens)

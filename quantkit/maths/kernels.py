@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ def round_block(
     work: NDArray[np.float32],
     scale: NDArray[np.float32],
     middle: NDArray[np.float32],
+    group: NDArray[np.int64],
     upper: NDArray[np.float32],
     levels: int,
     codes: NDArray[np.uint8],
@@ -19,22 +22,31 @@ def round_block(
 ) -> None:
     """GPTQ's inner loop over one block of columns; rows are independent and run in parallel.
 
-    work: [out, columns], overwritten. scale, middle: [out, columns]. upper: [columns, columns]. codes and errors
-    [out, columns] receive the result. Sums run in one fixed order a row, so the result does not depend on the threads.
+    work: [out, columns], overwritten. scale, middle: [out, groups]; group: [columns], the group of each column. upper:
+    [columns, columns]. codes and errors [out, columns] receive the result. Sums run in one fixed order a row, so the
+    result does not depend on the threads.
     """
     rows, columns = work.shape
     top = np.float32(levels - 1)
     for i in prange(rows):
         for j in range(columns):
             value = work[i, j]
-            step = scale[i, j]
-            code = np.rint(value / step + middle[i, j])
+            step, zero = scale[i, group[j]], middle[i, group[j]]
+            code = np.rint(value / step + zero)
             code = min(max(code, np.float32(0.0)), top)
-            error = (value - (code - middle[i, j]) * step) / upper[j, j]
+            error = (value - (code - zero) * step) / upper[j, j]
             codes[i, j] = np.uint8(code)
             errors[i, j] = error
             for k in range(j + 1, columns):
                 work[i, k] -= error * upper[j, k]
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _as_float16(value: float) -> np.float32:
+    """A positive number rounded to the 11 significant bits of float16, half to even; subnormals on their own grid."""
+    mantissa, exponent = math.frexp(value)
+    bits = 11 if exponent >= -13 else 24 + exponent
+    return np.float32(math.ldexp(np.rint(math.ldexp(mantissa, bits)), exponent - bits))
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
@@ -45,28 +57,58 @@ def descend_block(
     gradient: NDArray[np.float32],
     gram: NDArray[np.float32],
     levels: int,
-    change: NDArray[np.float32],
+    error: NDArray[np.float32],
 ) -> None:
-    """One sweep of coordinate descent over one block of columns; rows are independent and run in parallel.
+    """One sweep over one block of columns, whole groups: every code moves to its best value given all others, then
+    the group's scale does. Rows are independent and run in parallel.
 
-    codes: [out, columns], updated. scale, middle: [out, columns]. gradient: [out, columns], (q - w) H, kept up to date
-    inside the block. gram: [columns, columns]. change: [out, columns] receives the new value minus the old.
+    codes: [out, columns] and scale: [out, groups], updated. middle: [out, groups]. gradient: [out, columns], (q - w) H,
+    overwritten. gram: [columns, columns]. error: [out, columns], q - w, updated. A scale moves only when that lowers
+    the loss, and at most to half or twice itself.
     """
     rows, columns = gradient.shape
+    groups = scale.shape[1]
+    size = columns // groups
     top = np.float32(levels - 1)
     for i in prange(rows):
-        for j in range(columns):
-            step = scale[i, j]
-            old = np.float32(codes[i, j])
-            wanted = (old - middle[i, j]) * step - gradient[i, j] / gram[j, j]
-            code = np.rint(wanted / step + middle[i, j])
-            code = min(max(code, np.float32(0.0)), top)
-            moved = (code - old) * step
-            change[i, j] = moved
-            if code != old:
-                codes[i, j] = np.uint8(code)
-                for k in range(columns):
-                    gradient[i, k] += moved * gram[j, k]
+        for g in range(groups):
+            first, end = g * size, (g + 1) * size
+            step, zero = scale[i, g], middle[i, g]
+            for j in range(first, end):
+                old = np.float32(codes[i, j])
+                code = np.rint(old - gradient[i, j] / (gram[j, j] * step))
+                code = min(max(code, np.float32(0.0)), top)
+                if code != old:
+                    moved = (code - old) * step
+                    codes[i, j] = np.uint8(code)
+                    error[i, j] += moved
+                    for k in range(first, columns):
+                        gradient[i, k] += moved * gram[j, k]
+            slope = np.float32(0.0)
+            curve = np.float32(0.0)
+            for j in range(first, end):
+                level = np.float32(codes[i, j]) - zero
+                if level != 0:
+                    slope += level * gradient[i, j]
+                    inner = np.float32(0.0)
+                    for k in range(first, end):
+                        inner += gram[j, k] * (np.float32(codes[i, k]) - zero)
+                    curve += level * inner
+            if curve <= 0:
+                continue
+            wanted = step - slope / curve
+            if not (0.5 * step < wanted < 2.0 * step):
+                continue
+            moved = _as_float16(wanted) - step
+            if moved * (2 * slope + moved * curve) >= 0:
+                continue
+            scale[i, g] = step + moved
+            for j in range(first, end):
+                change = moved * (np.float32(codes[i, j]) - zero)
+                error[i, j] += change
+                if change != 0:
+                    for k in range(end, columns):
+                        gradient[i, k] += change * gram[j, k]
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # type: ignore[untyped-decorator]

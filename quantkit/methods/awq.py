@@ -6,21 +6,18 @@ rounds the scaled weights with error compensation instead of to nearest; the fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from quantkit.maths.gram import InputStatistics
-from quantkit.methods.base import BlockResult, BlockWeights, Method, affine_bits, affine_misfit
-from quantkit.methods.calibrated import Steps, quantize_calibrated
+from quantkit.methods.base import affine_bits, affine_misfit
+from quantkit.methods.calibrated import CalibratedMethod, Steps
 from quantkit.tensors import Grid
 
 
-class AWQ(Method):
+class AWQ(CalibratedMethod):
     """Settings of AWQ; the seed settings of the field are 4 bits, zero point, group 128."""
 
-    calibrated: ClassVar[bool] = True
     name: Literal["awq"] = "awq"
     bits: Literal[4] = 4
     group_size: int | None = Field(128, ge=8, description="input columns a scale; null is the whole row")
@@ -32,10 +29,10 @@ class AWQ(Method):
     exponents: int = Field(20, ge=1, le=200, description="candidates of the scale search")
     damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram; rounding gptq")
     refine: int = Field(
-        2, ge=0, le=20, description="rounds of coordinate descent and scale refit after GPTQ's rounding"
+        2, ge=0, le=20, description="sweeps of coordinate descent over codes and scales after GPTQ's rounding"
     )
     propagate: Literal["unquantized", "quantized"] = Field(
-        "unquantized", description="whose outputs the next block is calibrated on"
+        "quantized", description="whose outputs the next linears are calibrated on"
     )
 
     @property
@@ -51,8 +48,7 @@ class AWQ(Method):
     def predicted_bits(self, out_features: int, in_features: int) -> float:
         return affine_bits(self.grid, out_features, in_features)
 
-    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
-        steps = Steps(
-            self.grid, self.exponents, self.clip, self.rounding == "gptq", self.damp, act_order=True, refine=self.refine
-        )
-        return quantize_calibrated(given, statistics, steps)
+    @property
+    def steps(self) -> Steps:
+        compensate = self.rounding == "gptq"
+        return Steps(self.grid, self.exponents, self.clip, compensate, self.damp, act_order=True, refine=self.refine)

@@ -6,8 +6,10 @@ of `Steps`: scales or none, a searched or a full range, rounding to nearest or w
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, sea
 from quantkit.maths.compensate import inverse_factor, round_compensated
 from quantkit.maths.gram import InputStatistics
 from quantkit.maths.refine import damped, refine
-from quantkit.methods.base import BlockResult, BlockWeights, require_finite
+from quantkit.methods.base import BlockResult, BlockWeights, Method, require_finite
 from quantkit.model.blocks import LinearGroup
 from quantkit.tensors import Grid, GroupTensor
 
@@ -28,8 +30,8 @@ class Steps:
     """How a calibrated method treats the linears of one input.
 
     exponents: candidates of AWQ's scale search; 0 leaves the scales out. search_range: look for the best share of each
-    group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of GPTQ's rounding. refine: rounds
-    of descent and scale refit after it.
+    group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of GPTQ's rounding. refine: sweeps
+    of coordinate descent over codes and scales after it.
     """
 
     grid: Grid
@@ -40,169 +42,196 @@ class Steps:
     act_order: bool
     refine: int = 0
 
+    def label(self) -> str:
+        """What rounds and how, such as "gptq 4-bit g64 asym"."""
+        return f"{'gptq' if self.compensate else 'nearest'} {self.grid.label()}"
 
-class _Working:
-    """The tensors of a block while scales are folded through them: float32 copies, made when first touched."""
 
-    def __init__(self, given: BlockWeights):
-        self.given = given
+class CalibratedMethod(Method):
+    """A method that rounds by the statistics of the inputs: all at once, or input by input as the block runs."""
+
+    calibrated: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def steps(self) -> Steps:
+        """The settings as steps."""
+
+    def begin(self, given: BlockWeights) -> CalibratedBlock:
+        """A block whose inputs will be seen one after the other, each behind what was rounded before it."""
+        return CalibratedBlock(given, self.steps)
+
+    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+        work = self.begin(given)
+        work.fold(statistics)
+        for group in given.block.groups:
+            ours = work.ours(group)
+            if ours:
+                work.round(group, work.behind_scale(ours[0], statistics[ours[0]].gram))
+        return work.result()
+
+
+class CalibratedBlock:
+    """One block under one method's steps: first `fold`, then `round` for each group of linears in the order they run.
+
+    weights: {linear: float32 [out, in]} as they stand now. replaced: {tensor name: float32} for norms and biases that
+    a scale was folded into.
+    """
+
+    def __init__(self, given: BlockWeights, steps: Steps):
+        self.given, self.steps = given, steps
         self.weights: dict[str, Tensor] = {name: given.finite(name) for name in given.weights}
         self.replaced: dict[str, Tensor] = {}
-        self.folded: set[str] = set()
+        self._folded: set[str] = set()
+        self._input_scale: dict[str, Tensor] = {}
+        self._quantized: dict[str, GroupTensor] = {}
+        self._notes: dict[str, str] = {}
+        self._marks: dict[str, list[str]] = {name: [] for name in given.weights}
 
-    def other(self, name: str) -> Tensor | None:
+    def ours(self, group: LinearGroup) -> list[str]:
+        """The linears of a group that this method quantizes."""
+        return [name for name in group.linears if name in self.weights]
+
+    def behind_scale(self, linear: str, gram: Tensor) -> Tensor:
+        """The Gram matrix of a linear's inputs once its scale is divided out of them: float32 [in, in]."""
+        scale = self._input_scale.get(linear)
+        return gram if scale is None else gram / scale[:, None] / scale[None, :]
+
+    def fold(self, statistics: Mapping[str, InputStatistics]) -> None:
+        """Find the scale of each shared input and fold it. Raises ModelError when a statistic is not finite."""
+        if not self.steps.exponents:
+            return
+        # Linears that feed other linears of the block are rescaled before their own inputs are looked at.
+        for group in sorted(self.given.block.groups, key=lambda group: group.producer_kind == "norm"):
+            ours = self.ours(group)
+            if ours and group.producer is not None:
+                self._fold_group(group, ours, _finite(ours, statistics[ours[0]]))
+
+    def round(self, group: LinearGroup, gram: Tensor) -> dict[str, Tensor]:
+        """Round the linears of one input, stacked by rows so that each matrix is factored once.
+
+        gram: float32 [in, in] of the inputs behind the folded scale. Returns the rounded weights, {linear: float32
+        [out, in]}. Raises ModelError when the Gram matrix is not finite.
+        """
+        ours = self.ours(group)
+        require_finite(f"inputs of {', '.join(ours)}", gram)
+        steps, grid = self.steps, self.steps.grid
+        stacked = torch.cat([self.weights[name] for name in ours]) if len(ours) > 1 else self.weights[ours[0]]
+        if steps.search_range:
+            scale, zero = search_grid(stacked, grid, gram.diagonal() if steps.compensate else gram)
+        else:
+            scale, zero = grid_for_range(*full_range(stacked, grid), grid)
+        if steps.compensate:
+            codes, scale = self._compensate(ours, stacked, scale, zero, gram)
+        else:
+            codes = nearest_codes(stacked, scale, zero, grid)
+        rounded = {}
+        start = 0
+        for name in ours:
+            rows = slice(start, start + self.weights[name].shape[0])
+            start = rows.stop
+            own_zero = None if zero is None else zero[rows].contiguous()
+            tensor = GroupTensor(codes[rows].contiguous(), scale[rows].contiguous(), own_zero, grid)
+            self._quantized[name] = tensor
+            rounded[name] = tensor.dequantize()
+        return rounded
+
+    def result(self) -> BlockResult:
+        """What was made of the block so far."""
+        changed = self._folded | set(self._input_scale)
+        return BlockResult(
+            quantized=self._quantized,
+            applied={name: " ".join([self.steps.label(), *self._marks[name]]) for name in self._quantized},
+            replaced=self.replaced,
+            notes=self._notes,
+            reference={name: self.weights[name] for name in changed if name in self._quantized},
+        )
+
+    def _compensate(
+        self, ours: list[str], stacked: Tensor, scale: Tensor, zero: Tensor | None, gram: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Codes [out, in] and scales [out, groups] by GPTQ's rounding and the descent after it."""
+        steps, grid = self.steps, self.steps.grid
+        try:
+            factor = inverse_factor(gram, steps.damp, steps.act_order)
+        except ModelError as error:
+            raise ModelError(f"{', '.join(ours)}: {error.message}", hint=error.hint) from error
+        codes, _ = round_compensated(stacked, scale, zero, grid, factor)
+        damp, dead = factor.damp, int(factor.dead.sum())
+        del factor
+        if steps.refine:
+            codes, scale = refine(stacked, codes, scale, zero, grid, damped(gram, damp), steps.refine)
+        for name in ours:
+            if damp != steps.damp:
+                self._notes[name] = f"damping raised from {steps.damp:g} to {damp:g}: the Gram matrix is near singular"
+            if dead:
+                self._marks[name].append(f"{dead} dead columns")
+        return codes, scale
+
+    def _other(self, name: str) -> Tensor | None:
         """An unquantized tensor of the block as it stands now."""
         if name in self.replaced:
             return self.replaced[name]
         found = self.given.others.get(name)
         return None if found is None else require_finite(name, found)
 
+    def _fold_group(self, group: LinearGroup, ours: list[str], seen: InputStatistics) -> None:
+        """Find the scale of one shared input and move it from the linears that read it to what produces it."""
+        reason = self._why_no_scale(group, ours)
+        if reason is not None:
+            self._notes.update(dict.fromkeys(ours, f"no scale: {reason}"))
+            return
+        assert group.producer is not None
+        stacked = torch.cat([self.weights[name] for name in ours])  # [sum of out, in]
+        channels = repeats = 0
+        mean_abs = seen.mean_abs
+        if group.producer_kind == "value":
+            assert self.given.head_dim is not None
+            channels = self.weights[group.producer].shape[0]
+            repeats = stacked.shape[1] // channels
+            tied = fold.tie_over_heads(mean_abs, self.given.head_dim, repeats, "mean")
+            mean_abs = fold.spread_over_heads(tied, self.given.head_dim, repeats)
+        scale, exponent = fold.search_scale(stacked, mean_abs, seen.gram, self.steps.grid, self.steps.exponents)
+        for name in ours:
+            self._marks[name].append(f"scale^{exponent:g}")
+        if exponent == 0.0:
+            return
+        for name in ours:
+            self.weights[name] = self.weights[name] * scale
+            self._input_scale[name] = scale
+        divisor = scale
+        if group.producer_kind == "value":
+            assert self.given.head_dim is not None
+            divisor = fold.tie_over_heads(scale, self.given.head_dim, repeats, "first")
+        self._divide_producer(group, divisor)
 
-def quantize_calibrated(given: BlockWeights, statistics: Mapping[str, InputStatistics], steps: Steps) -> BlockResult:
-    """Quantize the linears of a block; see `Method.quantize_block`."""
-    working = _Working(given)
-    for name, seen in statistics.items():
-        if name in given.weights:
-            require_finite(f"inputs of {name}", seen.gram)
-    input_scale: dict[str, Tensor] = {}
-    notes: dict[str, str] = {}
-    marks: dict[str, list[str]] = {name: [] for name in given.weights}
-    # Linears that feed other linears of the block are rescaled before their own inputs are looked at.
-    groups = sorted(given.block.groups, key=lambda group: group.producer_kind == "norm")
-    if steps.exponents:
-        for group in groups:
-            _fold_group(working, group, statistics, steps, input_scale, notes, marks)
-    quantized: dict[str, GroupTensor] = {}
-    for group in given.block.groups:
-        linears = [name for name in group.linears if name in given.weights]
-        if not linears:
-            continue
-        seen = statistics[linears[0]]
-        gram = seen.gram
-        if linears[0] in input_scale:
-            scale = input_scale[linears[0]]
-            gram = gram / scale[:, None] / scale[None, :]
-        _round_group(working, linears, gram, steps, quantized, notes, marks)
-    applied = {name: " ".join([steps_label(steps), *marks[name]]) for name in quantized}
-    changed = working.folded | set(input_scale)
-    return BlockResult(
-        quantized=quantized,
-        applied=applied,
-        replaced=working.replaced,
-        notes=notes,
-        reference={name: working.weights[name] for name in changed if name in quantized},
-    )
+    def _why_no_scale(self, group: LinearGroup, ours: list[str]) -> str | None:
+        """Why the input of a group cannot be rescaled, None when it can."""
+        if len(ours) < len(group.linears):
+            return f"{', '.join(sorted(set(group.linears) - set(ours)))} read the same input under other settings"
+        if group.producer_kind == "norm":
+            missing = self._other(f"{group.producer}.weight") is None
+            return f"{group.producer}.weight is not stored" if missing else None
+        return None if group.producer in self.weights else f"{group.producer} is not quantized by this method"
 
-
-def steps_label(steps: Steps) -> str:
-    """What rounds and how, such as "gptq 4-bit g64 asym"."""
-    return f"{'gptq' if steps.compensate else 'nearest'} {steps.grid.label()}"
-
-
-def _fold_group(
-    working: _Working,
-    group: LinearGroup,
-    statistics: Mapping[str, InputStatistics],
-    steps: Steps,
-    input_scale: dict[str, Tensor],
-    notes: dict[str, str],
-    marks: dict[str, list[str]],
-) -> None:
-    """Find the scale of one shared input and move it from the linears that read it to what produces it."""
-    ours = [name for name in group.linears if name in working.weights]
-    if not ours or group.producer is None:
-        return
-    if len(ours) < len(group.linears):
-        others = sorted(set(group.linears) - set(ours))
-        notes.update(dict.fromkeys(ours, f"no scale: {', '.join(others)} read the same input under other settings"))
-        return
-    is_norm = group.producer_kind == "norm"
-    if is_norm and working.other(f"{group.producer}.weight") is None:
-        notes.update(dict.fromkeys(ours, f"no scale: {group.producer}.weight is not stored"))
-        return
-    if not is_norm and group.producer not in working.weights:
-        notes.update(dict.fromkeys(ours, f"no scale: {group.producer} is not quantized by this method"))
-        return
-    seen = statistics[ours[0]]
-    stacked = torch.cat([working.weights[name] for name in ours])  # [sum of out, in]
-    channels = repeats = 0
-    mean_abs = seen.mean_abs
-    if group.producer_kind == "value":
-        assert working.given.head_dim is not None
-        channels = working.weights[group.producer].shape[0]
-        repeats = stacked.shape[1] // channels
-        tied = fold.tie_over_heads(mean_abs, working.given.head_dim, repeats, "mean")
-        mean_abs = fold.spread_over_heads(tied, working.given.head_dim, repeats)
-    scale, exponent = fold.search_scale(stacked, mean_abs, seen.gram, steps.grid, steps.exponents)
-    for name in ours:
-        marks[name].append(f"scale^{exponent:g}")
-    if exponent == 0.0:
-        return
-    for name in ours:
-        working.weights[name] = working.weights[name] * scale
-        input_scale[name] = scale
-    divisor = scale
-    if group.producer_kind == "value":
-        assert working.given.head_dim is not None
-        divisor = fold.tie_over_heads(scale, working.given.head_dim, repeats, "first")
-    _divide_producer(working, group, divisor)
+    def _divide_producer(self, group: LinearGroup, scale: Tensor) -> None:
+        """Divide the output channels of what feeds a group by its scale."""
+        bias_name = f"{group.producer}.bias"
+        bias = self._other(bias_name)
+        if bias is not None:
+            self.replaced[bias_name] = bias / scale
+        if group.producer_kind == "norm":
+            name = f"{group.producer}.weight"
+            gain = self._other(name)
+            assert gain is not None
+            offset = self.given.norm_offset
+            self.replaced[name] = (gain + offset) / scale - offset
+            return
+        assert group.producer is not None
+        self.weights[group.producer] = self.weights[group.producer] / scale[:, None]
+        self._folded.add(group.producer)
 
 
-def _divide_producer(working: _Working, group: LinearGroup, scale: Tensor) -> None:
-    """Divide the output channels of what feeds a group by its scale."""
-    bias_name = f"{group.producer}.bias"
-    bias = working.other(bias_name)
-    if bias is not None:
-        working.replaced[bias_name] = bias / scale
-    if group.producer_kind == "norm":
-        name = f"{group.producer}.weight"
-        gain = working.other(name)
-        assert gain is not None
-        offset = working.given.norm_offset
-        working.replaced[name] = (gain + offset) / scale - offset
-        return
-    assert group.producer is not None
-    working.weights[group.producer] = working.weights[group.producer] / scale[:, None]
-    working.folded.add(group.producer)
-
-
-def _round_group(
-    working: _Working,
-    linears: list[str],
-    gram: Tensor,
-    steps: Steps,
-    quantized: dict[str, GroupTensor],
-    notes: dict[str, str],
-    marks: dict[str, list[str]],
-) -> None:
-    """Choose grids and round the linears of one input, stacked by rows so that each matrix is factored once."""
-    stacked = (
-        torch.cat([working.weights[name] for name in linears]) if len(linears) > 1 else working.weights[linears[0]]
-    )
-    grid = steps.grid
-    if steps.search_range:
-        scale, zero = search_grid(stacked, grid, gram.diagonal() if steps.compensate else gram)
-    else:
-        scale, zero = grid_for_range(*full_range(stacked, grid), grid)
-    if steps.compensate:
-        try:
-            factor = inverse_factor(gram, steps.damp, steps.act_order)
-        except ModelError as error:
-            raise ModelError(f"{', '.join(linears)}: {error.message}", hint=error.hint) from error
-        codes, _ = round_compensated(stacked, scale, zero, grid, factor)
-        if steps.refine:
-            codes, scale = refine(stacked, codes, scale, zero, grid, damped(gram, factor.damp), steps.refine)
-        for name in linears:
-            if factor.damp != steps.damp:
-                notes[name] = f"damping raised from {steps.damp:g} to {factor.damp:g}: the Gram matrix is near singular"
-            if bool(factor.dead.any()):
-                marks[name].append(f"{int(factor.dead.sum())} dead columns")
-    else:
-        codes = nearest_codes(stacked, scale, zero, grid)
-    start = 0
-    for name in linears:
-        rows = slice(start, start + working.weights[name].shape[0])
-        start = rows.stop
-        quantized[name] = GroupTensor(
-            codes[rows].contiguous(), scale[rows].contiguous(), None if zero is None else zero[rows].contiguous(), grid
-        )
+def _finite(linears: list[str], seen: InputStatistics) -> InputStatistics:
+    require_finite(f"inputs of {', '.join(linears)}", seen.gram)
+    return seen

@@ -1,27 +1,25 @@
 """GPTQ (Frantar et al. 2022): round column by column, each error made up for by the columns still to come.
 
 Groups are static (their scales come from the unrounded weight), so act-order costs the file no g_idx permutation.
-Beyond the paper, each group's range is searched, and codes and scales are refined in turn after rounding
-(maths/refine.py). AWQ's scales can be folded in first: `exponents: 20`.
+Beyond the paper, AWQ's scales are folded in first, each group's range is searched, and codes and scales are refined in
+turn after rounding (maths/refine.py); docs/quality.md has what each is worth. The paper's method is `exponents: 0,
+search_range: false, refine: 0`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from quantkit.maths.gram import InputStatistics
-from quantkit.methods.base import BlockResult, BlockWeights, Method, affine_bits, affine_misfit
-from quantkit.methods.calibrated import Steps, quantize_calibrated
+from quantkit.methods.base import affine_bits, affine_misfit
+from quantkit.methods.calibrated import CalibratedMethod, Steps
 from quantkit.tensors import Grid
 
 
-class GPTQ(Method):
+class GPTQ(CalibratedMethod):
     """Settings of GPTQ; the seed settings of the field are 4 bits, group 128, act-order."""
 
-    calibrated: ClassVar[bool] = True
     name: Literal["gptq"] = "gptq"
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int | None = Field(128, ge=8, description="input columns a scale; null is the whole row")
@@ -29,14 +27,14 @@ class GPTQ(Method):
     act_order: bool = Field(True, description="round the columns with the largest inputs first")
     damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram")
     exponents: int = Field(
-        0, ge=0, le=200, description="candidates of AWQ's scale search, folded in before rounding; 0 leaves scales out"
+        20, ge=0, le=200, description="candidates of AWQ's scale search, folded in before rounding; 0 leaves scales out"
     )
     search_range: bool = Field(True, description="search each group's range for the one that loses least")
     refine: int = Field(
-        2, ge=0, le=20, description="rounds of coordinate descent and scale refit after GPTQ's rounding"
+        2, ge=0, le=20, description="sweeps of coordinate descent over codes and scales after GPTQ's rounding"
     )
     propagate: Literal["unquantized", "quantized"] = Field(
-        "quantized", description="whose outputs the next block is calibrated on"
+        "quantized", description="whose outputs the next linears are calibrated on"
     )
 
     @property
@@ -52,6 +50,6 @@ class GPTQ(Method):
     def predicted_bits(self, out_features: int, in_features: int) -> float:
         return affine_bits(self.grid, out_features, in_features)
 
-    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
-        steps = Steps(self.grid, self.exponents, self.search_range, True, self.damp, self.act_order, self.refine)
-        return quantize_calibrated(given, statistics, steps)
+    @property
+    def steps(self) -> Steps:
+        return Steps(self.grid, self.exponents, self.search_range, True, self.damp, self.act_order, self.refine)

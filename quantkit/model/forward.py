@@ -6,19 +6,26 @@ recorder tells what each block is called with (masks, rotary tables), so no arch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.maths.gram import GramAccumulator, InputStatistics
-from quantkit.model.blocks import Block, architecture_of
+from quantkit.model.blocks import Block, LinearGroup, architecture_of
+from quantkit.model.hidden import HiddenStates
 from quantkit.model.source import Source
 
-BATCH_TOKENS = 4096
-"""Tokens that go through a block at once: enough rows for a matrix product to run at full rate."""
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens that go through a block at once: enough rows for a matrix product to run at full rate, few enough that what
+lies between a block's linears stays small beside the hidden states."""
+
+Rounder = Callable[[LinearGroup, InputStatistics], Mapping[str, Tensor]]
+"""Takes a group of linears and what was seen of their input; gives their new weights by tensor name."""
 
 
 class _Recorder(nn.Module):
@@ -60,11 +67,11 @@ class BlockRunner:
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]
         self._kwargs: list[dict[str, Any]] = []
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Hidden states before the first block: [sequences, length, hidden] on the CPU, for ids int64 [sequences,
-        length].
+    def embed(self, ids: Tensor, spill: Path | None = None) -> HiddenStates:
+        """Hidden states before the first block, [sequences, length, hidden], for ids int64 [sequences, length].
 
         Also learns what every block is called with at this length. Sequences are full, so no padding mask is needed.
+        Only the rows of the embedding that the ids name are taken. spill: where the states lie when not in memory.
         """
         recorders = [_Recorder() for _ in self.layers]
         blocks = list(self.layers)
@@ -72,17 +79,18 @@ class BlockRunner:
         norm_name = self.architecture.final_norm.removeprefix(f"{self.architecture.trunk}.")
         norm = self.trunk.get_submodule(norm_name)
         meta = embedding.weight
-        table = self.source.read(f"{self.architecture.embedding}.weight")
+        used, places = ids.unique(return_inverse=True)
+        table = self.source.read(f"{self.architecture.embedding}.weight")[used]
+        hidden = HiddenStates((*ids.shape, table.shape[1]), self.dtype, spill)
         try:
             embedding.weight = nn.Parameter(table.to(self.device), requires_grad=False)
             setattr(self.trunk, norm_name, nn.Identity())
             for position, recorder in enumerate(recorders):
                 self.layers[position] = recorder
-            hidden = []
             with torch.inference_mode():
-                for rows in ids.split(self._rows(ids)):
-                    output = self.trunk(input_ids=rows.to(self.device), use_cache=False)
-                    hidden.append(output.last_hidden_state.to(self.dtype).cpu())
+                for rows in self._batches(hidden):
+                    output = self.trunk(input_ids=places[rows].to(self.device), use_cache=False)
+                    hidden[rows] = output.last_hidden_state.to(self.dtype).cpu()
         finally:
             for position, block in enumerate(blocks):
                 self.layers[position] = block
@@ -91,10 +99,7 @@ class BlockRunner:
         self._kwargs = [
             {key: _for_any_batch(value) for key, value in recorder.kwargs.items()} for recorder in recorders
         ]
-        return torch.cat(hidden)
-
-    def _rows(self, ids_or_hidden: Tensor) -> int:
-        return max(1, BATCH_TOKENS // ids_or_hidden.shape[1])
+        return hidden
 
     @contextmanager
     def loaded(self, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
@@ -113,65 +118,131 @@ class BlockRunner:
         }
         module.load_state_dict(state, strict=False, assign=True)
 
-    def forward(self, module: nn.Module, block: Block, hidden: Tensor) -> Tensor:
-        """The block's outputs [sequences, length, hidden]; written over `hidden`, which is returned."""
-        for rows in self._batches(hidden):
-            hidden[rows] = self._call(module, block, hidden[rows]).to(hidden.device)
-        return hidden
-
     def statistics(
-        self, module: nn.Module, block: Block, hidden: Tensor, *, advance: bool
+        self, module: nn.Module, block: Block, hidden: HiddenStates, *, advance: bool
     ) -> dict[str, InputStatistics]:
         """Statistics of every linear's inputs, {linear module name: statistics}; those that share an input share them.
 
         advance: also write the block's outputs over `hidden`; else the run ends where the last input has been seen.
         """
-        accumulators: list[GramAccumulator | None] = [None] * len(block.groups)
-        handles = []
+        seen = [self._accumulator(group) for group in block.groups]
         last = len(block.groups) - 1
 
-        def watch(position: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                accumulator = accumulators[position]
-                if accumulator is None:
-                    accumulator = GramAccumulator(inputs[0].shape[-1], inputs[0].device)
-                    accumulators[position] = accumulator
-                accumulator.add(inputs[0])
+        def watch(position: int) -> Callable[[Tensor], None]:
+            def see(inputs: Tensor) -> None:
+                seen[position].add(inputs)
                 if position == last and not advance:
                     raise _EnoughError
 
-            return hook
+            return see
 
-        for position, group in enumerate(block.groups):
-            reader = module.get_submodule(group.linears[0].removeprefix(block.prefix))
-            handles.append(reader.register_forward_pre_hook(watch(position)))
-        try:
+        with ExitStack() as hooks:
+            for position, group in enumerate(block.groups):
+                hooks.enter_context(_watched(module, block, group, watch(position)))
             for rows in self._batches(hidden):
                 try:
-                    output = self._call(module, block, hidden[rows])
+                    hidden[rows] = self._call(module, block, hidden[rows])
                 except _EnoughError:
                     continue
-                hidden[rows] = output.to(hidden.device)
-        finally:
-            for handle in handles:
-                handle.remove()
         found: dict[str, InputStatistics] = {}
-        for group, accumulator in zip(block.groups, accumulators, strict=True):
-            assert accumulator is not None, f"{group.linears[0]} was never called"
-            result = accumulator.result()
-            found.update(dict.fromkeys(group.linears, result))
+        for group, accumulator in zip(block.groups, seen, strict=True):
+            found.update(dict.fromkeys(group.linears, accumulator.result()))
         return found
 
-    def _batches(self, hidden: Tensor) -> Iterator[slice]:
-        size = self._rows(hidden)
+    def staged(
+        self, module: nn.Module, block: Block, hidden: HiddenStates, rounder: Rounder, *, keep: bool, advance: bool
+    ) -> None:
+        """Run a block so that each group of linears is rounded by inputs that have passed all rounded before it.
+
+        For each group in turn: statistics of its inputs over all rows, then `rounder`, whose weights take their place.
+        keep: hold every row where it waits, so that each linear runs once; else start again for every group, which
+        gives the same numbers in less memory and about three times the work. advance: write the outputs over `hidden`.
+        """
+        if not keep:
+            for group in block.groups:
+                self._round_group(module, block, group, rounder, self._from_start(module, block, group, hidden))
+            if advance:
+                for rows in self._batches(hidden):
+                    hidden[rows] = self._call(module, block, hidden[rows])
+            return
+
+        from greenlet import getcurrent, greenlet
+
+        def wait(inputs: Tensor) -> None:
+            getcurrent().parent.switch(inputs)  # type: ignore[union-attr]
+
+        # one mode around all rows: each restores at its end what it found at its start, and they overlap
+        with torch.inference_mode(), ExitStack() as hooks:
+            for group in block.groups:
+                hooks.enter_context(_watched(module, block, group, wait))
+            batches = list(self._batches(hidden))
+            waiting = [greenlet(partial(self._call, module, block, hidden[rows])) for rows in batches]
+            try:
+                for group in block.groups:
+                    self._round_group(module, block, group, rounder, (task.switch() for task in waiting))
+                if advance:
+                    for rows, task in zip(batches, waiting, strict=True):
+                        hidden[rows] = task.switch()
+            finally:
+                for task in waiting:
+                    if task:  # still waits
+                        task.throw()
+
+    def kept_bytes(self, block: Block, hidden: HiddenStates) -> int:
+        """What `staged` holds at most with keep: for each token its input, the states behind attention, the norm's
+        output and the widest input of a linear."""
+        widest = max(self.source.shape(f"{linear}.weight")[1] for linear in block.linears)
+        return hidden.nbytes // hidden.shape[2] * (3 * hidden.shape[2] + widest)
+
+    def _round_group(
+        self, module: nn.Module, block: Block, group: LinearGroup, rounder: Rounder, inputs: Iterable[Tensor]
+    ) -> None:
+        accumulator = self._accumulator(group)
+        for rows in inputs:
+            accumulator.add(rows)
+        self.assign(module, block, rounder(group, accumulator.result()))
+
+    def _from_start(
+        self, module: nn.Module, block: Block, group: LinearGroup, hidden: HiddenStates
+    ) -> Iterator[Tensor]:
+        """The inputs of a group, a batch at a time; the block runs no further."""
+        seen: list[Tensor] = []
+
+        def stop(inputs: Tensor) -> None:
+            seen.append(inputs)
+            raise _EnoughError
+
+        with _watched(module, block, group, stop):
+            for rows in self._batches(hidden):
+                with suppress(_EnoughError):
+                    self._call(module, block, hidden[rows])
+                yield seen.pop()
+
+    def _accumulator(self, group: LinearGroup) -> GramAccumulator:
+        return GramAccumulator(self.source.shape(f"{group.linears[0]}.weight")[1], self.device)
+
+    def _batches(self, hidden: HiddenStates) -> Iterator[slice]:
+        size = max(1, BATCH_TOKENS[self.device.type] // hidden.shape[1])
         for start in range(0, hidden.shape[0], size):
             yield slice(start, start + size)
 
     def _call(self, module: nn.Module, block: Block, rows: Tensor) -> Tensor:
+        """A block's outputs on the CPU for a batch of its inputs."""
         with torch.inference_mode():
             output = module(rows.to(self.device), **self._kwargs[block.index])
         result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return result.cpu()
+
+
+@contextmanager
+def _watched(module: nn.Module, block: Block, group: LinearGroup, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """While this lasts, `see` is called with the inputs of a group's first linear before it runs."""
+    reader = module.get_submodule(group.linears[0].removeprefix(block.prefix))
+    handle = reader.register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _for_any_batch(value: Any) -> Any:

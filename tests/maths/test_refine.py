@@ -8,7 +8,7 @@ from torch import Tensor
 from oracles import descent as oracle
 from quantkit.maths import refine as module
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes
-from quantkit.maths.refine import damped, descend, refine, refit_scale
+from quantkit.maths.refine import damped, refine
 from quantkit.tensors import Grid, GroupTensor
 
 
@@ -33,43 +33,47 @@ def _loss(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, gri
     return float(((error @ gram.double()) * error).sum())
 
 
+@pytest.mark.parametrize("columns", [24, 136])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_sweep_equals_the_oracle(symmetric: bool) -> None:
-    weight, codes, scale, zero, grid, gram = _case(symmetric)
+def test_a_sweep_equals_the_oracle(symmetric: bool, columns: int) -> None:
+    weight, codes, scale, zero, grid, gram = _case(symmetric, columns)
     middle = _middle(scale, zero, grid)
-    moved = descend(weight, codes, scale, middle, grid, gram)
+    moved, fitted = refine(weight, codes, scale, zero, grid, gram, 1)
     arrays = [tensor.double().numpy() for tensor in (weight, codes, scale, middle, gram)]
-    assert np.array_equal(moved.numpy(), oracle.sweep(*arrays, 8, 8))
-    assert not torch.equal(moved, codes)
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_refitted_scales_are_the_least_squares_ones(symmetric: bool) -> None:
-    weight, codes, scale, zero, grid, gram = _case(symmetric)
-    middle = _middle(scale, zero, grid)
-    fitted = refit_scale(weight, codes, scale, middle, grid, gram)
+    expected_codes, expected_scale = oracle.sweep(*arrays, 8, 8)
+    # float32 against float64: a code on the edge may fall either way, and its row goes its own way from there
+    same = (moved.numpy() == expected_codes).all(axis=1)
+    assert same.mean() >= 0.75
+    assert np.array_equal(fitted.numpy()[same], expected_scale[same])
+    assert not torch.equal(moved, codes) and not torch.equal(fitted, scale)
     assert torch.equal(fitted, fitted.half().float())
-    for row in range(len(weight)):
-        expected = oracle.fitted_scale(
-            weight[row].double().numpy(), codes[row].numpy(), middle[row].numpy(), gram.double().numpy(), 8
-        )
-        inside = (expected > 0.5 * scale[row].numpy()) & (expected < 2 * scale[row].numpy())
-        if inside.all():
-            assert np.allclose(fitted[row].numpy(), expected, rtol=2e-3)
 
 
 @pytest.mark.parametrize("columns", [24, 136, 264])
-def test_the_loss_falls_with_every_step(columns: int) -> None:
+def test_the_loss_falls_with_every_sweep(columns: int) -> None:
     weight, codes, scale, zero, grid, gram = _case(False, columns, rows=8)
-    middle = _middle(scale, zero, grid)
     losses = [_loss(weight, codes, scale, zero, grid, gram)]
-    for _ in range(3):
-        codes = descend(weight, codes, scale, middle, grid, gram)
+    for _ in range(4):
+        codes, scale = refine(weight, codes, scale, zero, grid, gram, 1)
         losses.append(_loss(weight, codes, scale, zero, grid, gram))
-        scale = refit_scale(weight, codes, scale, middle, grid, gram)
-        losses.append(_loss(weight, codes, scale, zero, grid, gram))
-    assert all(after < before * 1.001 for before, after in zip(losses, losses[1:], strict=False)), losses
+    assert all(after <= before * 1.0001 for before, after in zip(losses, losses[1:], strict=False)), losses
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_whole_rows_are_one_group() -> None:
+    weight, _, _, _, _, gram = _case(False, 24)
+    grid = Grid(4, None, True)
+    scale, zero = grid_for_range(*full_range(weight, grid), grid)
+    codes = nearest_codes(weight, scale, zero, grid)
+    better = refine(weight, codes, scale, zero, grid, gram, 2)
+    assert _loss(weight, *better, zero, grid, gram) < _loss(weight, codes, scale, zero, grid, gram)
+
+
+@pytest.mark.parametrize("value", [1.0, 0.1, 3.3e-3, 6.103e-5, 5e-5, 1.7e-6, 6e-8, 0.99999, 1000.3])
+def test_scales_round_as_float16_does(value: float) -> None:
+    from quantkit.maths.kernels import _as_float16
+
+    assert _as_float16(value) == np.float32(np.float16(value))
 
 
 def test_all_zero_rows_and_dead_columns_stay() -> None:
@@ -86,10 +90,11 @@ def test_all_zero_rows_and_dead_columns_stay() -> None:
     assert ((values - weight)[:, 3].abs()[inside] <= new_scale[:, 0][inside] / 2 * 1.01).all()
 
 
-def test_the_compiled_sweep_equals_the_tensor_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, codes, scale, zero, grid, gram = _case(False, 200, rows=16)
-    middle = _middle(scale, zero, grid)
-    compiled = descend(weight, codes, scale, middle, grid, gram)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_compiled_sweep_equals_the_tensor_sweep(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, codes, scale, zero, grid, gram = _case(symmetric, 200, rows=16)
+    compiled, compiled_scale = refine(weight, codes, scale, zero, grid, gram, 1)
     monkeypatch.setattr(module, "_descend_block", module._descend_block_tensors)
-    plain = descend(weight, codes, scale, middle, grid, gram)
+    plain, plain_scale = refine(weight, codes, scale, zero, grid, gram, 1)
     assert (compiled != plain).float().mean() < 0.01
+    assert (compiled_scale != plain_scale).float().mean() < 0.02

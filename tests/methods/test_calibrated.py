@@ -10,11 +10,10 @@ from quantkit.errors import ModelError
 from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.methods.awq import AWQ
 from quantkit.methods.base import BlockResult, BlockWeights
-from quantkit.methods.calibrated import Steps, quantize_calibrated
 from quantkit.methods.gptq import GPTQ
 from quantkit.methods.rtn import RTN
 from quantkit.model.blocks import ARCHITECTURES, Block, LinearGroup
-from quantkit.tensors import Grid, GroupTensor
+from quantkit.tensors import GroupTensor
 
 HIDDEN, HEAD, HEADS, KV_HEADS, INNER = 32, 8, 4, 2, 64
 SHAPES = {
@@ -143,8 +142,7 @@ def test_raised_damping_is_noted() -> None:
     group = LinearGroup(("mlp.down_proj",))
     block = Block(0, "", ("mlp.down_proj",), (group,), ())
     given = BlockWeights(block, {"mlp.down_proj": weights["mlp.down_proj"]})
-    steps = Steps(Grid(4, 16, True), 0, True, True, 0.01, act_order=False)
-    result = quantize_calibrated(given, statistics, steps)
+    result = GPTQ(group_size=16, exponents=0, act_order=False).quantize_block(given, statistics)
     assert "damping raised from 0.01 to 0.1" in result.notes["mlp.down_proj"]
 
 

@@ -1,0 +1,64 @@
+"""The hidden states that pass from block to block: in memory, or in a scratch file when they are too large for it."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class HiddenStates:
+    """A tensor [sequences, length, hidden] that is read and written by whole sequences.
+
+    spill: a folder for the scratch file; None keeps the states in memory. The file has no name once it is open, so
+    that nothing is left behind however the process ends; it is read and written without mapping, so that its pages
+    are never this process's own.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, spill: Path | None = None):
+        self.shape, self.dtype, self.spill = torch.Size(shape), dtype, spill
+        self._sequence_bytes = math.prod(self.shape[1:]) * dtype.itemsize
+        self._tensor: Tensor | None = None
+        if spill is None:
+            self._tensor = torch.empty(self.shape, dtype=dtype)
+        else:
+            self._file = tempfile.TemporaryFile(dir=spill, buffering=0)  # noqa: SIM115 - it lives as long as this
+            os.posix_fallocate(self._file.fileno(), 0, self.nbytes)  # a full disk is found now, not in an hour
+
+    @property
+    def nbytes(self) -> int:
+        return self._sequence_bytes * self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Sequences `rows`, step 1: a view in memory, a copy from the file."""
+        if self._tensor is not None:
+            return self._tensor[rows]
+        start, stop, _ = rows.indices(self.shape[0])
+        buffer = bytearray((stop - start) * self._sequence_bytes)
+        view, done = memoryview(buffer), 0
+        while done < len(buffer):
+            done += os.preadv(self._file.fileno(), [view[done:]], start * self._sequence_bytes + done)
+        return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, *self.shape[1:])
+
+    def __setitem__(self, rows: slice, values: Tensor) -> None:
+        if self._tensor is not None:
+            self._tensor[rows] = values
+            return
+        start, _, _ = rows.indices(self.shape[0])
+        raw = values.detach().cpu().to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        done = 0
+        while done < len(raw):
+            done += os.pwrite(self._file.fileno(), memoryview(raw)[done:], start * self._sequence_bytes + done)
+
+    def copy(self, every: int = 1) -> HiddenStates:
+        """Other storage with the same values, of one sequence in `every`."""
+        picked = range(0, self.shape[0], every)
+        other = HiddenStates((len(picked), *self.shape[1:]), self.dtype, self.spill)
+        for position, row in enumerate(picked):
+            other[position : position + 1] = self[row : row + 1]
+        return other
