@@ -1,6 +1,7 @@
 # make demo    quantize a real 135M model with all five methods, measure every artifact, print the table
 # make test    lint, types and tests; offline once the environment is there
 # make model   the demo's model alone, into models/, for trying the commands of README.md
+# make bench   the committed comparisons with other engines: benchmarks/results/ and docs/performance.md; hours
 # make venv    the environment alone: .venv, installed from requirements.lock; made again when the lock changes
 
 PYTHON ?= python3
@@ -10,9 +11,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cksum < requirements.lock | tr -d ' \t')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= reports/demo
+RUNS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo model test test-slow lint format readme lock wheel clean
+.PHONY: help venv demo model bench test test-slow lint format readme lock wheel clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -37,6 +39,19 @@ demo: $(STAMP)
 
 model: $(STAMP)
 	$(BIN)/python -m quantkit.demo --fetch models
+
+# MODEL is a Hugging Face folder, which is all that the other engines read; the committed figures are of SmolLM2-135M,
+# re-gauged. SET='KEY=VALUE ...' changes the recipes, such as the texts they name; ENGINES leaves engines out.
+COMPARE = $(BIN)/quantkit compare --model $(MODEL) --runs $(RUNS) $(if $(ENGINES),--engines $(ENGINES)) \
+	$(foreach setting,$(SET),--set $(setting)) --force
+bench: $(STAMP)
+	@test -n "$(MODEL)" || { echo "name a Hugging Face folder: make bench MODEL=DIR" >&2; exit 1; }
+	$(COMPARE) benchmarks/compare_gptq.yaml benchmarks/compare_gptq_unquantized.yaml --out benchmarks/results/gptq.json
+	$(COMPARE) benchmarks/compare_gptq_asymmetric.yaml --out benchmarks/results/gptq_asymmetric.json
+	$(COMPARE) benchmarks/compare_awq.yaml benchmarks/compare_awq_nearest.yaml --out benchmarks/results/awq.json
+	$(COMPARE) benchmarks/compare_nf4.yaml --out benchmarks/results/nf4.json
+	$(COMPARE) benchmarks/compare_int8.yaml --out benchmarks/results/int8.json
+	$(BIN)/python benchmarks/fill_performance.py
 
 test: $(STAMP) lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -30,6 +30,7 @@ COMMANDS = (
     "quantize",
     "bench",
     "run",
+    "compare",
     "report",
     "recipes",
     "recipes list",

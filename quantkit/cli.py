@@ -68,6 +68,9 @@ Settings = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to compute.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what quantkit made there before.")]
+MaxMemory = Annotated[
+    str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 3GB: slower, on disk, but within it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT", help="Folders that quantize wrote, or .gguf.")]
 
@@ -87,6 +90,7 @@ def quantize(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: artifacts/MODEL-RECIPE.")] = None,
     settings: Settings = None,
     device: Device = "auto",
+    max_memory: MaxMemory = None,
     force: Force = False,
     as_json: Json = False,
 ) -> Shown:
@@ -94,7 +98,14 @@ def quantize(
     from quantkit import jobs, words
 
     manifest = jobs.quantize(
-        recipe, model=model, out=out, settings=settings or [], device=device, force=force, progress=Progress()
+        recipe,
+        model=model,
+        out=out,
+        settings=settings or [],
+        device=device,
+        max_memory=max_memory,
+        force=force,
+        progress=Progress(),
     )
     return Shown(manifest.model_dump(mode="json"), words.manifest(manifest), as_json)
 
@@ -130,6 +141,7 @@ def run(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: reports/NAME.")] = None,
     settings: Settings = None,
     device: Device = "auto",
+    max_memory: MaxMemory = None,
     force: Force = False,
     as_json: Json = False,
 ) -> Shown:
@@ -137,9 +149,53 @@ def run(
     from quantkit import jobs, report
 
     results = jobs.run(
-        suite, model=model, out=out, settings=settings or [], device=device, force=force, progress=Progress()
+        suite,
+        model=model,
+        out=out,
+        settings=settings or [],
+        device=device,
+        max_memory=max_memory,
+        force=force,
+        progress=Progress(),
     )
     return Shown(results.model_dump(mode="json"), functools.partial(report.show, results), as_json)
+
+
+@app.command()
+@verb
+def compare(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Its job is every engine's; more: ours.")],
+    engines: Annotated[str | None, typer.Option("--engines", metavar="A,B,...", help="Default: all for it.")] = None,
+    model: Model = None,
+    settings: Settings = None,
+    runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="Of each, for medians.")] = 1,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Where the figures go.")] = None,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, metavar="S", help="Of one run.")] = 3600,
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> Shown:
+    """Give one quantization job to quantkit and to other engines.
+
+    Engines: quantkit, gptqmodel, llmcompressor, auto-round, autoawq, auto-gptq, bitsandbytes; each in an environment of
+    its own, made when first needed. An engine that cannot do the job is a row with the reason.
+    """
+    from quantkit import verbs
+    from quantkit.reference import table
+
+    results = verbs.compare(
+        recipes,
+        engines=engines,
+        model=model,
+        settings=settings or [],
+        runs=runs,
+        out=out,
+        timeout_s=timeout,
+        device=device,
+        force=force,
+        progress=Progress(),
+    )
+    return Shown(results.model_dump(mode="json"), functools.partial(table.show, results), as_json)
 
 
 @app.command("report")

@@ -1,4 +1,4 @@
-"""What the smaller verbs do: bench, recipes validate, calibration."""
+"""What the smaller verbs do: bench, compare, recipes validate, calibration."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from quantkit.validation import suggestion
 
 if TYPE_CHECKING:
     from quantkit.bench.measurement import Results
+    from quantkit.reference.results import ComparisonResults
     from quantkit.sections import AnyBench
 
 
@@ -49,6 +50,46 @@ def bench(
         sections=sections,
         name=name,
         device=resolve_device(device).type,
+        progress=progress,
+    )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, (results.model_dump_json(indent=2) + "\n").encode())
+    return results
+
+
+def compare(
+    recipes: Sequence[str],
+    *,
+    engines: str | None,
+    model: str | None,
+    settings: Sequence[str],
+    runs: int,
+    out: Path | None,
+    timeout_s: float,
+    device: str,
+    force: bool,
+    progress: Progress,
+) -> ComparisonResults:
+    """Give a recipe's job to several engines, and write the figures to `out` when it is given.
+
+    engines: names with commas between them; None is every engine that does the method. Raises UsageError, before
+    anything runs, when `out` exists without `force`.
+    """
+    if out is not None:
+        check_file(out, force=force)
+
+    from quantkit.manifest import write_atomic
+    from quantkit.reference.compare import compare as measure
+
+    results = measure(
+        recipes,
+        engines=None if engines is None else [name.strip() for name in engines.split(",") if name.strip()],
+        model=model,
+        settings=settings,
+        runs=runs,
+        timeout_s=timeout_s,
+        device=device,
         progress=progress,
     )
     if out is not None:

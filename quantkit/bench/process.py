@@ -49,7 +49,7 @@ def run_worker(job: Job, timeout_s: float, tracker: Tracker | None = None) -> An
                 process.wait()
             reader.join(5)
         if code != 0 or not files[1].is_file():
-            raise WorkerFailed(_why(code, files[2].read_text(errors="replace")))
+            raise WorkerFailed(how_it_ended(code, files[2].read_text(errors="replace")))
         return Answer.model_validate_json(files[1].read_text())
 
 
@@ -65,7 +65,7 @@ def _follow(stream: IO[bytes], tracker: Tracker | None) -> None:
         tracker.advance(0 if stage == "imports" else 1, note=stage)
 
 
-def _why(code: int, log: str) -> str:
+def how_it_ended(code: int, log: str) -> str:
     """How a process ended, and its last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     if code < 0:

@@ -14,10 +14,11 @@ MARKUP = re.compile(r"[\\`*<>]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
     """The report of one or several comparisons, one section each."""
-    return "\n".join(_document(lay_out(comparison)) for comparison in comparisons)
+    return "\n".join(document_markdown(lay_out(comparison)) for comparison in comparisons)
 
 
-def _document(document: Document) -> str:
+def document_markdown(document: Document) -> str:
+    """One document, its title as the first heading."""
     lines = [f"# {document.title}", "", *(f"{_text(line)}  " for line in document.lead), ""]
     for part in document.parts:
         lines += [f"## {part.title}", "", *(_table(part) if isinstance(part, TextTable) else _listing(part)), ""]

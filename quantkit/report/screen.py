@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from quantkit.report.layout import Listing, TextTable, lay_out
+from quantkit.report.layout import Document, Listing, TextTable, lay_out
 from quantkit.report.model import Comparison
 
 PIPED_WIDTH = 100
@@ -24,9 +24,13 @@ LABEL_WIDTH = 28
 
 def render(comparisons: Sequence[Comparison]) -> RenderableType:
     """The report of one or several comparisons, to be printed by a rich console."""
+    return render_documents([lay_out(comparison) for comparison in comparisons])
+
+
+def render_documents(documents: Sequence[Document]) -> RenderableType:
+    """Documents one under the other, to be printed by a rich console."""
     parts: list[RenderableType] = []
-    for comparison in comparisons:
-        document = lay_out(comparison)
+    for document in documents:
         parts.append(Text(document.title, style="bold"))
         parts += [Text(line) for line in document.lead]
         for part in document.parts:
@@ -41,9 +45,14 @@ def render(comparisons: Sequence[Comparison]) -> RenderableType:
 
 def show(comparisons: Sequence[Comparison], stream: TextIO | None = None) -> None:
     """Print the report on `stream` (stdout unless given): as wide as a terminal, 100 columns elsewhere."""
+    show_documents([lay_out(comparison) for comparison in comparisons], stream)
+
+
+def show_documents(documents: Sequence[Document], stream: TextIO | None = None) -> None:
+    """Print documents likewise."""
     target = sys.stdout if stream is None else stream
     width = None if target.isatty() else PIPED_WIDTH
-    Console(file=target, width=width).print(render(comparisons))
+    Console(file=target, width=width).print(render_documents(documents))
 
 
 class _Fitted:

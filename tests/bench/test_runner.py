@@ -73,7 +73,7 @@ def test_a_worker_that_takes_too_long_is_ended(tiny_llama: Path, tmp_path: Path)
 
 
 def test_a_signal_is_named() -> None:
-    assert process._why(-11, "loading\nsomething\n") == "the process was ended by SIGSEGV: something"
+    assert process.how_it_ended(-11, "loading\nsomething\n") == "the process was ended by SIGSEGV: something"
 
 
 def test_a_crash_of_every_process_leaves_rows_of_reasons(

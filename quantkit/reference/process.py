@@ -1,0 +1,139 @@
+"""One job in one fresh process, with all it started counted: seconds, processor time, the most memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.bench.process import how_it_ended
+from quantkit.progress import Tracker
+from quantkit.reference.results import Cost
+
+SAMPLE_S = 0.05
+"""Between two looks at the memory of a running job."""
+
+
+class JobFailed(Exception):  # noqa: N818  # carries the reason for a row without figures
+    """A job ended without an answer, and how. cost: what it took until then."""
+
+    def __init__(self, reason: str, cost: Cost):
+        super().__init__(reason)
+        self.cost = cost
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job took, and what its worker had to say."""
+
+    cost: Cost
+    versions: dict[str, str]
+
+
+def run_job(
+    command: Sequence[str],
+    job: Mapping[str, Any],
+    folder: Path,
+    timeout_s: float,
+    tracker: Tracker,
+    environment: Mapping[str, str],
+) -> Done:
+    """Run `COMMAND job.json answer.json` in an empty folder and wait for it; it and its children are ended in time.
+
+    Raises JobFailed when it crashes, is ended by a signal or the time limit, or leaves no answer.
+    """
+    job_file, answer_file, log_file = (folder / name for name in ("job.json", "answer.json", "log.txt"))
+    job_file.write_text(json.dumps(job))
+    with log_file.open("wb") as log:
+        started = time.perf_counter()
+        # a session of its own, so that what it starts can be ended with it
+        process = subprocess.Popen(
+            [*command, str(job_file), str(answer_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=dict(environment),
+            cwd=folder,
+            start_new_session=True,
+        )
+        try:
+            code, usage, sampled = _wait(process.pid, started + timeout_s, tracker)
+        finally:
+            _end(process.pid)
+    wall = time.perf_counter() - started
+    process.returncode = 0 if code is None else code  # it has been waited for: nothing is left to ask the system
+    answer = _answer(answer_file)
+    cost = Cost(
+        wall_s=wall,
+        cpu_s=usage.ru_utime + usage.ru_stime,
+        peak_rss_bytes=max(sampled, answer.get("peak_rss_bytes") or 0) or _max_rss(usage),
+        peak_vram_bytes=answer.get("peak_vram_bytes"),
+        load_s=answer.get("load_s"),
+        quantize_s=answer.get("quantize_s"),
+        save_s=answer.get("save_s"),
+    )
+    if code is None:
+        raise JobFailed(f"stopped after {timeout_s:.0f} s without an answer", cost)
+    if code or "error" in answer or not answer:
+        reason = answer.get("error") or how_it_ended(code, log_file.read_text(errors="replace"))
+        raise JobFailed(str(reason)[:300], cost)
+    return Done(cost, answer.get("versions", {}))
+
+
+def _wait(pid: int, deadline: float, tracker: Tracker) -> tuple[int | None, Any, int]:
+    """Exit code (None past the deadline), resource usage of the process and its children, most bytes seen resident."""
+    most = 0
+    while True:
+        found, status, usage = os.wait4(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status), usage, most
+        if time.perf_counter() > deadline:
+            _end(pid)
+            _, _, usage = os.wait4(pid, 0)
+            return None, usage, most
+        most = max(most, _resident(pid))
+        tracker.advance(0)
+        time.sleep(SAMPLE_S)
+
+
+def _end(pid: int) -> None:
+    """End a process group; there may be none left."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _resident(pid: int) -> int:
+    """Resident bytes of a process and its children; what two of them share counts twice."""
+    import psutil
+
+    total = 0
+    with suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        for process in (parent, *parent.children(recursive=True)):
+            with suppress(psutil.Error):
+                total += process.memory_info().rss
+    return total
+
+
+def _max_rss(usage: Any) -> int:
+    """The system's own figure, for a job that was over before the first look.
+
+    Linux counts kilobytes, and starts with the memory of the process that started this one: so it comes last.
+    """
+    return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _answer(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

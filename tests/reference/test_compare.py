@@ -1,0 +1,169 @@
+"""A whole comparison with engines of our own making: one that works, and one for each way of not working."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import SHARED_DATA
+from oracles.memory_source import MemorySource, store
+from quantkit.cli import execute
+from quantkit.errors import DataError, RecipeError, UsageError
+from quantkit.formats.autogptq import AutoGPTQ
+from quantkit.methods.rtn import RTN
+from quantkit.progress import Progress
+from quantkit.reference import compare as module
+from quantkit.reference.compare import compare
+from quantkit.reference.engines import REFERENCE_ENGINES, WORKER, Ability, ReferenceEngine
+from quantkit.reference.environments import _finished, engines_folder, pins_sha256
+from quantkit.reference.results import ComparisonResults
+
+RECIPE = """
+schema_version: 1
+method: {name: gptq, bits: 4, group_size: 32}
+calibration: {set: pydoc, sequences: 4, length: 32}
+bench: [{name: divergence, set: pydoc, sequences: 2, length: 32}]
+"""
+
+GOOD = """
+import json, shutil, sys
+job = json.load(open(sys.argv[1]))
+ids = json.load(open(job["ids"]))["ids"]
+assert (len(ids), len(ids[0])) == (4, 32), "the ids of the calibration"
+wanted = {"method": "gptq", "bits": 4, "group_size": 32, "symmetric": True, "act_order": True}
+assert wanted.items() <= job.items(), "what the recipe asks for"
+shutil.copytree(ARTIFACT, job["out"])
+json.dump({"quantize_s": 0.5, "load_s": 0.1, "save_s": 0.2, "versions": {"torch": "0"}}, open(sys.argv[2], "w"))
+"""
+
+
+def _engine(name: str, worker: Path, **more: Any) -> ReferenceEngine:
+    return ReferenceEngine(name, "1.0", (Ability("gptq", (4,)),), worker=worker, **more)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    (tmp_path / "job.yaml").write_text(RECIPE)
+    return str(tmp_path / "job.yaml")
+
+
+@pytest.fixture
+def engines(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the registry's place: engines whose workers are a few lines."""
+    artifact = tmp_path / "artifact"
+    store(MemorySource(tiny_llama), AutoGPTQ(), artifact, RTN(bits=4, group_size=32, symmetric=True), torch.float16)
+    scripts = {
+        "good": GOOD.replace("ARTIFACT", repr(str(artifact))),
+        "crash": "import sys; sys.exit('a bad day')",
+        "hang": "import time; time.sleep(600)",
+        "empty": "import json, sys; json.dump({'versions': {}}, open(sys.argv[2], 'w'))",
+    }
+    for name, text in scripts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    known = {name: _engine(name, tmp_path / f"{name}.py") for name in scripts}
+    known["gpu"] = _engine("gpu", WORKER, needs_gpu="gpu 1.0 needs one")
+    known["broken"] = _engine("broken", WORKER, pins=str(tmp_path / "pins.txt"))
+    # the real worker, in an environment that does not have what it wants
+    known["auto-gptq"] = _engine("auto-gptq", WORKER)
+    (tmp_path / "pins.txt").write_text("torch==0.0.0\n")
+    monkeypatch.setattr(module, "REFERENCE_ENGINES", known)
+    monkeypatch.setattr(module, "chosen_engines", list)
+
+
+def _compare(recipe: str, model: Path, *engines: str, **more: Any) -> ComparisonResults:
+    given = {"settings": (), "runs": 1, "timeout_s": 300.0, "device": "cpu", "progress": Progress(quiet=True)}
+    return compare([recipe], engines=engines or None, model=str(model), **(given | more))
+
+
+def test_every_engine_is_a_row_whatever_becomes_of_it(tiny_llama: Path, recipe: str, engines: None) -> None:
+    names = ("quantkit", "good", "crash", "auto-gptq", "gpu", "empty")
+    results = _compare(recipe, tiny_llama, *names)
+    assert [row.engine for row in results.rows] == list(names)
+    assert ComparisonResults.model_validate(json.loads(results.model_dump_json())) == results
+    ours, good, crash, absent, gpu, empty = results.rows
+
+    assert ours.reason is None and ours.format == "autogptq"
+    assert ours.runs[0].quantize_s and ours.runs[0].wall_s > ours.runs[0].quantize_s > 0
+    assert ours.runs[0].cpu_s > 0 and ours.runs[0].peak_rss_bytes > 50e6
+    assert good.reason is None and (good.runs[0].quantize_s, good.runs[0].save_s) == (0.5, 0.2)
+    assert good.bits_per_weight and 4 < good.bits_per_weight < 6
+    for row in (ours, good):
+        assert row.kl and row.perplexity and row.top1 and row.kl.error is not None
+        assert row.kl.value > 0 and row.perplexity.value > 1 and 0 <= row.top1.value <= 1
+    assert results.baseline_perplexity and results.floor and results.floor.two_pass_s > 0
+
+    assert crash.reason == "the process ended with code 1: a bad day" and not crash.runs
+    assert absent.reason == "ModuleNotFoundError: No module named 'auto_gptq'"
+    assert gpu.reason == "gpu 1.0 needs one"
+    assert empty.reason and empty.reason.startswith("its artifact cannot be measured: ") and empty.runs
+    assert results.settings["calibration"]["fingerprint"] and results.environment["packages"]["torch"]
+
+
+def test_what_cannot_be_run_is_told_without_measuring(
+    tiny_llama: Path, recipe: str, engines: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    results = _compare(recipe, tiny_llama, "hang", "broken", timeout_s=1.0)
+    assert results.rows[0].reason == "stopped after 1 s without an answer"
+    reason = results.rows[1].reason
+    assert reason and reason.startswith("no environment: ERROR: No matching distribution found for torch==0.0.0")
+    assert results.baseline_perplexity is None
+
+
+def test_what_is_wrong_is_said_before_anything_runs(tiny_llama: Path, tmp_path: Path, recipe: str) -> None:
+    with pytest.raises(UsageError, match="neither model.id"):
+        compare(
+            [recipe],
+            engines=None,
+            model=None,
+            settings=(),
+            runs=1,
+            timeout_s=1,
+            device="cpu",
+            progress=Progress(quiet=True),
+        )
+    with pytest.raises(UsageError, match='"gptqmodl": did you mean gptqmodel'):
+        _compare(recipe, tiny_llama, "gptqmodl")
+    with pytest.raises(RecipeError, match="overrides: other engines"):
+        _compare(recipe, tiny_llama, settings=('overrides={"q_proj": skip}',))
+    with pytest.raises(RecipeError, match="does ggml"):
+        _compare("gguf-q4_0", tiny_llama)
+    with pytest.raises(DataError, match="gone"):
+        _compare(recipe, tiny_llama, settings=("calibration.set=gone",))
+
+
+def test_the_verb_refuses_to_write_over_a_file(
+    tiny_llama: Path, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.json"
+    out.touch()
+    assert execute(["compare", recipe, "--model", str(tiny_llama), "--out", str(out)]) == 2
+    assert "r.json: exists" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("engine", "method"),
+    [("gptqmodel", "gptq"), ("llmcompressor", "gptq"), ("llmcompressor", "awq"), ("auto-round", "awq")],
+)
+def test_real_engines_do_the_job(engine: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small real model, in environments that are there already: tests install nothing."""
+    monkeypatch.delenv("QUANTKIT_CACHE")
+    reference = REFERENCE_ENGINES[engine]
+    if not _finished(engines_folder() / f"{engine}-{reference.version}", pins_sha256(reference)):
+        pytest.skip(f"{engine} has no environment here; `quantkit compare` makes it")
+    model = SHARED_DATA / "models" / "stories15M"
+    if not model.is_dir():
+        pytest.skip(f"no {model}")
+    path = tmp_path / "job.yaml"
+    path.write_text(RECIPE.replace("{name: gptq, bits: 4, group_size: 32}", f"{{name: {method}, group_size: 32}}"))
+    (row,) = _compare(str(path), model, engine, timeout_s=900.0).rows
+    assert row.reason is None
+    assert row.versions[engine] == reference.version
+    assert row.bits_per_weight and 4.1 < row.bits_per_weight < 5.5
+    assert row.kl and 0 < row.kl.value < 1
