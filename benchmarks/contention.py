@@ -26,7 +26,7 @@ gram = inputs.T @ inputs
 def once():
     search_scale(weight, inputs.abs().mean(dim=0), gram, grid, 20)
     scale, zero = search_grid(weight, grid, gram.diagonal())
-    codes, _ = round_compensated(weight, scale, zero, grid, inverse_factor(gram, 0.01, True))
+    codes = round_compensated(weight, scale, zero, grid, inverse_factor(gram, 0.01, True))
     refine(weight, codes, scale, zero, grid, damped(gram, 0.01), 2)
 once()
 times = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,19 @@ def parse_bytes(text: str) -> int:
     if not found:
         raise UsageError(f'--max-memory: found "{text}", expected a size', hint="such as 3GB, 1.5GB or 512MiB")
     return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
+
+
+def return_freed_memory() -> None:
+    """Have the C library give every large block back to the system at once, where it is glibc.
+
+    Otherwise it keeps what was freed for later, in pieces: a third more memory than is in use. It costs a fifth of the
+    speed, so it is done only under a limit.
+    """
+    threshold = -3  # M_MMAP_THRESHOLD of mallopt(3)
+    try:
+        ctypes.CDLL(None).mallopt(threshold, 2**20)
+    except (OSError, AttributeError):
+        return
 
 
 @dataclass(frozen=True)

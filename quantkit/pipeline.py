@@ -26,7 +26,7 @@ from quantkit.formats.base import LinearPlan, Writer
 from quantkit.manifest import Manifest, TensorRecord, file_record, write_manifest
 from quantkit.maths.gram import InputStatistics
 from quantkit.maths.measure import sqnr_db
-from quantkit.memory import NO_LIMIT, MemoryLimit
+from quantkit.memory import NO_LIMIT, MemoryLimit, return_freed_memory
 from quantkit.methods.base import BlockResult, BlockWeights, Method, merge
 from quantkit.methods.calibrated import CalibratedMethod
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
@@ -95,6 +95,8 @@ def quantize(
     once; the artifact is the same whatever it says. Raises ModelError for a damaged or non-finite model, DataError for
     a full disk; nothing is left behind then.
     """
+    if memory.limit_bytes is not None:
+        return_freed_memory()
     layout = _Layout(architecture_of(source.config).norm_offset, head_dim(source.config))
     with ExitStack() as stack:
         states = []

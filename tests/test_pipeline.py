@@ -23,6 +23,8 @@ from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.methods.base import BlockWeights
 from quantkit.model.blocks import LinearGroup, blocks_of, head_dim
 from quantkit.model.calibration import load_calibration
+from quantkit.model.forward import BlockRunner
+from quantkit.model.hidden import HiddenStates
 from quantkit.model.reader import open_source
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe, load_recipe
@@ -106,6 +108,42 @@ def test_streaming_equals_a_plain_run_over_the_whole_model(
         # batches sum in another order, so that a few codes on an edge may differ
         noise = float((found - tensor).norm() / tensor.norm())
         assert noise < 0.02, (tensor_name, noise)
+
+
+@pytest.mark.parametrize("name", ["gptq-4bit-g64", "awq-4bit-g64-nearest"])
+def test_a_memory_limit_changes_no_byte(
+    name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(name, tiny_llama, tmp_path / "free")
+    spilled, kept = [], []
+    states, staged = HiddenStates.__init__, BlockRunner.staged
+
+    def note_spill(self: Any, shape: Any, dtype: Any, spill: Path | None = None) -> None:
+        spilled.append(spill is not None)
+        states(self, shape, dtype, spill)
+
+    def note_keep(*args: Any, keep: bool, **settings: Any) -> None:
+        kept.append(keep)
+        staged(*args, keep=keep, **settings)
+
+    monkeypatch.setattr(HiddenStates, "__init__", note_spill)
+    monkeypatch.setattr(BlockRunner, "staged", note_keep)
+    settings = [*SMALL]
+    quantize(
+        name,
+        model=str(tiny_llama),
+        out=tmp_path / "tight",
+        settings=settings,
+        device="cpu",
+        force=False,
+        progress=Progress(quiet=True),
+        max_memory="1MB",
+    )
+    assert spilled and all(spilled) and not any(kept) and (kept or name != "gptq-4bit-g64")
+    for path in sorted((tmp_path / "free").iterdir()):
+        if path.name != "quantkit.json":
+            assert path.read_bytes() == (tmp_path / "tight" / path.name).read_bytes(), path.name
+    assert {path.name for path in (tmp_path / "tight").iterdir()} == {p.name for p in (tmp_path / "free").iterdir()}
 
 
 def test_several_recipes_in_one_pass_equal_each_alone(tiny_llama: Path, tmp_path: Path) -> None:

@@ -132,26 +132,34 @@ def _best_by_columns(weight: Tensor, grid: Grid, importance: Tensor | None, cand
     size = grid.group_size or in_features
     if importance is None:
         importance = torch.ones(in_features, device=weight.device)
-    if weight.device.type == "cpu":
-        from quantkit.maths.kernels import best_range
+    by_group = importance.float().reshape(-1, size)
+    best_of = _best_range if weight.device.type == "cpu" else _best_range_tensors
+    return best_of(weight, grid, by_group, candidates)
 
-        scale = torch.stack([scale for scale, _ in candidates])
-        middle = torch.full_like(scale, float(2 ** (grid.bits - 1)))
-        if not grid.symmetric:
-            middle = torch.stack([zero for _, zero in candidates if zero is not None]).float()
-        best = torch.zeros(scale.shape[1:], dtype=torch.int64)
-        shape = (in_features // size, size)
-        best_range(
-            grouped(weight, grid).contiguous().numpy(),
-            importance.float().reshape(shape).contiguous().numpy(),
-            scale.numpy(),
-            middle.numpy(),
-            grid.levels,
-            best.numpy(),
-        )
-        return best
-    by_group = importance.reshape(-1, size)
-    return _least(candidates, lambda error: (error.square() * by_group).sum(dim=2), weight, grid)
+
+def _best_range(weight: Tensor, grid: Grid, importance: Tensor, candidates: list[Candidate]) -> Tensor:
+    """The same compiled, with importance float32 [groups, group_size]."""
+    from quantkit.maths.kernels import best_range
+
+    scale = torch.stack([scale for scale, _ in candidates])
+    middle = torch.full_like(scale, float(2 ** (grid.bits - 1)))
+    if not grid.symmetric:
+        middle = torch.stack([zero for _, zero in candidates if zero is not None]).float()
+    best = torch.zeros(scale.shape[1:], dtype=torch.int64)
+    best_range(
+        grouped(weight, grid).contiguous().numpy(),
+        importance.contiguous().numpy(),
+        scale.numpy(),
+        middle.numpy(),
+        grid.levels,
+        best.numpy(),
+    )
+    return best
+
+
+def _best_range_tensors(weight: Tensor, grid: Grid, importance: Tensor, candidates: list[Candidate]) -> Tensor:
+    """The same for any device."""
+    return _least(candidates, lambda error: (error.square() * importance).sum(dim=2), weight, grid)
 
 
 def _best_by_blocks(weight: Tensor, grid: Grid, gram: Tensor, candidates: list[Candidate]) -> Tensor:

@@ -52,8 +52,10 @@ def inverse_factor(gram: Tensor, damp: float, act_order: bool) -> InverseFactor:
             hint="the calibration text or the checkpoint drives the model out of range; try another set or dtype",
         )
     dead = diagonal <= 0
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
-    order = order.to(gram.device)
+    if act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    else:
+        order = torch.arange(len(diagonal), device=gram.device)
     backward = order.flip(0)
     live = dead[backward].logical_not()
     # double: a Gram whose largest eigenvalue is its whole trace leaves float32 no digits for the damping
@@ -78,35 +80,30 @@ def inverse_factor(gram: Tensor, damp: float, act_order: bool) -> InverseFactor:
     )
 
 
-def round_compensated(
-    weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: InverseFactor
-) -> tuple[Tensor, float]:
+def round_compensated(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: InverseFactor) -> Tensor:
     """Codes uint8 [out, in] of a weight [out, in] on a given grid, errors compensated column by column.
 
     scale: float32 [out, groups]. zero: uint8 [out, groups] or None. Linears that share inputs may be stacked by rows.
-    Also returns the squared error sum of `(w - q) / U_jj`, the loss of the paper's equation 4 summed over all columns.
     """
     columns = weight.shape[1]
     size = grid.group_size or columns
     order = factor.order
-    work = weight.float()[:, order].contiguous()  # [out, in], in the order of rounding
+    work = weight.float().index_select(1, order)  # [out, in], in the order of rounding
     scale = scale.contiguous()
     middle = torch.full_like(scale, float(2 ** (grid.bits - 1))) if zero is None else zero.float()
     group = order // size
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    loss = 0.0
     for start in range(0, columns, BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, columns)
         upper = factor.upper[start:end, start:end].contiguous()
         codes[:, start:end], error = _round_block(
             work[:, start:end].contiguous(), scale, middle, group[start:end], upper, grid.levels
         )
-        loss += float(error.double().square().sum())
         if end < columns:
             work[:, end:].addmm_(error, factor.upper[start:end, end:], alpha=-1.0)
     back = torch.empty_like(codes)
     back[:, order] = codes
-    return back, loss
+    return back
 
 
 def _round_block(

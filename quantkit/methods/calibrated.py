@@ -156,7 +156,7 @@ class CalibratedBlock:
             factor = inverse_factor(gram, steps.damp, steps.act_order)
         except ModelError as error:
             raise ModelError(f"{', '.join(ours)}: {error.message}", hint=error.hint) from error
-        codes, _ = round_compensated(stacked, scale, zero, grid, factor)
+        codes = round_compensated(stacked, scale, zero, grid, factor)
         damp, dead = factor.damp, int(factor.dead.sum())
         del factor
         if steps.refine:

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.model.hidden import HiddenStates
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_was_written_is_read(on_disk: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    values = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    states = HiddenStates(values.shape, dtype, tmp_path if on_disk else None)
+    states[slice(0, 2)] = values[:2]
+    states[slice(2, 9)] = values[2:]
+    assert torch.equal(states[slice(0, 5)], values)
+    assert torch.equal(states[slice(3, 8)], values[3:])
+    assert states.nbytes == values.numel() * dtype.itemsize
+    states[slice(1, 2)] = values[4:]
+    assert torch.equal(states[slice(1, 2)], values[4:]) and torch.equal(states[slice(2, 3)], values[2:3])
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_copy_is_its_own(on_disk: bool, tmp_path: Path) -> None:
+    values = torch.randn(5, 2, 3)
+    states = HiddenStates(values.shape, torch.float32, tmp_path if on_disk else None)
+    states[slice(0, 5)] = values
+    some = states.copy(every=2)
+    states[slice(0, 5)] = torch.zeros(5, 2, 3)
+    assert torch.equal(some[slice(0, 3)], values[::2])
+
+
+def test_the_scratch_file_has_no_name(tmp_path: Path) -> None:
+    states = HiddenStates((2, 2, 2), torch.float32, tmp_path)
+    states[slice(0, 2)] = torch.ones(2, 2, 2)
+    assert list(tmp_path.iterdir()) == []
