@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,9 @@ _ENGINES = (
     ),
     ReferenceEngine(
         name="bitsandbytes",
-        version="of quantkit",
+        version=version("bitsandbytes"),
         abilities=(Ability("int8"), Ability("nf4", group_sizes=(64,))),
+        notes=dict.fromkeys(("int8", "nf4"), "load and save with transformers"),
     ),
 )
 REFERENCE_ENGINES = {engine.name: engine for engine in _ENGINES}

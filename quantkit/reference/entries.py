@@ -113,7 +113,8 @@ def reference_entry(setting: Setting, engine: ReferenceEngine, request: Request,
         "dtype": dtype,
         "storage_dtype": setting.recipe.model.dtype,
     }
-    how = ", ".join(part for part in (str(request), "act-order" if settings["act_order"] else "", note, dtype) if part)
+    chosen = [word for key, word in (("act_order", "act-order"), ("double_quant", "double-quant")) if settings[key]]
+    how = ", ".join(part for part in (" ".join([str(request), *chosen]), note, dtype) if part)
     entry = Entry(engine.name, f"{engine.name} {engine.version}: {how}", settings)
     entry.reason = engine.refuses(request, gpu=setting.device.type == "cuda")
     if entry.reason is not None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
-def main(job_file: str, answer_file: str) -> None:
-    """Do a job, write its answer."""
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job. Returns the answer."""
     import torch
 
     from quantkit.bench.run import peak_rss
@@ -19,23 +20,33 @@ def main(job_file: str, answer_file: str) -> None:
     from quantkit.jobs import run_passes
     from quantkit.model.reader import open_source
     from quantkit.progress import Progress
-    from quantkit.quiet import quiet_libraries
     from quantkit.recipe import Recipe
 
-    quiet_libraries()
-    job = json.loads(Path(job_file).read_text())
     torch.set_num_threads(job["threads"])
     device = resolve_device(job["device"])
     wanted = [("quantkit", Recipe.model_validate(job["recipe"]), Path(job["out"]))]
     (manifest,) = run_passes(wanted, open_source(job["model"]), device, False, Progress())
-    vram = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    answer = {
+    return {
         "quantize_s": manifest.quantize_s,
         "peak_rss_bytes": peak_rss(),
-        "peak_vram_bytes": vram,
+        "peak_vram_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "versions": {"quantkit": manifest.quantkit_version, "torch": torch.__version__},
     }
+
+
+def main(job_file: str, answer_file: str) -> None:
+    """Read a job, do it, write the answer; exits with 1 when that is an error the user can act on."""
+    from quantkit.errors import QuantkitError
+    from quantkit.quiet import quiet_libraries
+
+    quiet_libraries()
+    try:
+        answer = work(json.loads(Path(job_file).read_text()))
+    except QuantkitError as error:
+        print(error.render(), file=sys.stderr)
+        answer = {"error": error.message.splitlines()[0]}
     Path(answer_file).write_text(json.dumps(answer))
+    sys.exit("error" in answer)
 
 
 if __name__ == "__main__":

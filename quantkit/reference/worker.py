@@ -149,6 +149,8 @@ def auto_round(job: Job, rows: Rows, clock: Clock) -> None:
     # it has AWQ's scales, but no GPTQ: a job for GPTQ gets its own way of rounding, in GPTQ's format
     algorithm = {"gptq": "signround", "awq": "awq", "rtn": "rtn"}[job["method"]]
     settings: dict[str, Any] = {"iters": job["iterations"]} if algorithm == "signround" else {}
+    if rows:
+        settings |= {"dataset": masked(rows), "nsamples": len(rows), "seqlen": len(rows[0])}
     with clock("quantize"):
         rounder = AutoRound(
             model,
@@ -157,9 +159,6 @@ def auto_round(job: Job, rows: Rows, clock: Clock) -> None:
             bits=job["bits"],
             group_size=whole_row(job),
             sym=job["symmetric"],
-            dataset=masked(rows),
-            nsamples=len(rows),
-            seqlen=len(rows[0]),
             device_map=device(),
             **settings,
         )

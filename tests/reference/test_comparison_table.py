@@ -55,8 +55,8 @@ def test_medians_stand_beside_their_spread_and_times_are_compared_with_the_first
     took = _parts(_results([OURS, PEER, ABSENT]))["What it took"]
     assert isinstance(took, TextTable)
     assert took.rows == [
-        ["ours", "7.0 (6.0-8.0)", "12.0 (10.0-20.0)", "24.0 (20.0-40.0)", "500", "1.00"],
-        ["peer 1.0", "40.0", "48.0", "96.0", "500", "4.00"],
+        ["ours", "7.0 (6.0-8.0)", "12.0 (10.0-20.0)", "24.0 (20.0-40.0)", "500", "1.00×"],
+        ["peer 1.0", "40.0", "48.0", "96.0", "500", "4.00×"],
     ]
 
 
