@@ -47,7 +47,7 @@ class GroupTensor:
     """A linear weight on an affine grid with one scale a group of input columns.
 
     codes: uint8 [out, in]. scale: float32 [out, groups], holding values exactly representable in the dtype they are
-    stored in. zero: uint8 [out, groups], None when the grid is symmetric. group_of: int32 [in], the group of each
+    stored in; negative where a symmetric group's odd level is wanted on the positive side. zero: uint8 [out, groups], None when the grid is symmetric. group_of: int32 [in], the group of each
     column, None when columns lie in order (column j in group j // group_size).
     """
 

@@ -109,12 +109,15 @@ def search_grid(
     The loss of a group with rounding error e is `e H_gg e^T`, H_gg being the group's own block of the Gram matrix
     (gram: float32 [in, in]); with the diagonal alone (gram: float32 [in]) it is `sum_j H_jj e_j^2`, which suits
     weights whose errors will be compensated across columns; with None it is `e e^T`. Returns scale and zero as
-    `grid_for_range` does. Source: the clip search of AWQ (Lin et al. 2023, section 4), with the Gram block in place
-    of stored activations.
+    `grid_for_range` does, but a symmetric scale may be negative: 2**bits levels around a fixed zero are one more on one
+    side, and each group has its choice. Source: the clip search of AWQ (Lin et al. 2023, section 4), with the Gram
+    block in place of stored activations; llama.cpp's Q4_0 for the sign.
     """
     weight = weight.float()
     low, high = full_range(weight, grid)
     candidates = [grid_for_range(low * share, high * share, grid, scale_dtype) for share in shrinks]
+    if grid.symmetric:  # one side has a level more than the other: a negative scale gives it to the positive side
+        candidates += [(-scale, None) for scale, _ in candidates]
     if gram is None or gram.dim() == 1:
         best = _best_by_columns(weight, grid, gram, candidates)
     else:

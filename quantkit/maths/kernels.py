@@ -115,7 +115,7 @@ def descend_block(
             if curve <= 0:
                 continue
             wanted = step - slope / curve
-            if not (0.5 * step < wanted < 2.0 * step):
+            if not (0.5 < wanted / step < 2.0):
                 continue
             moved = _as_float16(wanted) - step
             if moved * (2 * slope + moved * curve) >= 0:

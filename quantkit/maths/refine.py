@@ -92,8 +92,9 @@ def _descend_block_tensors(
         slope = (level * gradient[:, part]).sum(dim=1)
         curve = ((level @ gram[part, part]) * level).sum(dim=1)
         wanted = step - slope / curve.clamp(min=torch.finfo(torch.float32).tiny)
-        moved = as_stored(wanted.clamp(min=0)) - step
-        better = (curve > 0) & (wanted > 0.5 * step) & (wanted < 2.0 * step) & (moved * (2 * slope + moved * curve) < 0)
+        ratio = wanted / step
+        moved = as_stored(wanted.abs()) * step.sign() - step
+        better = (curve > 0) & (ratio > 0.5) & (ratio < 2.0) & (moved * (2 * slope + moved * curve) < 0)
         moved = torch.where(better, moved, torch.zeros_like(moved))
         scale[:, group] = step + moved
         change = moved.unsqueeze(1) * level

@@ -45,6 +45,10 @@ def test_range_search_finds_the_best_share_of_each_group(symmetric: bool) -> Non
     scale, zero = search_grid(weight, grid, inputs.T @ inputs, shrinks=shares)
     error = (nearest_values(weight, scale, zero, grid) - weight).double().numpy()
     losses = oracle.range_losses(weight.double().numpy(), inputs.double().numpy(), 16, 16, symmetric, shares)
+    if symmetric:  # a negative scale sees the mirror image of the weights
+        mirrored = oracle.range_losses(-weight.double().numpy(), inputs.double().numpy(), 16, 16, symmetric, shares)
+        losses = np.concatenate((losses, mirrored))
+        assert (scale < 0).any() and (scale > 0).any()
     for group in range(2):
         part = slice(group * 16, group * 16 + 16)
         loss = ((error[:, part] @ inputs[:, part].double().numpy().T) ** 2).sum(axis=1)
