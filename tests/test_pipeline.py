@@ -110,6 +110,19 @@ def test_streaming_equals_a_plain_run_over_the_whole_model(
         assert noise < 0.02, (tensor_name, noise)
 
 
+def test_a_config_of_another_model_is_told_by_its_shapes(tiny_llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    config = json.loads((model / "config.json").read_text())
+    config["num_key_value_heads"] = 1
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelError, match=r"layers\.0\.self_attn\.k_proj\.weight: shape \[32, 64\], expected \[16, 64\]"
+    ):
+        make("gptq-4bit-g64", model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["gptq-4bit-g64", "awq-4bit-g64-nearest"])
 def test_a_memory_limit_changes_no_byte(
     name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

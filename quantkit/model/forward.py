@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.errors import ModelError
 from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.model.blocks import Block, LinearGroup, architecture_of
 from quantkit.model.hidden import HiddenStates
@@ -112,10 +113,18 @@ class BlockRunner:
             module.to_empty(device="meta")
 
     def assign(self, module: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> None:
-        """Give a block's module other weights: `tensors` by full name."""
+        """Give a block's module other weights: `tensors` by full name. Raises ModelError when one has a shape that the
+        config does not ask for."""
         state = {
             name.removeprefix(block.prefix): tensor.to(self.device, self.dtype) for name, tensor in tensors.items()
         }
+        for name, wanted in module.state_dict().items():
+            if name in state and state[name].shape != wanted.shape:
+                raise ModelError(
+                    f"{self.source.path}: {block.prefix}{name}: shape {list(state[name].shape)}, "
+                    f"expected {list(wanted.shape)} by config.json",
+                    hint="config.json belongs to another model, or was changed",
+                )
         module.load_state_dict(state, strict=False, assign=True)
 
     def statistics(

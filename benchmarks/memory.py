@@ -1,0 +1,133 @@
+"""How much memory quantizing takes: over the depth of a model, and for a checkpoint larger than what it may take.
+
+usage: python benchmarks/memory.py depth FOLDER        12 and 48 layers, 512 columns, 32 x 512 tokens
+       python benchmarks/memory.py larger FOLDER       6 GB of weights under --max-memory 3GB, held to it by a cgroup
+
+Checkpoints of random weights (random_llama.py) are made in FOLDER when they are not there. Prints JSON, which
+goes into benchmarks/results as memory_depth.json or memory_larger.json. Peaks are what the kernel counts for a process
+(ru_maxrss); the bare import is a process that imports all that the run imports, builds the model without
+weights and ends. `bound_mb` is 1.3 times the largest block in float32, its Gram matrices and the hidden states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RECIPE = "gptq-4bit-g64"
+BARE = """
+import sys, torch
+import quantkit.pipeline, quantkit.jobs, quantkit.maths.kernels
+from quantkit.model.forward import BlockRunner
+from quantkit.model.reader import open_source
+BlockRunner(open_source(sys.argv[1]), torch.device("cpu"), torch.float32)
+"""
+
+
+def peak(command: list[str]) -> tuple[float, float]:
+    """Peak resident MB and seconds of a whole process. Raises CalledProcessError when it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+    return usage.ru_maxrss * 1024 / 1e6, time.perf_counter() - started
+
+
+def checkpoint(folder: Path, layers: int, hidden: int, inner: int) -> Path:
+    """A model of random weights, made when it is not there."""
+    model = folder / f"llama-{layers}x{hidden}x{inner}"
+    if not model.exists():
+        sizes = ["--layers", str(layers), "--hidden", str(hidden), "--inner", str(inner)]
+        subprocess.run([sys.executable, str(HERE / "random_llama.py"), str(model), *sizes], check=True)
+    return model
+
+
+def quantize(model: Path, out: Path, sequences: int, length: int, *options: str) -> tuple[float, float]:
+    """Peak MB and seconds of `quantkit quantize`."""
+    settings = ["--set", f"calibration.sequences={sequences}", "--set", f"calibration.length={length}"]
+    command = [sys.executable, "-m", "quantkit", "quantize", RECIPE, "--model", str(model), "--out", str(out)]
+    return peak([*command, "--force", *settings, *options])
+
+
+def bound_mb(model: Path, tokens: int) -> float:
+    """1.3 times the largest block in float32, its Gram matrices and the hidden states, in MB."""
+    config = json.loads((model / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    block = 2 * hidden * hidden + 2 * keys * hidden + 3 * inner * hidden
+    grams = 3 * hidden * hidden + inner * inner
+    return 1.3 * 4 * (block + grams + tokens * hidden) / 1e6
+
+
+def depth(folder: Path) -> dict[str, Any]:
+    """Peaks at 12 and 48 layers: rows waiting in memory (the default), and started again under a limit."""
+    rows = []
+    for layers in (12, 48):
+        model = checkpoint(folder, layers, 512, 1536)
+        bare, _ = peak([sys.executable, "-c", BARE, str(model)])
+        for options in ([], ["--max-memory", "600MB"]):
+            top, seconds = quantize(model, folder / "out", 32, 512, *options)
+            rows.append(
+                {
+                    "layers": layers,
+                    "options": " ".join(options),
+                    "bare_mb": round(bare, 1),
+                    "peak_mb": round(top, 1),
+                    "above_mb": round(top - bare, 1),
+                    "bound_mb": round(bound_mb(model, 32 * 512), 1),
+                    "seconds": round(seconds, 1),
+                }
+            )
+            print(rows[-1], file=sys.stderr)
+    return {"recipe": RECIPE, "tokens": 32 * 512, "rows": rows}
+
+
+@contextmanager
+def held_to(limit: int) -> Any:
+    """Put this process and its children into a memory cgroup (version 1 or 2; needs root), as containers do."""
+    root = Path("/sys/fs/cgroup/memory") if Path("/sys/fs/cgroup/memory").is_dir() else Path("/sys/fs/cgroup")
+    names = ("memory.limit_in_bytes", "memory.max_usage_in_bytes")
+    one, group = root.name == "memory", root / "quantkit-benchmark"
+    group.mkdir(exist_ok=True)
+    (group / (names[0] if one else "memory.max")).write_text(str(limit))
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    try:
+        yield group / (names[1] if one else "memory.peak")
+    finally:
+        (root / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
+def larger(folder: Path) -> dict[str, Any]:
+    """A checkpoint of 6 GB quantized by a process that gets 3 GB, page cache included."""
+    model = checkpoint(folder, 66, 2048, 5632)
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    limit = 3_000_000_000
+    with held_to(limit):
+        top, seconds = quantize(model, folder / "out", 8, 256, "--max-memory", "3GB")
+    return {
+        "recipe": RECIPE,
+        "checkpoint_mb": round(size / 1e6),
+        "limit_mb": limit // 10**6,
+        "tokens": 8 * 256,
+        "peak_mb": round(top),
+        "seconds": round(seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("depth", "larger"))
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    print(json.dumps((depth if given.what == "depth" else larger)(given.folder.resolve()), indent=2))
