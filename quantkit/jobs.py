@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
-from quantkit.errors import RecipeError, UsageError
+from quantkit.errors import ModelError, RecipeError, UsageError
 from quantkit.manifest import Manifest, write_atomic
 from quantkit.memory import NO_LIMIT, MemoryLimit
 from quantkit.progress import Progress
@@ -148,6 +150,7 @@ def run_passes(
     if problems:
         raise RecipeError.from_problems([error.message for error in problems], problems[0].hint)
     check_space(folders[0], needed)
+    Thread(target=_hash_ahead, args=(source,), daemon=True).start()
     made: dict[str, Manifest] = {}
     passes = _passes(jobs)
     for section, together in passes:
@@ -160,6 +163,12 @@ def run_passes(
         ):
             made[job.label] = manifest
     return [made[job.label] for job in jobs]
+
+
+def _hash_ahead(source: Source) -> None:
+    """Hash a model's files while it is quantized; the manifest asks for it at the end, and meets what goes wrong."""
+    with suppress(OSError, ModelError):
+        source.lineage()
 
 
 def _passes(jobs: Sequence[Job]) -> list[tuple[CalibrationSection | None, list[Job]]]:

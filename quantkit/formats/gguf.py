@@ -119,7 +119,11 @@ class GGUFWriter(Writer):
         else:
             matrix = rows.reshape(-1, place.shape[-1])
             for part in matrix.split(_ROWS_AT_ONCE):
-                self._file.write(encode(part, place.type_name).contiguous().numpy().data)
+                try:
+                    data = encode(part, place.type_name)
+                except ModelError as error:
+                    raise ModelError(f"{name}: {error.message}", hint="--set method.embedding_type=bf16") from error
+                self._file.write(data.numpy().data)
         written = self._file.tell() - self._base - place.start
         assert written == place.size, f"{name}: wrote {written} of {place.size} bytes"
         self._missing.discard(name)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
+from quantkit.tensors import row_bands
 
 HALF_BYTES = 2
 
@@ -31,15 +32,21 @@ def encode(weight: Tensor, type_name: str) -> Tensor:
     """The bytes of a matrix in one of ggml's types: [rows, columns] of any float dtype to uint8 [rows, row_bytes].
 
     type_name: upper case, such as "Q4_0". Equal byte for byte to ggml_quantize_chunk without an importance matrix.
-    Raises ModelError when the type cannot be encoded or its block does not divide the columns.
-    Source: llama.cpp, ggml/src/ggml-quants.c, the quantize_row_*_ref functions.
+    Raises ModelError when the type cannot be encoded, its block does not divide the columns, or finite values overflow
+    its float16. Source: llama.cpp, ggml/src/ggml-quants.c, the quantize_row_*_ref functions.
     """
     codec = CODECS.get(type_name)
     if codec is None:
         raise ModelError(f"ggml type {type_name}: cannot be encoded; expected one of {', '.join(CODECS)}")
-    row_bytes = type_size(type_name, weight.shape[1])
-    blocks = weight.float().reshape(-1, codec.block)  # [blocks, block]
-    return codec.encode(blocks).reshape(weight.shape[0], row_bytes)
+    data = torch.empty(len(weight), type_size(type_name, weight.shape[1]), dtype=torch.uint8, device=weight.device)
+    for band in row_bands(weight):
+        blocks = weight[band].float().reshape(-1, codec.block)  # [blocks, block]
+        coded = codec.encode(blocks)
+        largest = max(float(end.abs()) for end in blocks.aminmax()) if blocks.numel() else 0.0
+        if largest > torch.finfo(torch.float16).max and not bool(torch.isfinite(codec.decode(coded)).all()):
+            raise ModelError(f"values up to {largest:.3g} overflow the float16 of ggml type {type_name}")
+        data[band] = coded.reshape(-1, data.shape[1])
+    return data
 
 
 def decode(data: Tensor, type_name: str, shape: tuple[int, ...]) -> Tensor:
@@ -56,7 +63,11 @@ def decode(data: Tensor, type_name: str, shape: tuple[int, ...]) -> Tensor:
     codec = CODECS.get(type_name)
     if codec is None:
         return _decode_with_gguf(data, type_name, shape)
-    return codec.decode(data.reshape(-1, codec.bytes)).reshape(shape)
+    blocks = data.reshape(-1, codec.bytes)
+    values = torch.empty(len(blocks), codec.block, device=data.device)
+    for band in row_bands(values):
+        values[band] = codec.decode(blocks[band])
+    return values.reshape(shape)
 
 
 def type_size(type_name: str, columns: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
+from quantkit.maths.affine import full_range
 from quantkit.maths.gram import InputStatistics
 from quantkit.model.blocks import Block
 from quantkit.schema import Frozen
@@ -112,13 +113,32 @@ def affine_bits(grid: Grid, out_features: int, in_features: int) -> float:
     return grid.bits + (16 + grid.bits) * grid.groups(in_features) / in_features
 
 
+def check_range(name: str, weight: Tensor, grid: Grid) -> None:
+    """Raises ModelError naming a finite weight [out, in] whose groups span more than float16 scales reach."""
+    reach = torch.finfo(torch.float16).max * (grid.levels - 1)
+    if 2 * max(float(end.abs()) for end in weight.aminmax()) <= reach:
+        return
+    low, high = full_range(weight, grid)
+    span = float((high - low).max())
+    if span > reach:
+        raise ModelError(
+            f"{name}: a group spans {span:.3g}, but {grid.bits}-bit codes with float16 scales reach {reach:.3g}",
+            hint=f"the checkpoint may be damaged; else add {name.removesuffix('.weight')} to skip",
+        )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises ModelError naming a tensor that holds NaN or infinity. Makes no copy of one that does not."""
+    if not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
+        return  # one NaN makes both ends of the range NaN
+    bad = int((~torch.isfinite(tensor)).sum())
+    raise ModelError(
+        f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite weights",
+        hint="the checkpoint is damaged, or its values overflow the dtype it was saved in",
+    )
+
+
 def require_finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor as float32. Raises ModelError naming it when it holds NaN or infinity."""
-    as_float = tensor.float()
-    if not torch.isfinite(as_float).all():
-        bad = int((~torch.isfinite(as_float)).sum())
-        raise ModelError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite weights",
-            hint="the checkpoint is damaged, or its values overflow the dtype it was saved in",
-        )
-    return as_float
+    check_finite(name, tensor)
+    return tensor.float()

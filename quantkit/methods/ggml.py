@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.maths.ggml import block_layout, encode, type_size
 from quantkit.maths.gram import InputStatistics
-from quantkit.methods.base import BlockResult, BlockWeights, Method
+from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite
 from quantkit.tensors import BlockTensor
 
 
@@ -43,15 +42,14 @@ class GGML(Method):
         return type_size(self.type_name, in_features) * 8 / in_features
 
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
-        quantized = {name: self._encode(name, given.finite(name)) for name in given.weights}
+        quantized = {name: self._encode(name, weight) for name, weight in given.weights.items()}
         return BlockResult(quantized, dict.fromkeys(quantized, self.label()))
 
     def _encode(self, name: str, weight: Tensor) -> BlockTensor:
-        """weight: float32 [out, in]. Raises ModelError when float16, which every type but BF16 holds, overflows."""
-        largest = float(weight.abs().max())
-        if self.type_name == "F16" and largest > torch.finfo(torch.float16).max:
-            raise ModelError(
-                f"{name}.weight: values up to {largest:.3g} do not fit float16, whose largest is 65504",
-                hint="--set method.type=bf16",
-            )
-        return BlockTensor(encode(weight, self.type_name), self.type_name, weight.shape[0], weight.shape[1])
+        """weight: [out, in]. Raises ModelError naming it when it is not finite or too large for float16 scales."""
+        check_finite(f"{name}.weight", weight)
+        try:
+            data = encode(weight, self.type_name)
+        except ModelError as error:
+            raise ModelError(f"{name}.weight: {error.message}", hint="--set method.type=bf16") from error
+        return BlockTensor(data, self.type_name, weight.shape[0], weight.shape[1])

@@ -13,19 +13,16 @@ from pydantic import Field
 from torch import Tensor
 
 from quantkit.errors import ModelError
+from quantkit.maths.blockwise import int8_rows
 from quantkit.maths.gram import InputStatistics
-from quantkit.methods.base import BlockResult, BlockWeights, Method
-from quantkit.methods.bitsandbytes_kernels import kernels
+from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite
 from quantkit.tensors import Int8Rows
 
 
 def quantize_rows(weight: Tensor) -> Int8Rows:
-    """`round(weight * 127 / absmax)` of each row of a float16 weight [out, in], by bitsandbytes on the weight's device.
-
-    Raises MissingDependencyError without bitsandbytes.
-    """
-    codes, absmax, _ = kernels().int8_vectorwise_quant(weight.contiguous())
-    return Int8Rows(codes, absmax)
+    """`round(weight * 127 / absmax)` of each row of a weight [out, in], rounded to float16 before, on its device: what
+    bitsandbytes gives. An absmax is not finite where its row is not."""
+    return Int8Rows(*int8_rows(weight))
 
 
 class INT8(Method):
@@ -42,16 +39,17 @@ class INT8(Method):
         return 8 + (32 * out_features + layout_bits) / (out_features * in_features)
 
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
-        quantized = {name: quantize_rows(_half(name, given.finite(name))) for name in given.weights}
+        quantized = {name: _checked(name, weight) for name, weight in given.weights.items()}
         return BlockResult(quantized, dict.fromkeys(quantized, self.label()))
 
 
-def _half(name: str, weight: Tensor) -> Tensor:
-    """float16, from which bitsandbytes quantizes whatever the weight was. Raises ModelError when it overflows."""
-    half = weight.to(torch.float16)
-    if bool(torch.isinf(half).any()):
+def _checked(name: str, weight: Tensor) -> Int8Rows:
+    """The rows of a weight. Raises ModelError when it is not finite, or not in float16, which int8 is made from."""
+    check_finite(f"{name}.weight", weight)
+    rows = quantize_rows(weight)
+    if not bool(torch.isfinite(rows.absmax).all()):
         raise ModelError(
             f"{name}.weight: values up to {float(weight.abs().max()):.3g} do not fit float16, whose largest is 65504",
             hint=f"int8 is made from float16: add {name} to skip, or choose another method",
         )
-    return half
+    return rows

@@ -6,14 +6,15 @@ Source: Dettmers et al. 2023, sections 3 and 4; bitsandbytes' quantize_4bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from quantkit.maths.blockwise import nested_codes, nf4_codebook, nf4_codes
 from quantkit.maths.gram import InputStatistics
-from quantkit.methods.base import BlockResult, BlockWeights, Method, require_finite
-from quantkit.methods.bitsandbytes_kernels import kernels
+from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite
 from quantkit.tensors import CodebookBlocks
 
 NESTED_BLOCK_SIZE = 256
@@ -36,28 +37,25 @@ def _state_bytes(block_size: int, out_features: int, in_features: int, double_qu
 
 
 def quantize_nf4(weight: Tensor, block_size: int, double_quant: bool) -> CodebookBlocks:
-    """Codes and scales of a float weight [out, in], by bitsandbytes on the weight's device and in its dtype.
+    """Codes and scales of a float weight [out, in], on its device: those that bitsandbytes gives on a processor.
 
-    Blocks run over the rows laid end to end. Raises MissingDependencyError without
-    bitsandbytes.
+    Blocks run over the rows laid end to end. An absmax is not finite where its block is not.
     """
-    packed, state = kernels().quantize_4bit(
-        weight.contiguous(), blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
-    )
+    packed, absmax = nf4_codes(weight, block_size)  # [out * in / 2, 1], [blocks]
     out_features, in_features = weight.shape
-    nested = state.state2
-    return CodebookBlocks(
-        packed=packed,  # [out * in / 2, 1]
-        absmax=state.absmax,  # [blocks]
-        codebook=state.code,
-        block_size=block_size,
-        out_features=out_features,
-        in_features=in_features,
-        dtype=weight.dtype,
-        nested_absmax=None if nested is None else nested.absmax,
-        nested_codebook=None if nested is None else nested.code,
-        nested_block_size=None if nested is None else nested.blocksize,
-        nested_offset=None if nested is None else float(state.offset),
+    plain = CodebookBlocks(
+        packed, absmax, nf4_codebook(weight.device), block_size, out_features, in_features, weight.dtype
+    )
+    if not double_quant:
+        return plain
+    codes, nested_absmax, nested_codebook, offset = nested_codes(absmax, NESTED_BLOCK_SIZE)
+    return replace(
+        plain,
+        absmax=codes,
+        nested_absmax=nested_absmax,
+        nested_codebook=nested_codebook,
+        nested_block_size=NESTED_BLOCK_SIZE,
+        nested_offset=float(offset),
     )
 
 
@@ -100,6 +98,6 @@ class NF4(Method):
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
         quantized = {}
         for name, weight in given.weights.items():
-            require_finite(f"{name}.weight", weight)
+            check_finite(f"{name}.weight", weight)
             quantized[name] = quantize_nf4(weight, self.block_size, self.double_quant)
         return BlockResult(quantized, dict.fromkeys(quantized, self.label()))

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from quantkit.maths.affine import quantize_nearest
 from quantkit.maths.gram import InputStatistics
-from quantkit.methods.base import BlockResult, BlockWeights, Method, affine_bits, affine_misfit
-from quantkit.tensors import Grid, GroupTensor
+from quantkit.methods.base import (
+    BlockResult,
+    BlockWeights,
+    Method,
+    affine_bits,
+    affine_misfit,
+    check_finite,
+    check_range,
+)
+from quantkit.tensors import Grid, GroupTensor, row_bands
 
 
 class RTN(Method):
@@ -35,7 +45,18 @@ class RTN(Method):
         return affine_bits(self.grid, out_features, in_features)
 
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
-        quantized: dict[str, GroupTensor] = {
-            name: quantize_nearest(given.finite(name), self.grid) for name in given.weights
-        }
+        quantized = {name: self._round(name, weight) for name, weight in given.weights.items()}
         return BlockResult(quantized, dict.fromkeys(quantized, self.label()))
+
+    def _round(self, name: str, weight: Tensor) -> GroupTensor:
+        """weight: [out, in]. Raises ModelError naming it when it is not finite or too large."""
+        check_finite(f"{name}.weight", weight)
+        check_range(f"{name}.weight", weight, self.grid)
+        bands = [quantize_nearest(weight[rows].float(), self.grid) for rows in row_bands(weight)]
+        zeros = [band.zero for band in bands if band.zero is not None]
+        return GroupTensor(
+            codes=torch.cat([band.codes for band in bands]),
+            scale=torch.cat([band.scale for band in bands]),
+            zero=torch.cat(zeros) if zeros else None,
+            grid=self.grid,
+        )

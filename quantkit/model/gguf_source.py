@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class GGUFSource(Source):
         self.notes = () if self.main_type in FLOAT_TYPES else (f"dequantized {self.main_type} baseline",)
         self._overflows: dict[str, bool] = {}
         self._sha256: str | None = None
+        self._hashing = Lock()
 
     def _named_tensors(self) -> dict[str, TensorInfo]:
         infos, unknown = {}, []
@@ -147,9 +149,10 @@ class GGUFSource(Source):
         return sorted(path for path in self.tokenizer_folder().iterdir() if path.is_file())
 
     def lineage(self) -> dict[str, Any]:
-        if self._sha256 is None:
-            with self.path.open("rb") as file:
-                self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with self._hashing:  # a run hashes ahead in another thread
+            if self._sha256 is None:
+                with self.path.open("rb") as file:
+                    self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         entry = {"name": self.path.name, "bytes": self.path.stat().st_size, "sha256": self._sha256}
         return {
             "kind": self.kind,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ class SafetensorsSource(Source):
         self.config = _config(folder)
         self._files = open_shards(folder)
         self._lineage: dict[str, Any] | None = None
+        self._hashing = Lock()
 
     def names(self) -> list[str]:
         """By shard, then in the order of the bytes: reading in this order is sequential."""
@@ -138,14 +140,15 @@ class SafetensorsSource(Source):
         return sorted(path for path in self.path.iterdir() if path.is_file() and is_side_file(path.name))
 
     def lineage(self) -> dict[str, Any]:
-        if self._lineage is None:
-            self._lineage = {
-                "kind": self.kind,
-                "id": self.hub_id or self.path.resolve().name,
-                "revision": self.commit,
-                "files": weight_files(self.path, self._files),
-            }
-        return self._lineage
+        with self._hashing:  # a run hashes ahead in another thread
+            if self._lineage is None:
+                self._lineage = {
+                    "kind": self.kind,
+                    "id": self.hub_id or self.path.resolve().name,
+                    "revision": self.commit,
+                    "files": weight_files(self.path, self._files),
+                }
+            return self._lineage
 
 
 def open_shards(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, SafetensorsFile]:

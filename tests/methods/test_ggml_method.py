@@ -65,6 +65,6 @@ def test_label_and_settings() -> None:
 def test_refuses_weights_that_are_not_finite_or_overflow() -> None:
     with pytest.raises(ModelError, match=r"layers\.0\.a\.weight: 1 of 64 values are NaN"):
         _quantize(GGML(type="q8_0"), a=torch.full((1, 64), 1.0).index_fill(1, torch.tensor([3]), float("nan")))
-    with pytest.raises(ModelError, match=r"layers\.0\.a\.weight: values up to 1e\+05 do not fit float16"):
+    with pytest.raises(ModelError, match=r"layers\.0\.a\.weight: values up to 1e\+05 overflow the float16"):
         _quantize(GGML(type="f16"), a=torch.full((1, 64), 1e5))
     assert _quantize(GGML(type="bf16"), a=torch.full((1, 64), 1e5))["model.layers.0.a"].dequantize().max() > 9e4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.errors import MissingDependencyError, ModelError
+from quantkit.errors import ModelError
 from quantkit.formats.bitsandbytes import pack_int8
 from quantkit.methods.base import BlockWeights
 from quantkit.methods.int8 import INT8, quantize_rows
@@ -105,9 +105,7 @@ def test_a_weight_beyond_float16_is_refused() -> None:
         quantize(weight.bfloat16())
 
 
-def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bitsandbytes_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing it takes longer than quantizing a small model, and 100 MB."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(MissingDependencyError, match="bitsandbytes") as caught:
-        quantize(random_weight(4, 8))
-    assert caught.value.exit_code == 4
-    assert caught.value.hint is not None and "pip install" in caught.value.hint
+    assert quantize(random_weight(4, 8)).shape == (4, 8)
