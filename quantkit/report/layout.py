@@ -100,12 +100,21 @@ def _table(
     engine: bool = False,
 ) -> TextTable:
     headers = ["", *((SHORT.get(c.key, c.title) if short else c.title) + _unit(c) for c in columns)]
-    rows = [[line.label, *(show(line.cells.get(c.key), c, notes, brief=short) for c in columns)] for line in lines]
+    rows = []
+    for line in lines:
+        label = line.label + (notes.marks(_not_as_asked(line)) if short else "")
+        rows.append([label, *(show(line.cells.get(c.key), c, notes, brief=short) for c in columns)])
     if not engine:
         return TextTable(title, headers, rows)
     for line, row in zip(lines, rows, strict=True):
         row.append(", ".join(dict.fromkeys(e for c in columns if (e := _engine(line.cells.get(c.key))))) or "–")
     return TextTable(title, [*headers, "run by"], rows, frozenset({0, len(headers)}))
+
+
+def _not_as_asked(line: Line) -> list[str]:
+    """The remark on a line some of whose layers fell back, for the summary; what happened to each is listed below."""
+    count = len(line.fallbacks)
+    return [f"{count} layer{'s' * (count > 1)} did not get what the recipe asked: listed below"] if count else []
 
 
 def _engine(cell: Cell | None) -> str | None:

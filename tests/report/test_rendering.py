@@ -55,6 +55,13 @@ def test_markdown_tables_are_aligned(tmp_path: Path) -> None:
         assert all(places == bars[0] for places in bars), "\n".join(table)
 
 
+def test_the_summary_marks_a_line_that_fell_back(tmp_path: Path) -> None:
+    text = rebuilt(tmp_path, demo())
+    marked = [line for line in tables(text)[0] if "[1]" in line]
+    assert len(marked) == 1 and "4_bit" in marked[0].split("[1]")[0]
+    assert "- [1] 1 layer did not get what the recipe asked: listed below" in text
+
+
 def test_markdown_keeps_words_that_look_like_markup(tmp_path: Path) -> None:
     text = rebuilt(tmp_path, demo())
     assert r"GPTQ \| 4_bit\_" in text
@@ -63,8 +70,8 @@ def test_markdown_keeps_words_that_look_like_markup(tmp_path: Path) -> None:
 
 def test_report_shows_every_reason_and_fallback(tmp_path: Path) -> None:
     text = rebuilt(tmp_path, demo())
-    assert "- [1] gptqmodel is not installed" in text
-    assert "n/a [1]" in text
+    assert "- [2] gptqmodel is not installed" in text
+    assert "n/a [2]" in text
     assert "- no GPU (every line: peak VRAM)" in text
     assert "damping rose to 0.1" in text
     assert r"GPTQ | 4_bit\_: symmetric" in text
