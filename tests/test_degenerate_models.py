@@ -1,5 +1,5 @@
-"""Models and texts at the edge, end to end: a finite artifact whose manifest tells what happened, or an error that names
-the tensor or the block, and nothing left behind."""
+"""Models and texts at the edge, end to end: a finite artifact whose manifest tells what happened, or an error that
+names the tensor or the block, and nothing left behind."""
 
 from __future__ import annotations
 
