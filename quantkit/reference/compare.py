@@ -58,7 +58,7 @@ def compare(
     from quantkit.jobs import open_model
     from quantkit.model.blocks import blocks_of
     from quantkit.model.calibration import load_calibration
-    from quantkit.reference.floor import measure_floor
+    from quantkit.reference.floor import floor_of, gemm_flop_per_s
 
     loaded = [load_recipe(recipe, settings) for recipe in recipes]
     first = loaded[0]
@@ -90,10 +90,14 @@ def compare(
             else:
                 entries.append(reference_entry(setting, REFERENCE_ENGINES[name], request, progress))
         load_average = os.getloadavg()
-        floor = None
-        if calibration is not None and request.method in FLOORED:
-            floor = measure_floor(source, len(calibration.ids), calibration.ids.shape[1], target)
+        # before and after: the better rate is that of the machine, the other of what else ran on it
+        floored = calibration is not None and request.method in FLOORED
+        rates = [gemm_flop_per_s(target)] if floored else []
         _run_all(entries, runs, timeout_s, scratch, progress)
+        floor = None
+        if calibration is not None and floored:
+            rate = max(*rates, gemm_flop_per_s(target))
+            floor = floor_of(source, len(calibration.ids), calibration.ids.shape[1], rate)
         rows, baseline = _judge(entries, setting, held_out, text.ids, scratch, progress)
     return ComparisonResults(
         name=Path(recipes[0]).stem,

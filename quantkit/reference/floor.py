@@ -69,10 +69,10 @@ def gemm_flop_per_s(device: torch.device) -> float:
     return 2 * GEMM_SIDE**3 / best
 
 
-def measure_floor(source: Source, sequences: int, length: int, device: torch.device) -> Floor:
-    """The floor of a job on this machine, now."""
+def floor_of(source: Source, sequences: int, length: int, rate: float) -> Floor:
+    """The floor of a job on a machine of this rate, in operations a second."""
     one, two = job_flop(source, sequences, length)
-    return Floor(gemm_flop_per_s=gemm_flop_per_s(device), one_pass_flop=one, two_pass_flop=two)
+    return Floor(gemm_flop_per_s=rate, one_pass_flop=one, two_pass_flop=two)
 
 
 def _wait(device: torch.device) -> None:

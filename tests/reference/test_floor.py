@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from quantkit.model.reader import open_source
-from quantkit.reference.floor import gemm_flop_per_s, job_flop, measure_floor
-from quantkit.reference.results import Floor
+from quantkit.reference.floor import floor_of, gemm_flop_per_s, job_flop
 
 
 def test_operations_are_those_counted_by_hand(tiny_llama: Path) -> None:
@@ -27,9 +26,11 @@ def test_operations_are_those_counted_by_hand(tiny_llama: Path) -> None:
     assert two == (before_down + grams + whole) + (before_down + grams)
 
 
-def test_the_rate_is_that_of_a_product_and_the_floor_follows(tiny_llama: Path) -> None:
-    rate = gemm_flop_per_s(torch.device("cpu"))
-    assert 1e9 < rate < 1e14
-    floor = measure_floor(open_source(str(tiny_llama)), 3, 10, torch.device("cpu"))
-    assert floor.two_pass_flop > floor.one_pass_flop
-    assert Floor(gemm_flop_per_s=2e9, one_pass_flop=10**10, two_pass_flop=3 * 10**10).two_pass_s == 15.0
+def test_the_floor_is_the_operations_over_the_rate(tiny_llama: Path) -> None:
+    one, two = job_flop(open_source(str(tiny_llama)), 3, 10)
+    floor = floor_of(open_source(str(tiny_llama)), 3, 10, 2e9)
+    assert (floor.one_pass_s, floor.two_pass_s) == (one / 2e9, two / 2e9)
+
+
+def test_the_rate_is_that_of_a_real_product() -> None:
+    assert 1e9 < gemm_flop_per_s(torch.device("cpu")) < 1e14
