@@ -177,9 +177,11 @@ class CodebookBlocks:
             end = min(start + band, count)
             values = embedding(packed[start // 2 : -(-end // 2)].int(), pairs).reshape(-1)
             values = values[: end - start]  # an odd number of weights leaves half a byte
-            blocks = pad(values, (0, -len(values) % self.block_size)).reshape(-1, self.block_size)
-            first = start // self.block_size
-            weight[start:end] = (blocks * scale[first : first + len(blocks)]).reshape(-1)[: end - start]
+            first, whole = start // self.block_size, (end - start) % self.block_size == 0
+            blocks = values if whole else pad(values, (0, -len(values) % self.block_size))
+            blocks = blocks.view(-1, self.block_size)
+            blocks *= scale[first : first + len(blocks)]
+            weight[start:end] = blocks.view(-1)[: end - start]
         return weight.reshape(self.shape)
 
 

@@ -54,12 +54,12 @@ def nf4_codes(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     absmax = torch.empty(-(-count // block_size), device=weight.device)
     band = max(1, band_size(weight) // (2 * block_size)) * 2 * block_size  # whole blocks, whole bytes
     for start in range(0, count, band):
-        part = flat[start : start + band].float()
+        part = flat[start : start + band].to(torch.float32, copy=True)
         blocks = _whole(part, block_size).view(-1, block_size)
         largest = blocks.abs().amax(dim=1)
         first = start // block_size
         absmax[first : first + len(largest)] = largest
-        scaled = (blocks * (1.0 / largest.clamp(min=_SMALLEST)).unsqueeze(1)).view(-1)[: len(part)]
+        scaled = blocks.mul_((1.0 / largest.clamp(min=_SMALLEST)).unsqueeze(1)).view(-1)[: len(part)]
         pairs = _nearest_nf4(_whole(scaled, 2)).view(torch.int16)  # the first code of a pair is the low byte
         packed[start // 2 : start // 2 + len(pairs)] = (pairs << 4) | (pairs >> 8)
     return packed.unsqueeze(1), absmax
