@@ -27,7 +27,7 @@ from quantkit.manifest import Manifest, TensorRecord, file_record, write_manifes
 from quantkit.maths.gram import InputStatistics
 from quantkit.maths.measure import sqnr_db
 from quantkit.memory import NO_LIMIT, MemoryLimit, return_freed_memory
-from quantkit.methods.base import BlockResult, BlockWeights, Method, merge
+from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
 from quantkit.methods.calibrated import CalibratedMethod
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
 from quantkit.model.calibration import CalibrationSet
@@ -336,8 +336,10 @@ def _record_skipped(state: _State, linear: str, stored: int, count: int) -> None
 
 
 def _store(state: _State, name: str, tensor: Tensor) -> int:
-    """Write a tensor that stays unquantized; the writer converts it. Raises ModelError when its dtype is too narrow."""
+    """Write a tensor that stays unquantized; the writer converts it. Raises ModelError when it is not finite or its
+    dtype is too narrow."""
     if tensor.is_floating_point() and tensor.numel():
+        check_finite(name, tensor)
         largest = torch.finfo(state.dtype).max
         found = max(float(value.abs()) for value in tensor.aminmax())
         if found > largest:

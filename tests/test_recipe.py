@@ -209,9 +209,9 @@ def test_which_method_a_linear_gets() -> None:
     assert label("lm_head") is None
     assert label("model.layers.7.mlp.down_proj") is None, "skip goes before overrides"
     assert label("model.layers.0.mlp.down_proj") is None, "the first override that matches counts"
-    assert label("model.layers.1.mlp.down_proj") == "gptq 8-bit g64 sym act-order", "the rest comes from the method"
+    assert label("model.layers.1.mlp.down_proj") == "gptq+scales 8-bit g64 sym act-order"
     assert label("model.layers.1.self_attn.q_proj") == "rtn 4-bit g32 asym", "another method stands alone"
-    assert label("model.layers.2.self_attn.q_proj") == "gptq 4-bit g64 sym act-order"
+    assert label("model.layers.2.self_attn.q_proj") == "gptq+scales 4-bit g64 sym act-order"
 
 
 def test_the_hash_sees_values_and_not_their_order() -> None:

@@ -20,7 +20,7 @@ from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, sea
 from quantkit.maths.compensate import inverse_factor, round_compensated
 from quantkit.maths.gram import InputStatistics
 from quantkit.maths.refine import damped, refine
-from quantkit.methods.base import BlockResult, BlockWeights, Method, require_finite
+from quantkit.methods.base import BlockResult, BlockWeights, Method, check_range, require_finite
 from quantkit.model.blocks import LinearGroup
 from quantkit.tensors import Grid, GroupTensor
 
@@ -116,6 +116,8 @@ class CalibratedBlock:
         ours = self.ours(group)
         require_finite(f"inputs of {', '.join(ours)}", gram)
         steps, grid = self.steps, self.steps.grid
+        for name in ours:
+            check_range(f"{name}.weight", self.weights[name], grid)
         stacked = torch.cat([self.weights[name] for name in ours]) if len(ours) > 1 else self.weights[ours[0]]
         if steps.search_range:
             scale, zero = search_grid(stacked, grid, gram.diagonal() if steps.compensate else gram)
@@ -192,6 +194,10 @@ class CalibratedBlock:
             tied = fold.tie_over_heads(mean_abs, self.given.head_dim, repeats, "mean")
             mean_abs = fold.spread_over_heads(tied, self.given.head_dim, repeats)
         scale, exponent = fold.search_scale(stacked, mean_abs, seen.gram, self.steps.grid, self.steps.exponents)
+        if group.producer_kind == "norm" and not self._norm_holds(f"{group.producer}.weight", scale):
+            reason = f"{group.producer}.weight divided by it would leave float16's range"
+            self._notes.update(dict.fromkeys(ours, f"no scale: {reason}"))
+            return
         for name in ours:
             self._marks[name].append(f"scale^{exponent:g}")
         if exponent == 0.0:
@@ -213,6 +219,15 @@ class CalibratedBlock:
             missing = self._other(f"{group.producer}.weight") is None
             return f"{group.producer}.weight is not stored" if missing else None
         return None if group.producer in self.weights else f"{group.producer} is not quantized by this method"
+
+    def _norm_holds(self, name: str, scale: Tensor) -> bool:
+        """Whether a norm's gains, divided by a scale, keep the digits that float16 gives them now."""
+        gain = self._other(name)
+        assert gain is not None
+        offset, half = self.given.norm_offset, torch.finfo(torch.float16)
+        after = ((gain + offset) / scale - offset).abs()
+        lost = (after < half.tiny) & (gain.abs() >= half.tiny)
+        return not bool(((after > half.max) | lost).any())
 
     def _divide_producer(self, group: LinearGroup, scale: Tensor) -> None:
         """Divide the output channels of what feeds a group by its scale."""
