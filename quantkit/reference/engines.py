@@ -57,10 +57,10 @@ class ReferenceEngine:
 
     name: what a user calls it. version: of the engine. pins: file with every package of its environment, pinned; None
     runs it in quantkit's own. python: lowest and highest minor version of Python 3. options: keys for its worker beyond
-    those of every job. notes: what a reader of the table must know of how it is run, by method. needs_gpu: why it
-    cannot run without one, None when it can. prime: a line of Python that its new environment runs once, for what it
-    would otherwise compile within its first job. build: packages that have to be there before the others, because they
-    are built from source with them.
+    those of every job. dtypes: what it has to compute in for a method, where it refuses the fastest. notes: what a
+    reader of the table must know of how it is run, by method. needs_gpu: why it cannot run without one, None when it
+    can. prime: a line of Python that its new environment runs once, for what it would otherwise compile within its
+    first job. build: packages that have to be there before the others, because they are built from source with them.
     """
 
     name: str
@@ -69,6 +69,7 @@ class ReferenceEngine:
     pins: str | None = None
     python: tuple[int, int] = (11, 13)
     options: Mapping[str, Any] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     needs_gpu: str | None = None
     prime: str | None = None
@@ -102,6 +103,7 @@ _ENGINES = (
         version="7.6.0",
         pins="gptqmodel.txt",
         abilities=(Ability("gptq", (2, 3, 4, 8)), Ability("awq", (4,), (False,))),
+        dtypes={"awq": "bfloat16"},
         # it remembers the dtypes of what it moves to files, so nothing can be narrowed before it saves
         notes=dict.fromkeys(("gptq", "awq"), "unquantized tensors as computed"),
         prime="from gptqmodel import extension; extension.load('pack_block_cpu')",

@@ -102,7 +102,7 @@ def reference_entry(setting: Setting, engine: ReferenceEngine, request: Request,
     """Another engine's run; its environment is made if need be. Without one the entry carries the reason."""
     method: Any = setting.recipe.method
     note = engine.note(request.method)
-    dtype = setting.recipe.model.dtype if engine.pins is None else setting.dtype
+    dtype = setting.recipe.model.dtype if engine.pins is None else engine.dtypes.get(request.method, setting.dtype)
     settings = {
         "method": request.method,
         "bits": request.bits,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def run_job(
     if code is None:
         raise JobFailed(f"stopped after {timeout_s:.0f} s without an answer", cost)
     if code or "error" in answer or not answer:
-        reason = answer.get("error") or how_it_ended(code, log_file.read_text(errors="replace"))
+        reason = answer.get("error") or how_it_ended(code, _legible(log_file.read_text(errors="replace")))
         raise JobFailed(str(reason)[:300], cost)
     return Done(cost, answer.get("versions", {}))
 
@@ -129,6 +130,14 @@ def _max_rss(usage: Any) -> int:
     Linux counts kilobytes, and starts with the memory of the process that started this one: so it comes last.
     """
     return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _legible(log: str) -> str:
+    """A log whose last line says something: a bare exception's name gets the line of code before it."""
+    lines = [line.strip() for line in log.splitlines() if line.strip(" \t^~")]
+    if len(lines) > 1 and re.fullmatch(r"[\w.]+(Error|Exception)", lines[-1]):
+        lines[-1] = f"{lines[-1]}: {lines[-2]}"
+    return "\n".join(lines)
 
 
 def _answer(path: Path) -> dict[str, Any]:

@@ -269,8 +269,10 @@ def main(job_file: str, answer_file: str) -> None:
         answer = work(job)
     except Exception as error:
         traceback.print_exc()
-        first = (str(error).strip().splitlines() or [""])[0]
-        answer = {"error": f"{type(error).__name__}: {first}"}
+        # a bare assertion says nothing: the line it stands in does
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = str(error).strip() or f"{place.line} ({os.path.basename(place.filename)}:{place.lineno})"
+        answer = {"error": f"{type(error).__name__}: {text.splitlines()[0]}"}
     answer["peak_rss_bytes"] = peak_rss_bytes()
     with open(answer_file, "w") as stream:
         json.dump(answer, stream)

@@ -43,6 +43,12 @@ def test_a_crash_is_the_last_line_it_said(tmp_path: Path) -> None:
     assert caught.value.cost.wall_s > 0
 
 
+def test_a_bare_assertion_is_told_with_its_line(tmp_path: Path) -> None:
+    # on Python 3.11 a line of carets stands between the two
+    with pytest.raises(JobFailed, match=r"^the process ended with code 1: AssertionError: assert 288 % 64 == 0$"):
+        _run(tmp_path, "assert 288 % 64 == 0")
+
+
 def test_a_signal_is_named(tmp_path: Path) -> None:
     with pytest.raises(JobFailed, match="the process was ended by SIGSEGV"):
         _run(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
