@@ -1,0 +1,63 @@
+"""The rows before they run: what each engine is told, and what its row is called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.model.reader import open_source
+from quantkit.progress import Progress
+from quantkit.recipe import Recipe
+from quantkit.reference import entries
+from quantkit.reference.engines import REFERENCE_ENGINES
+from quantkit.reference.entries import Entry, Setting, own_entry, reference_entry, request_of
+
+AWQ = {"name": "awq", "bits": 4, "group_size": 32}
+GPTQ = {"name": "gptq", "bits": 4, "group_size": 32}
+
+
+def _setting(tiny_llama: Path, method: dict[str, object]) -> Setting:
+    recipe = Recipe.model_validate({"method": method})
+    return Setting(open_source(str(tiny_llama)), recipe, Path("/ids.json"), torch.device("cpu"), 2, "float32")
+
+
+def _entry(tiny_llama: Path, engine: str, method: dict[str, object]) -> Entry:
+    setting = _setting(tiny_llama, method)
+    request = request_of("r", setting.recipe)
+    return reference_entry(setting, REFERENCE_ENGINES[engine], request, Progress(quiet=True))
+
+
+@pytest.fixture(autouse=True)
+def _no_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entries, "python_of", lambda *_: Path("/env/bin/python"))
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+
+
+def test_an_engine_gets_the_job_of_the_recipe_in_an_environment_of_its_own(tiny_llama: Path) -> None:
+    entry = _entry(tiny_llama, "llmcompressor", GPTQ)
+    assert entry.reason is None
+    assert entry.command[0] == "/env/bin/python" and entry.command[-1].endswith("worker.py")
+    wanted = {"method": "gptq", "bits": 4, "group_size": 32, "symmetric": True, "act_order": True, "ids": "/ids.json"}
+    assert wanted.items() <= entry.job.items()
+    assert json.dumps(entry.job), "the job is a JSON file"
+    assert "PYTHONPATH" not in entry.environment
+    assert (entry.environment["OMP_NUM_THREADS"], entry.environment["HF_HUB_OFFLINE"]) == ("2", "1")
+    assert entry.label == "llmcompressor 0.14.0.1: gptq 4-bit g32 sym act-order, float32"
+
+
+def test_a_row_says_in_what_an_engine_computes(tiny_llama: Path) -> None:
+    """gptqmodel's AWQ refuses float32, in which its GPTQ is fastest on a CPU."""
+    assert _entry(tiny_llama, "gptqmodel", AWQ).job["dtype"] == "bfloat16"
+    assert _entry(tiny_llama, "gptqmodel", AWQ).label.endswith(", bfloat16")
+    assert _entry(tiny_llama, "gptqmodel", GPTQ).job["dtype"] == "float32"
+
+
+def test_our_own_run_has_the_same_ids_and_our_imports(tiny_llama: Path) -> None:
+    setting = _setting(tiny_llama, GPTQ | {"propagate": "unquantized"})
+    entry = own_entry(setting, setting.recipe, "job")
+    assert entry.job["recipe"]["calibration"]["set"] == "/ids.json"
+    assert entry.command[-1] == "quantkit.reference.own" and entry.environment["PYTHONPATH"]
+    assert "job: gptq" in entry.label and entry.label.endswith("unquantized inputs")
