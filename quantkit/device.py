@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import MissingDependencyError, UsageError
 
@@ -25,10 +26,54 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def compute_dtype(device: torch.device, source_dtype: torch.dtype) -> torch.dtype:
-    """float32 on a CPU, where half precision is slower or unsupported; the checkpoint's own half precision on a GPU."""
+@dataclass(frozen=True)
+class Arithmetic:
+    """In what a model is run for its statistics.
+
+    states: dtype of the hidden states and norms. linears: dtype that the linears and the attention multiply in.
+    eight_bit_gram: whether Gram matrices are summed from 8-bit integers (maths/gram.py) instead of float32.
+    """
+
+    states: torch.dtype
+    linears: torch.dtype
+    eight_bit_gram: bool
+
+    def label(self) -> str:
+        """A short text for a manifest, such as "linears bfloat16, Gram int8"."""
+        linears = str(self.linears).removeprefix("torch.")
+        return f"linears {linears}, Gram {'int8' if self.eight_bit_gram else 'float32'}"
+
+
+def arithmetic(device: torch.device, source_dtype: torch.dtype, *, exact: bool = False) -> Arithmetic:
+    """What runs best on a device without a loss that shows in the result; docs/quality.md has the measurements.
+
+    On a CPU the hidden states stay float32, and products take what the processor has units for. Elsewhere all is in the
+    checkpoint's own half precision. exact: float32 throughout.
+    """
     import torch
 
-    if device.type == "cpu" or source_dtype not in (torch.float16, torch.bfloat16):
-        return torch.float32
-    return source_dtype
+    half = source_dtype in (torch.float16, torch.bfloat16)
+    if exact:
+        return Arithmetic(torch.float32, torch.float32, False)
+    if device.type != "cpu":
+        dtype = source_dtype if half else torch.float32
+        return Arithmetic(dtype, dtype, False)
+    linears = torch.bfloat16 if half and multiplies_bfloat16() else torch.float32
+    return Arithmetic(torch.float32, linears, multiplies_int8())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has units for products of bfloat16; without them such products are slower than float32."""
+    return _can("amx_bf16", "avx512_bf16")
+
+
+def multiplies_int8() -> bool:
+    """Whether the processor has units for products of 8-bit integers, four times as fast as float32."""
+    return _can("amx_int8", "avx512_vnni")
+
+
+def _can(*capabilities: str) -> bool:
+    import torch
+
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name) for name in capabilities)

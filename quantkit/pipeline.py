@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import __version__
-from quantkit.device import compute_dtype
+from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
 from quantkit.errors import ModelError
 from quantkit.formats.base import LinearPlan, Writer
@@ -107,16 +107,23 @@ def quantize(
             writer = job.recipe.resolved_format.writer(folder, source, job.plans, dtype)
             methods = {plan.name: plan.method for plan in job.plans if plan.method is not None}
             states.append(_State(job, writer, folder, dtype, methods, layout))
-        shared_s = _run(states, source, calibration, device, memory, progress)
+        how = _arithmetic(states, source, device)
+        shared_s = _run(states, source, calibration, device, how, memory, progress)
         manifests = []
         for state in states:
             started = time.perf_counter()
             paths = state.writer.finish()
             state.own_s += time.perf_counter() - started
-            manifest = _manifest(state, paths, source, calibration, device, state.own_s + shared_s)
+            manifest = _manifest(state, paths, source, calibration, device, how, state.own_s + shared_s)
             write_manifest(manifest, state.folder)
             manifests.append(manifest)
     return manifests
+
+
+def _arithmetic(states: list[_State], source: Source, device: torch.device) -> Arithmetic:
+    """What the calibration of a pass is computed in; its jobs share their calibration section."""
+    exact = any(state.calibrated and state.job.recipe.calibration.precision == "float32" for state in states)
+    return arithmetic(device, source.dtype(f"{blocks_of(source)[0].linears[0]}.weight"), exact=exact)
 
 
 def _run(
@@ -124,6 +131,7 @@ def _run(
     source: Source,
     calibration: CalibrationSet | None,
     device: torch.device,
+    how: Arithmetic,
     memory: MemoryLimit,
     progress: Progress,
 ) -> float:
@@ -137,7 +145,7 @@ def _run(
     run = None
     if calibrated:
         assert calibration is not None, "the caller builds the calibration set that its recipes ask for"
-        run = _start(source, calibration, device, memory, states[0].folder)
+        run = _start(source, calibration, device, how, memory, states[0].folder)
     title = "quantizing " + ", ".join(state.job.label for state in states)
     with progress.task(title, len(blocks) + 1) as tracker:
         for name in outside:
@@ -170,11 +178,15 @@ class _Run:
 
 
 def _start(
-    source: Source, calibration: CalibrationSet, device: torch.device, memory: MemoryLimit, scratch: Path
+    source: Source,
+    calibration: CalibrationSet,
+    device: torch.device,
+    how: Arithmetic,
+    memory: MemoryLimit,
+    scratch: Path,
 ) -> _Run:
     """Embed the calibration set; hidden states that would take over a quarter of the room go to a scratch file."""
-    some = blocks_of(source)[0].linears[0]
-    runner = BlockRunner(source, device, compute_dtype(device, source.dtype(f"{some}.weight")))
+    runner = BlockRunner(source, device, how)
     width = source.shape(f"{architecture_of(source.config).embedding}.weight")[1]
     size = calibration.ids.numel() * width * runner.dtype.itemsize
     spill = scratch if size > memory.room_bytes(torch.device("cpu")) // 4 else None
@@ -357,6 +369,7 @@ def _manifest(
     source: Source,
     calibration: CalibrationSet | None,
     device: torch.device,
+    how: Arithmetic,
     seconds: float,
 ) -> Manifest:
     recipe = state.job.recipe
@@ -376,7 +389,11 @@ def _manifest(
         method_name=recipe.method.name,
         format=recipe.resolved_format.name,
         source={**source.lineage(), "notes": list(source.notes)},
-        calibration={**section.model_dump(mode="json"), "fingerprint": calibration.fingerprint}
+        calibration={
+            **section.model_dump(mode="json"),
+            "fingerprint": calibration.fingerprint,
+            "arithmetic": how.label(),
+        }
         if state.calibrated and calibration is not None
         else None,
         quantize_s=round(seconds, 3),

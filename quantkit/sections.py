@@ -44,6 +44,9 @@ class CalibrationSection(Frozen):
     sequences: int = Field(96, ge=1)  # with the length: what the default set has in every tokenizer
     length: int = Field(512, ge=8, description="tokens a sequence")
     seed: int = Field(0, description="of the order in which texts are packed")
+    precision: Literal["auto", "float32"] = Field(
+        "auto", description="of the products; auto: bfloat16 and 8-bit ones where the processor has units for them"
+    )
 
 
 class MemoryBench(Frozen):

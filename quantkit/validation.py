@@ -82,7 +82,7 @@ def found(value: Any) -> str:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """"did you mean X?" for a near miss, else everything there is."""
+    """ "did you mean X?" for a near miss, else everything there is."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(names)}"

@@ -110,9 +110,7 @@ def test_the_contracts_options_are_there(capsys: Captured) -> None:
         (["calibration", "build", "pydoc", "--out", "x", "--model", "y", "--sequences", "0"], "--sequences"),
     ],
 )
-def test_wrong_usage_exits_2_with_one_message_and_a_hint(
-    arguments: list[str], message: str, capsys: Captured
-) -> None:
+def test_wrong_usage_exits_2_with_one_message_and_a_hint(arguments: list[str], message: str, capsys: Captured) -> None:
     assert cli.execute(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -121,9 +119,7 @@ def test_wrong_usage_exits_2_with_one_message_and_a_hint(
 
 
 @pytest.mark.parametrize("arguments", [[], ["recipes"], ["calibration"]])
-def test_without_a_command_the_help_is_shown_and_the_exit_code_is_usage(
-    arguments: list[str], capsys: Captured
-) -> None:
+def test_without_a_command_the_help_is_shown_and_the_exit_code_is_usage(arguments: list[str], capsys: Captured) -> None:
     assert cli.execute(arguments) == 2
     captured = capsys.readouterr()
     assert "Commands:" in captured.out + captured.err
@@ -302,9 +298,7 @@ def test_calibration_sets_are_listed_and_shown(capsys: Captured) -> None:
     assert "did you mean pydoc?" in capsys.readouterr().err
 
 
-def test_token_ids_are_written_once_with_their_fingerprint(
-    tiny_llama: Path, tmp_path: Path, capsys: Captured
-) -> None:
+def test_token_ids_are_written_once_with_their_fingerprint(tiny_llama: Path, tmp_path: Path, capsys: Captured) -> None:
     from quantkit.model.calibration import fingerprint_of
 
     out = tmp_path / "new" / "ids.json"

@@ -17,9 +17,7 @@ def made(tensors: list[TensorRecord]) -> Manifest:
 
 
 def record(name: str, applied: str, sqnr: float | None, reason: str | None = None) -> TensorRecord:
-    return TensorRecord(
-        name=name, requested="gptq", applied=applied, bits_per_weight=4.3, sqnr_db=sqnr, reason=reason
-    )
+    return TensorRecord(name=name, requested="gptq", applied=applied, bits_per_weight=4.3, sqnr_db=sqnr, reason=reason)
 
 
 def test_columns_are_aligned_and_lines_end_where_the_text_ends() -> None:

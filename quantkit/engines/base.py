@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantkit.device import multiplies_bfloat16
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -73,14 +75,13 @@ class Engine(ABC):
 def speed_dtype(device: torch.device, source_dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a model of half-precision weights runs best on a device.
 
-    A GPU: the weights' own. A CPU: bfloat16 where it has matrix units for it (AMX), else float32, because
-    half-precision products are then emulated and several times slower.
+    A GPU: the weights' own. A CPU: bfloat16 where it has units for it, else float32, because half-precision products
+    are then emulated and several times slower.
     """
     half = source_dtype if source_dtype in (torch.float16, torch.bfloat16) else None
     if device.type != "cpu":
         return half or torch.float16
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if half is not None and capabilities.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if half is not None and multiplies_bfloat16() else torch.float32
 
 
 def quality_dtype(device: torch.device, source_dtype: torch.dtype) -> torch.dtype:

@@ -17,6 +17,9 @@ from quantkit.tensors import Grid
 BLOCK_COLUMNS = 128
 """Columns that are rounded before the rest is updated by one matrix product: the paper's B."""
 
+INVERTED_WHOLE = 192
+"""Rows of a triangle that is inverted at once; below it the products are too small to gain anything."""
+
 DAMP_STEPS = 5
 """How often the damping is raised tenfold before the Gram matrix is given up."""
 
@@ -59,7 +62,7 @@ def inverse_factor(gram: Tensor, damp: float, act_order: bool) -> InverseFactor:
     backward = order.flip(0)
     live = dead[backward].logical_not()
     # double: a Gram whose largest eigenvalue is its whole trace leaves float32 no digits for the damping
-    ordered = gram[backward][:, backward].double()
+    ordered = gram.index_select(0, backward).index_select(1, backward).double()
     mean = float(ordered.diagonal()[live].mean()) if bool(live.any()) else 1.0
     ordered.diagonal()[~live] = mean
     added = 0.0
@@ -69,15 +72,30 @@ def inverse_factor(gram: Tensor, damp: float, act_order: bool) -> InverseFactor:
         lower, failed = torch.linalg.cholesky_ex(ordered)
         if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
             del ordered
-            lower = lower.float()  # its condition is the root of the Gram's, which float32 inverts well
-            identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return InverseFactor(inverse.flip(0, 1), order, dead, damp)
+            # float: the factor's condition is the root of the Gram's, which float32 inverts well
+            return InverseFactor(inverse_lower(lower.float()).flip(0, 1), order, dead, damp)
         damp = min(damp * 10, 1.0)
     raise ModelError(
         f"the Gram matrix of the inputs is not positive definite even with {damp:.0%} damping",
         hint="use more calibration sequences, or a calibration set closer to the model's training text",
     )
+
+
+def inverse_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix [n, n], by halves: most of the work is two products of half the size.
+
+    A solve against the identity, which is what there is, does not know that the right side is triangular too.
+    """
+    size = len(lower)
+    if size <= INVERTED_WHOLE:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = inverse_lower(lower[:half, :half])
+    inverse[half:, half:] = inverse_lower(lower[half:, half:])
+    inverse[half:, :half] = -(inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half]))
+    return inverse
 
 
 def round_compensated(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: InverseFactor) -> Tensor:

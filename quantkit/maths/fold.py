@@ -14,7 +14,7 @@ from torch import Tensor
 from quantkit.maths.affine import full_range, grid_for_range, nearest_values
 from quantkit.tensors import Grid
 
-SAMPLE_ROWS = 256
+SAMPLE_ROWS = 128
 """Output rows that a candidate is scored on: the best exponent is a property of the inputs, which all rows share."""
 
 

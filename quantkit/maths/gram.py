@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+EIGHT_BIT_TOKENS = 2048
+"""Tokens whose 8-bit products are summed as integers before they are scaled: far below where 32 bits would overflow
+(2^31 / 127^2 = 133144), few enough that their copies are small beside the hidden states."""
+
+EIGHT_BIT_COLUMNS = 256
+"""Below this many columns the rounding takes what the products save."""
+
+SUM_TOKENS = 64
+"""Tokens whose sums one thread takes; fixed, so that sums do not depend on how many threads there are."""
+
+FAR_ROUNDS = 4
+"""How often tokens are told apart as too far out, each time by the mean square of those that are left."""
+
+REACH = 20.0
+"""How many times its root mean square a column's 8-bit steps reach: (20 / 127)^2 / 12 = 0.2% of the mean square is
+added by rounding. Where the largest value is nearer, the steps are as fine as it allows."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +48,74 @@ def strip_width(columns: int) -> int:
 class GramAccumulator:
     """Sums x^T x and |x| over batches of inputs.
 
-    Only float32 is accumulated: a Gram matrix of bfloat16 products is not positive definite.
+    Sums are float32: a Gram matrix of bfloat16 sums is not positive definite. eight_bit: multiply 8-bit integers, which
+    processors with units for them do four times as fast. Each column is then rounded in steps of at most REACH / 127 of
+    its own root mean square, which adds at most 0.2% to a diagonal element, a fifth of GPTQ's usual damping; tokens
+    with a value farther out are multiplied in float32. What is summed is the Gram matrix of the rounded inputs, so it
+    stays positive semidefinite. For the CPU.
     """
 
-    def __init__(self, in_features: int, device: torch.device):
+    def __init__(self, in_features: int, device: torch.device, *, eight_bit: bool = False):
         self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.sum_abs = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.tokens = 0
+        self._eight_bit = eight_bit and in_features >= EIGHT_BIT_COLUMNS
+        self._waiting: list[Tensor] = []
 
     def add(self, inputs: Tensor) -> None:
-        """inputs: [..., in], any float dtype."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
-        columns = rows.shape[1]
-        width = strip_width(columns)
-        for start in range(0, columns, width):  # the lower triangle is the mirror of the upper
-            strip = slice(start, min(start + width, columns))
-            self.gram[strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
-        self.sum_abs += rows.abs().sum(dim=0)
+        """inputs: [..., in], any float dtype; must not change until the result is taken."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])  # [tokens, in]
         self.tokens += rows.shape[0]
+        if not self._eight_bit:
+            self.sum_abs += rows.float().abs().sum(dim=0)
+            self._add_product(rows.float())
+            return
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= EIGHT_BIT_TOKENS:
+            self._add_waiting()
+
+    def _add_product(self, rows: Tensor) -> None:
+        """rows: float32 [tokens, in]."""
+        for strip, start in self._strips():
+            self.gram[strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
+
+    def _add_waiting(self) -> None:
+        """Add the batches that wait, in 8-bit integers."""
+        from quantkit.maths.kernels import column_sums, round_rows
+
+        rows = torch.cat(self._waiting).float()
+        self._waiting.clear()
+        parts = torch.empty(-(-len(rows) // SUM_TOKENS), 3, rows.shape[1])  # [bands, kinds of sum, in]
+        codes, far = torch.empty(rows.shape, dtype=torch.int8), torch.zeros(len(rows), dtype=torch.bool)
+        near = len(rows)
+        for round_ in range(FAR_ROUNDS):
+            column_sums(rows.numpy(), far.numpy(), SUM_TOKENS, parts.numpy())
+            if not round_:
+                self.sum_abs += parts[:, 0].sum(dim=0)
+            reach = REACH * (parts[:, 1].sum(dim=0) / max(near, 1)).sqrt()
+            scale = torch.minimum(reach, parts[:, 2].amax(dim=0)) / 127
+            inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+            round_rows(rows.numpy(), reach.numpy(), inverse.numpy(), codes.numpy(), far.numpy())
+            before, near = near, len(rows) - int(far.sum())
+            if near == before:
+                break  # what a huge token adds to a column's mean square must not coarsen the steps of the others
+        for strip, start in self._strips():
+            product = torch._int_mm(codes[:, strip].T, codes[:, start:]).float()
+            self.gram[strip, start:].addcmul_(product.mul_(scale[strip, None]), scale[start:])
+        if near < len(rows):
+            self._add_product(rows[far])
+
+    def _strips(self) -> Iterator[tuple[slice, int]]:
+        """Rows of the matrix that are summed together, and the first column; the lower triangle is the mirror."""
+        columns = len(self.gram)
+        width = strip_width(columns)
+        for start in range(0, columns, width):
+            yield slice(start, min(start + width, columns)), start
 
     def result(self) -> InputStatistics:
         """The statistics of everything added so far."""
+        if self._waiting:
+            self._add_waiting()
         width = strip_width(len(self.gram))
         for start in range(width, len(self.gram), width):
             self.gram[start:, start - width : start] = self.gram[start - width : start, start:].T

@@ -83,51 +83,59 @@ def descend_block(
     groups = scale.shape[1]
     size = columns // groups
     top = np.float32(levels - 1)
-    for i in prange(rows):
-        turned = np.empty(size, np.float32)
+    softness = np.empty(columns, np.float32)
+    for j in range(columns):
+        softness[j] = np.float32(1.0) / gram[j, j]
+    for band in prange((rows + BAND - 1) // BAND):
+        top_row, end_row = band * BAND, min((band + 1) * BAND, rows)
+        turned = np.empty((BAND, size), np.float32)
         for g in range(groups):
             first, end = g * size, (g + 1) * size
-            step, zero = scale[i, g], middle[i, g]
             for j in range(first, end):
-                old = np.float32(codes[i, j])
-                code = np.rint(old - gradient[i, j] / (gram[j, j] * step))
-                code = min(max(code, np.float32(0.0)), top)
-                if code != old:
-                    moved = (code - old) * step
-                    codes[i, j] = np.uint8(code)
-                    error[i, j] += moved
-                    slopes, pull = gradient[i, first:], gram[j, first:]
-                    for k in range(slopes.size):
-                        slopes[k] += moved * pull[k]
+                for i in range(top_row, end_row):
+                    step = scale[i, g]
+                    old = np.float32(codes[i, j])
+                    code = np.rint(old - gradient[i, j] * softness[j] / step)
+                    code = min(max(code, np.float32(0.0)), top)
+                    if code != old:
+                        moved = (code - old) * step
+                        codes[i, j] = np.uint8(code)
+                        error[i, j] += moved
+                        slopes, pull = gradient[i, first:], gram[j, first:]
+                        for k in range(slopes.size):
+                            slopes[k] += moved * pull[k]
             turned[:] = 0.0  # H c of the group: a column at a time, since sums across lanes would not be in order
             for j in range(first, end):
-                level = np.float32(codes[i, j]) - zero
-                if level != 0:
-                    pull = gram[j, first:end]
+                pull = gram[j, first:end]
+                for i in range(top_row, end_row):
+                    level = np.float32(codes[i, j]) - middle[i, g]
+                    own = turned[i - top_row]
                     for k in range(pull.size):
-                        turned[k] += level * pull[k]
-            slope = np.float32(0.0)
-            curve = np.float32(0.0)
-            for j in range(first, end):
-                level = np.float32(codes[i, j]) - zero
-                slope += level * gradient[i, j]
-                curve += level * turned[j - first]
-            if curve <= 0:
-                continue
-            wanted = step - slope / curve
-            if not (0.5 < wanted / step < 2.0):
-                continue
-            moved = _as_float16(wanted) - step
-            if moved * (2 * slope + moved * curve) >= 0:
-                continue
-            scale[i, g] = step + moved
-            for j in range(first, end):
-                change = moved * (np.float32(codes[i, j]) - zero)
-                error[i, j] += change
-                if change != 0:
-                    slopes, pull = gradient[i, end:], gram[j, end:]
-                    for k in range(slopes.size):
-                        slopes[k] += change * pull[k]
+                        own[k] += level * pull[k]
+            for i in range(top_row, end_row):
+                step, zero = scale[i, g], middle[i, g]
+                slope = np.float32(0.0)
+                curve = np.float32(0.0)
+                for j in range(first, end):
+                    level = np.float32(codes[i, j]) - zero
+                    slope += level * gradient[i, j]
+                    curve += level * turned[i - top_row, j - first]
+                if curve <= 0:
+                    continue
+                wanted = step - slope / curve
+                if not (0.5 < wanted / step < 2.0):
+                    continue
+                moved = _as_float16(wanted) - step
+                if moved * (2 * slope + moved * curve) >= 0:
+                    continue
+                scale[i, g] = step + moved
+                for j in range(first, end):
+                    change = moved * (np.float32(codes[i, j]) - zero)
+                    error[i, j] += change
+                    if change != 0:
+                        slopes, pull = gradient[i, end:], gram[j, end:]
+                        for k in range(slopes.size):
+                            slopes[k] += change * pull[k]
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
@@ -160,3 +168,53 @@ def best_range(
                 if loss < least:
                     least = loss
                     best[i, g] = candidate
+
+
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+def column_sums(rows: NDArray[np.float32], far: NDArray[np.bool_], band: int, parts: NDArray[np.float32]) -> None:
+    """Sum of |x|, sum of x^2 and largest |x| of each column over the rows [tokens, columns] that are not far.
+
+    far: [tokens]. parts: [bands, 3, columns] receives the sums of so many rows each, whatever the threads. A NaN stays
+    one.
+    """
+    tokens, columns = rows.shape
+    for part in prange(parts.shape[0]):
+        sums, squares, largest = parts[part, 0], parts[part, 1], parts[part, 2]
+        sums[:] = 0.0
+        squares[:] = 0.0
+        largest[:] = 0.0
+        for i in range(part * band, min((part + 1) * band, tokens)):
+            if far[i]:
+                continue
+            row = rows[i]
+            for j in range(columns):
+                size = abs(row[j])
+                sums[j] += size
+                squares[j] += size * size
+                largest[j] = max(largest[j], size)
+
+
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+def round_rows(
+    rows: NDArray[np.float32],
+    reach: NDArray[np.float32],
+    inverse: NDArray[np.float32],
+    codes: NDArray[np.int8],
+    far: NDArray[np.bool_],
+) -> None:
+    """8-bit codes `round(x * inverse)` [tokens, columns] of rows whose every |x| is within `reach` of its column.
+
+    far: [tokens], true for rows that are known to be far and set for those that have a value beyond; their codes are 0.
+    """
+    tokens, columns = rows.shape
+    for i in prange(tokens):
+        row, code = rows[i], codes[i]
+        beyond = int(far[i])
+        for j in range(columns):
+            beyond += abs(row[j]) > reach[j]
+        far[i] = beyond > 0
+        if beyond:
+            code[:] = 0
+        else:
+            for j in range(columns):
+                code[j] = np.int8(np.rint(row[j] * inverse[j]))

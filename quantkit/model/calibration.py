@@ -152,7 +152,7 @@ def _cache_path(source: CalibrationSource, section: CalibrationSection, tokenize
         "definition": source.definition.model_dump(mode="json"),
         "content": content,
         "tokenizer": tokenizer_hash,
-        "section": section.model_dump(mode="json", exclude={"set"}),
+        "section": section.model_dump(mode="json", exclude={"set", "precision"}),
         "part": part,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
 from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.model.blocks import Block, LinearGroup, architecture_of
@@ -47,22 +48,20 @@ class _EnoughError(Exception):
 
 
 class BlockRunner:
-    """Runs the blocks of one model on hidden states, block by block.
+    """Runs the blocks of one model on hidden states, block by block, in the given arithmetic."""
 
-    dtype: of the weights and hidden states while running; float32 on a CPU without half-precision units.
-    """
-
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype):
+    def __init__(self, source: Source, device: torch.device, arithmetic: Arithmetic):
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.source, self.device, self.dtype = source, device, dtype
+        self.source, self.device, self.arithmetic = source, device, arithmetic
+        self.dtype = arithmetic.states
         self.architecture = architecture_of(source.config)
         settings = {key: value for key, value in source.config.items() if key != "model_type"}
         config = AutoConfig.for_model(source.config["model_type"], **settings)
         config.use_cache = False
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         self.model.eval()
         self.trunk = self.model.get_submodule(self.architecture.trunk)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]
@@ -115,8 +114,12 @@ class BlockRunner:
     def assign(self, module: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """Give a block's module other weights: `tensors` by full name. Raises ModelError when one has a shape that the
         config does not ask for."""
+        linears = {f"{linear}.weight" for linear in block.linears}
         state = {
-            name.removeprefix(block.prefix): tensor.to(self.device, self.dtype) for name, tensor in tensors.items()
+            name.removeprefix(block.prefix): tensor.to(
+                self.device, self.arithmetic.linears if name in linears else self.dtype
+            )
+            for name, tensor in tensors.items()
         }
         for name, wanted in module.state_dict().items():
             if name in state and state[name].shape != wanted.shape:
@@ -228,7 +231,8 @@ class BlockRunner:
                 yield seen.pop()
 
     def _accumulator(self, group: LinearGroup) -> GramAccumulator:
-        return GramAccumulator(self.source.shape(f"{group.linears[0]}.weight")[1], self.device)
+        columns = self.source.shape(f"{group.linears[0]}.weight")[1]
+        return GramAccumulator(columns, self.device, eight_bit=self.arithmetic.eight_bit_gram)
 
     def _batches(self, hidden: HiddenStates) -> Iterator[slice]:
         size = max(1, BATCH_TOKENS[self.device.type] // hidden.shape[1])
@@ -237,17 +241,28 @@ class BlockRunner:
 
     def _call(self, module: nn.Module, block: Block, rows: Tensor) -> Tensor:
         """A block's outputs on the CPU for a batch of its inputs."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._mixed():
             output = module(rows.to(self.device), **self._kwargs[block.index])
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result.cpu()
+
+    def _mixed(self) -> torch.autocast:
+        """Linears and attention in their own dtype, all else in that of the hidden states."""
+        mixed = self.arithmetic.linears != self.dtype
+        return torch.autocast(self.device.type, dtype=self.arithmetic.linears, enabled=mixed)
 
 
 @contextmanager
 def _watched(module: nn.Module, block: Block, group: LinearGroup, see: Callable[[Tensor], None]) -> Iterator[None]:
     """While this lasts, `see` is called with the inputs of a group's first linear before it runs."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        # the mixed arithmetic is the block's: what looks on, and what runs while a row waits, is not meant
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            see(inputs[0])
+
     reader = module.get_submodule(group.linears[0].removeprefix(block.prefix))
-    handle = reader.register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
+    handle = reader.register_forward_pre_hook(hook)
     try:
         yield
     finally:

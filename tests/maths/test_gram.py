@@ -1,0 +1,115 @@
+"""Gram matrices against float64, in float32 and in 8-bit integers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit.maths.gram import EIGHT_BIT_COLUMNS, EIGHT_BIT_TOKENS, REACH, GramAccumulator, InputStatistics
+
+CPU = torch.device("cpu")
+COLUMNS = EIGHT_BIT_COLUMNS + 5  # no multiple of a vector register
+
+
+def _inputs(tokens: int, columns: int = COLUMNS) -> Tensor:
+    """Correlated columns of very different size."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    return mixed * torch.logspace(-3, 3, columns)
+
+
+def _seen(batches: list[Tensor], *, eight_bit: bool) -> InputStatistics:
+    accumulator = GramAccumulator(batches[0].shape[-1], CPU, eight_bit=eight_bit)
+    for batch in batches:
+        accumulator.add(batch)
+    return accumulator.result()
+
+
+def _relative(gram: Tensor, inputs: Tensor) -> Tensor:
+    """Errors as shares of the geometric mean of their two diagonal elements."""
+    exact = inputs.double().T @ inputs.double()
+    size = exact.diagonal().clamp(min=1e-30).sqrt()
+    return ((gram.double() - exact) / size[:, None] / size).abs()
+
+
+def _asymmetry(gram: Tensor) -> float:
+    size = gram.diagonal().clamp(min=1e-30).sqrt()
+    return float(((gram - gram.T) / size[:, None] / size).abs().max())
+
+
+@pytest.mark.parametrize("columns", [1, 7, 64, 65, COLUMNS])
+def test_float32_sums_are_those_of_float64(columns: int) -> None:
+    inputs = _inputs(300, columns)
+    seen = _seen([inputs[:100].view(2, 50, columns), inputs[100:]], eight_bit=False)
+    assert _relative(seen.gram, inputs).max() < 1e-5
+    assert _asymmetry(seen.gram) < 1e-6
+    torch.testing.assert_close(seen.mean_abs, inputs.abs().mean(dim=0))
+    assert seen.tokens == 300
+
+
+@pytest.mark.parametrize("tokens", [1, 63, EIGHT_BIT_TOKENS, EIGHT_BIT_TOKENS + 700])
+def test_eight_bit_sums_keep_what_the_rounding_allows(tokens: int) -> None:
+    inputs = _inputs(tokens)
+    seen = _seen(list(inputs.split(500)), eight_bit=True)
+    # a step is at most REACH / 127 of a column's root mean square, and rounding errs by half of it
+    assert _relative(seen.gram, inputs).max() < 2 * REACH / 127 / 2
+    if tokens >= EIGHT_BIT_TOKENS:  # many roundings average out
+        error = _relative(seen.gram, inputs)
+        assert error.diagonal().max() < 0.005
+        assert error.max() < 0.01
+    assert _asymmetry(seen.gram) < 1e-6
+    torch.testing.assert_close(seen.mean_abs, inputs.abs().mean(dim=0))
+    assert seen.tokens == tokens
+
+
+def test_eight_bit_sums_stay_positive_semidefinite() -> None:
+    inputs = _inputs(100)  # of rank 100 in 261 columns
+    gram = _seen([inputs], eight_bit=True).gram.double()
+    size = gram.diagonal().sqrt()
+    assert torch.linalg.eigvalsh(gram / size[:, None] / size).min() > -1e-5
+
+
+def test_one_token_of_huge_values_does_not_blur_the_others() -> None:
+    inputs = _inputs(EIGHT_BIT_TOKENS)
+    huge = inputs.clone()
+    huge[17] *= 1e3
+    own = huge[17].double()[:, None] * huge[17].double()
+    others = torch.cat([inputs[:17], inputs[18:]])
+    left = _seen([huge], eight_bit=True).gram.double() - own
+    size = others.double().square().sum(dim=0).sqrt()
+    kept = 2.0**-22 * own.abs() / size[:, None] / size  # the digits that float32 has beside the huge token
+    assert (_relative(left, others) <= kept + 0.01).all()
+
+
+def test_columns_without_inputs_stay_zero() -> None:
+    inputs = _inputs(300)
+    inputs[:, 3] = 0
+    seen = _seen([inputs], eight_bit=True)
+    assert not seen.gram[3].any() and not seen.gram[:, 3].any()
+    assert torch.isfinite(seen.gram).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_not_lost(value: float) -> None:
+    inputs = _inputs(300)
+    inputs[5, 9] = value
+    assert not torch.isfinite(_seen([inputs], eight_bit=True).gram.diagonal()[9])
+
+
+def test_sums_do_not_depend_on_the_threads() -> None:
+    inputs = list(_inputs(1000).split(250))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(_seen(inputs, eight_bit=True).gram)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+
+
+def test_narrow_inputs_are_summed_in_float32() -> None:
+    inputs = _inputs(300, EIGHT_BIT_COLUMNS - 1)
+    assert torch.equal(_seen([inputs], eight_bit=True).gram, _seen([inputs], eight_bit=False).gram)

@@ -1,0 +1,125 @@
+"""Mixed arithmetic: what is chosen where, and that a run in it gives what a float32 run gives but for its rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import write_tiny_llama
+from quantkit import device as devices
+from quantkit.device import Arithmetic, arithmetic
+from quantkit.formats import open_artifact
+from quantkit.jobs import quantize
+from quantkit.manifest import Manifest
+from quantkit.maths.gram import GramAccumulator
+from quantkit.methods.calibrated import CalibratedBlock
+from quantkit.progress import Progress
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+EVERYTHING = {"amx_bf16": True, "avx512_vnni": True}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "device", "source", "linears", "eight_bit"),
+    [
+        (EVERYTHING, CPU, torch.float16, torch.bfloat16, True),
+        (EVERYTHING, CPU, torch.float32, torch.float32, True),  # weights that bfloat16 would round stay as they are
+        ({"avx512_bf16": True}, CPU, torch.bfloat16, torch.bfloat16, False),
+        ({"avx512_vnni": True}, CPU, torch.float16, torch.float32, True),
+        ({}, CPU, torch.float16, torch.float32, False),
+        (EVERYTHING, GPU, torch.float16, torch.float16, False),
+        (EVERYTHING, GPU, torch.float32, torch.float32, False),
+    ],
+)
+def test_products_take_the_units_that_are_there(
+    capabilities: dict[str, bool],
+    device: torch.device,
+    source: torch.dtype,
+    linears: torch.dtype,
+    eight_bit: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    chosen = arithmetic(device, source)
+    assert (chosen.linears, chosen.eight_bit_gram) == (linears, eight_bit)
+    assert arithmetic(device, source, exact=True) == Arithmetic(torch.float32, torch.float32, False)
+
+
+@pytest.fixture(scope="module")
+def half_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in float16 whose inputs are wide enough for 8-bit sums."""
+    folder = tmp_path_factory.mktemp("half") / "llama"
+    write_tiny_llama(folder, hidden_size=256, intermediate_size=320)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight.half() for name, weight in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def make(model: Path, out: Path, *settings: str, max_memory: str | None = None) -> Manifest:
+    return quantize(
+        "gptq-4bit-g64",
+        model=str(model),
+        out=out,
+        settings=["calibration.sequences=6", "calibration.length=64", *settings],
+        device="cpu",
+        force=False,
+        progress=Progress(quiet=True),
+        max_memory=max_memory,
+    )
+
+
+@pytest.fixture
+def all_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice of a processor with every unit; where there is none, the products are emulated."""
+    monkeypatch.setattr(devices, "_can", lambda *_: True)
+
+
+def test_a_mixed_run_gives_nearly_what_a_float32_run_gives(half_llama: Path, tmp_path: Path, all_units: None) -> None:
+    mixed = make(half_llama, tmp_path / "mixed")
+    exact = make(half_llama, tmp_path / "exact", "calibration.precision=float32")
+    assert mixed.calibration is not None and exact.calibration is not None
+    assert mixed.calibration["arithmetic"] == "linears bfloat16, Gram int8"
+    assert exact.calibration["arithmetic"] == "linears float32, Gram float32"
+    for ours, theirs in zip(mixed.tensors, exact.tensors, strict=True):
+        assert ours.sqnr_db == pytest.approx(theirs.sqnr_db, abs=0.2), ours.name
+    differs = [
+        name
+        for name in open_artifact(tmp_path / "mixed").names()
+        if not torch.equal(open_artifact(tmp_path / "mixed").read(name), open_artifact(tmp_path / "exact").read(name))
+    ]
+    assert differs, "the two runs must not have taken the same path"
+
+
+def test_a_memory_limit_changes_no_byte_of_a_mixed_run(half_llama: Path, tmp_path: Path, all_units: None) -> None:
+    make(half_llama, tmp_path / "free")
+    make(half_llama, tmp_path / "tight", max_memory="1MB")
+    for path in sorted((tmp_path / "free").iterdir()):
+        if path.name != "quantkit.json":
+            assert path.read_bytes() == (tmp_path / "tight" / path.name).read_bytes(), path.name
+
+
+def test_what_quantizes_is_not_in_the_arithmetic_of_the_block(
+    half_llama: Path, tmp_path: Path, all_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, inputs = [], []
+    rounding, adding = CalibratedBlock.round, GramAccumulator.add
+
+    def watched_round(self: Any, *args: Any) -> Any:
+        found.append(torch.is_autocast_enabled("cpu"))
+        return rounding(self, *args)
+
+    def watched_add(self: Any, rows: torch.Tensor) -> None:
+        found.append(torch.is_autocast_enabled("cpu"))
+        inputs.append(rows.dtype)
+        adding(self, rows)
+
+    monkeypatch.setattr(CalibratedBlock, "round", watched_round)
+    monkeypatch.setattr(GramAccumulator, "add", watched_add)
+    make(half_llama, tmp_path / "out")
+    assert found and not any(found)
+    assert torch.bfloat16 in inputs, "nothing ran in the block's own arithmetic"
+    assert not torch.is_autocast_enabled("cpu")
