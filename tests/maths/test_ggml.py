@@ -95,8 +95,8 @@ def test_row_sizes() -> None:
 def test_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ModelError, match="block of 32 does not divide a row of 48"):
         encode(torch.zeros(2, 48), "Q4_0")
-    with pytest.raises(ModelError, match="Q6_K: cannot be encoded; expected one of F32, F16"):
-        encode(torch.zeros(2, 256), "Q6_K")
+    with pytest.raises(ModelError, match="IQ2_S: cannot be encoded; expected one of F32, F16"):
+        encode(torch.zeros(2, 256), "IQ2_S")
     with pytest.raises(ModelError, match="Q9_9: unknown"):
         type_size("Q9_9", 32)
     with pytest.raises(ModelError, match="takes 36 bytes, got 18"):
