@@ -9,6 +9,22 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Importance:
+    """How much each input column of a linear counts: the mean of its squares, kept as llama.cpp's imatrix keeps it.
+
+    squares: float32 [in], sums of squares. count: what they are sums over, tokens or calls.
+    """
+
+    squares: Tensor
+    count: int
+
+    @property
+    def mean(self) -> Tensor:
+        """float32 [in]; ones where nothing was seen."""
+        return self.squares / float(self.count) if self.count > 0 else torch.ones_like(self.squares)
+
+
+@dataclass(frozen=True)
 class InputStatistics:
     """What is known of the inputs of a linear.
 
@@ -19,6 +35,11 @@ class InputStatistics:
     gram: Tensor
     mean_abs: Tensor
     tokens: int
+
+    @property
+    def importance(self) -> Importance:
+        """The diagonal of the Gram matrix: sums of squares over tokens."""
+        return Importance(self.gram.diagonal().contiguous(), self.tokens)
 
 
 def strip_width(columns: int) -> int:
