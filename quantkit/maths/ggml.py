@@ -2,7 +2,8 @@
 
 A type cuts each row into blocks and stores a block as a few float16 numbers followed by packed codes. `CODECS` holds
 the types that are plain tensor operations, both ways. The codes of the K and IQ types are searched for by loops that
-are compiled for the CPU, and so are the plain ones' where the importance of columns is known. gguf-py decodes the rest.
+are compiled for the CPU, and so are the plain ones' where the importance of columns is known. gguf-py decodes what is
+encoded nowhere here.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ def decode(data: Tensor, type_name: str, shape: tuple[int, ...]) -> Tensor:
     expected = count * type_size(type_name, shape[-1])
     if data.numel() != expected:
         raise ModelError(f"ggml type {type_name} of shape {tuple(shape)} takes {expected} bytes, got {data.numel()}")
+    if type_name in SEARCHED:
+        return _decode_searched(data, type_name, shape)
     codec = CODECS.get(type_name)
     if codec is None:
         return _decode_with_gguf(data, type_name, shape)
@@ -120,6 +123,15 @@ def block_layout(type_name: str) -> tuple[int, int]:
     except KeyError as error:
         raise ModelError(f"ggml type {type_name}: unknown") from error
     return int(block), int(block_bytes)
+
+
+def _decode_searched(data: Tensor, type_name: str, shape: tuple[int, ...]) -> Tensor:
+    from quantkit.maths.ggml_decode import DECODERS
+
+    block, block_bytes = block_layout(type_name)
+    values = torch.empty(data.numel() // block_bytes, block)
+    DECODERS[type_name](data.cpu().contiguous().view(-1, block_bytes).numpy(), values.numpy())
+    return values.to(data.device).reshape(shape)
 
 
 def _finite(data: Tensor, type_name: str, shape: tuple[int, ...]) -> bool:

@@ -77,6 +77,13 @@ def test_error_is_what_the_bits_allow(type_name: str, least_db: float) -> None:
 
 
 def test_decodes_types_that_only_gguf_py_knows() -> None:
+    block = np.zeros(66, dtype=np.uint8)  # TQ2_0: four codes of two bits a byte, less one; then a float16
+    block[64:] = np.frombuffer(np.float16(0.5).tobytes(), dtype=np.uint8)
+    data = torch.from_numpy(np.tile(block, (3, 2)))
+    assert torch.equal(decode(data, "TQ2_0", (3, 512)), torch.full((3, 512), -0.5))
+
+
+def test_decodes_a_super_block_by_hand() -> None:
     block = np.zeros(210, dtype=np.uint8)  # Q6_K: 128 low halves, 64 high pairs, 16 scales, one float16
     block[192:208] = 2
     block[208:] = np.frombuffer(np.float16(0.5).tobytes(), dtype=np.uint8)

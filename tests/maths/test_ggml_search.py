@@ -85,6 +85,21 @@ def test_bytes_equal_llama_cpp(type_name: str) -> None:
             np.testing.assert_array_equal(found, expected, err_msg=f"{case}, importance: {kind}")
 
 
+@pytest.mark.parametrize("type_name", SEARCHED)
+def test_values_equal_gguf_py(type_name: str) -> None:
+    _, block_bytes = block_layout(type_name)
+    generator = np.random.default_rng(1)
+    data = generator.integers(0, 256, (33, 3 * block_bytes), dtype=np.uint8)  # every byte, float16 of any kind
+    with np.errstate(all="ignore"):
+        expected = gguf.dequantize(data, gguf.GGMLQuantizationType[type_name])
+    found = decode(torch.from_numpy(data), type_name, expected.shape).numpy()
+    np.testing.assert_array_equal(found, expected)
+    for weight in _cases().values():
+        coded = encode(weight, type_name)
+        values = gguf.dequantize(coded.numpy(), gguf.GGMLQuantizationType[type_name])
+        np.testing.assert_array_equal(decode(coded, type_name, tuple(weight.shape)).numpy(), values)
+
+
 @pytest.mark.parametrize(("type_name", "least_db"), LEAST_DB.items())
 def test_error_is_what_the_bits_allow(type_name: str, least_db: float) -> None:
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(2))
