@@ -41,20 +41,16 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None) -> 
     if type_name not in ENCODABLE:
         raise ModelError(f"ggml type {type_name}: cannot be encoded; expected one of {', '.join(ENCODABLE)}")
     data = torch.empty(len(weight), type_size(type_name, weight.shape[1]), dtype=torch.uint8, device=weight.device)
-    if type_name in SEARCHED or (importance is not None and type_name in WEIGHTED):
-        if not weight.numel():
-            return data
-        step = max(1, SEARCHED_BAND // weight.shape[1])
+    compiled = type_name in SEARCHED or (importance is not None and type_name in WEIGHTED)
+    compiled = compiled or (type_name not in FLOAT_TYPES and weight.device.type == "cpu")
+    bands = list(row_bands(weight))
+    if compiled and weight.numel():
+        step = max(1, COMPILED_BAND // weight.shape[1])
         bands = [slice(start, start + step) for start in range(0, len(weight), step)]
-    else:
-        importance, bands = None, list(row_bands(weight))
     block, _ = block_layout(type_name)
     for band in bands:
         blocks = weight[band].float().reshape(-1, block)  # [blocks, block]
-        if type_name in SEARCHED or importance is not None:
-            coded = _search(blocks, type_name, importance)
-        else:
-            coded = CODECS[type_name].encode(blocks)
+        coded = _compiled(blocks, type_name, importance) if compiled else CODECS[type_name].encode(blocks)
         largest = max(float(end.abs()) for end in blocks.aminmax()) if blocks.numel() else 0.0
         if largest > torch.finfo(torch.float16).max and not _finite(coded, type_name, tuple(blocks.shape)):
             raise ModelError(f"values up to {largest:.3g} overflow the float16 of ggml type {type_name}")
@@ -62,18 +58,20 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None) -> 
     return data
 
 
-def _search(blocks: Tensor, type_name: str, importance: Tensor | None) -> Tensor:
+def _compiled(blocks: Tensor, type_name: str, importance: Tensor | None) -> Tensor:
     """Encode float32 [blocks, block] by the compiled loops, which run on the CPU: uint8 [blocks, bytes]."""
     import numpy as np
 
-    from quantkit.maths import ggml_iq4, ggml_k, ggml_weighted
+    from quantkit.maths import ggml_iq4, ggml_k, ggml_plain, ggml_weighted
 
-    encoders = {**ggml_k.ENCODERS, **ggml_iq4.ENCODERS, **ggml_weighted.ENCODERS}
-    columns = blocks.shape[1]
+    columns, values = blocks.shape[1], blocks.cpu().contiguous().numpy()
+    if type_name not in SEARCHED and (importance is None or type_name not in WEIGHTED):
+        return torch.from_numpy(ggml_plain.ENCODERS[type_name](values))
     weights = np.empty((0, columns), np.float32)
     if importance is not None:
         weights = importance.float().cpu().contiguous().numpy().reshape(-1, columns)
-    coded = encoders[type_name](blocks.cpu().contiguous().numpy(), weights)
+    encoders = {**ggml_k.ENCODERS, **ggml_iq4.ENCODERS, **ggml_weighted.ENCODERS}
+    coded = encoders[type_name](values, weights)
     return torch.from_numpy(coded).to(blocks.device)
 
 
@@ -205,7 +203,7 @@ def _encode_symmetric(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     The value of largest magnitude, the first on a tie, lies on the lowest code, so the scale carries its sign.
     """
     half_range = 2 ** (bits - 1)
-    largest = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
+    largest = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True)) + 0.0  # a zero loses its sign
     scale = largest / -half_range  # a power of two: exact on any device
     return scale, _truncate(blocks * _reciprocal(scale) + (half_range + 0.5), 2 * half_range - 1)
 
@@ -299,7 +297,7 @@ WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 SEARCHED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 """Types whose scales are always searched for."""
 
-SEARCHED_BAND = 1 << 20
+COMPILED_BAND = 1 << 20
 """Weights that go through the compiled loops at once: enough for every core, few enough that the float32 copy of them
 stays small beside the matrix."""
 

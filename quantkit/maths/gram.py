@@ -21,7 +21,10 @@ class Importance:
     @property
     def mean(self) -> Tensor:
         """float32 [in]; ones where nothing was seen."""
-        return self.squares / float(self.count) if self.count > 0 else torch.ones_like(self.squares)
+        if self.count <= 0:
+            return torch.ones_like(self.squares)
+        # a tensor: a Python number may be divided by as a product with its rounded reciprocal
+        return self.squares / self.squares.new_tensor(float(self.count))
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
 import struct
+from ctypes import Structure, c_bool, c_char_p, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
+from typing import Any, ClassVar
 
 import gguf
 import numpy as np
 import pytest
 import torch
 
+from oracles import llama_cpp
 from quantkit.errors import ModelError
 from quantkit.formats.imatrix import Imatrix, read_imatrix, write_imatrix
 from quantkit.maths.gram import Importance
+
+
+class _GGUFParams(Structure):
+    _fields_: ClassVar = [("no_alloc", c_bool), ("context", c_void_p)]
 
 
 def _text(value: str) -> bytes:
@@ -81,6 +88,37 @@ def test_gguf_py_reads_what_is_written(tmp_path: Path) -> None:
     ]
     np.testing.assert_array_equal(reader.tensors[2].data, np.arange(9, dtype=np.float32))
     assert reader.fields["imatrix.datasets"].contents() == ["wiki.txt"]
+
+
+@pytest.mark.engine
+def test_llama_cpp_reads_what_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_imatrix(path, _matrix())
+    lib = llama_cpp.library()
+    lib.gguf_init_from_file.restype, lib.gguf_init_from_file.argtypes = c_void_p, [c_char_p, _GGUFParams]
+    context = lib.gguf_init_from_file(str(path).encode(), _GGUFParams(True, None))
+    assert context
+
+    def ask(name: str, result: Any, *arguments: Any) -> Any:
+        function = getattr(lib, name)
+        kinds = {bytes: c_char_p, int: c_int64}
+        function.restype, function.argtypes = result, [c_void_p, *(kinds[type(given)] for given in arguments)]
+        return function(context, *arguments)
+
+    names = [ask("gguf_get_tensor_name", c_char_p, index) for index in range(ask("gguf_get_n_tensors", c_int64))]
+    assert names == [
+        b"blk.0.attn_q.weight.in_sum2",
+        b"blk.0.attn_q.weight.counts",
+        b"blk.0.ffn_down.weight.in_sum2",
+        b"blk.0.ffn_down.weight.counts",
+    ]
+    assert [ask("gguf_get_tensor_size", c_size_t, index) for index in range(4)] == [12, 4, 36, 4]
+    for key, value in ((b"imatrix.chunk_count", 7), (b"imatrix.chunk_size", 512)):
+        assert ask("gguf_get_val_u32", c_uint32, ask("gguf_find_key", c_int64, key)) == value
+    datasets = ask("gguf_find_key", c_int64, b"imatrix.datasets")
+    assert ask("gguf_get_arr_n", c_size_t, datasets) == 1
+    lib.gguf_free.argtypes = [c_void_p]
+    lib.gguf_free(context)
 
 
 def _legacy(end: bytes) -> bytes:

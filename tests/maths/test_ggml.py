@@ -39,6 +39,17 @@ def _cases() -> dict[str, Tensor]:
     }
 
 
+def _signed_zeros() -> dict[str, Tensor]:
+    """Where gguf-py gives a scale or a minimum of zero another sign than llama.cpp."""
+    zeros = torch.tensor([-0.0, 0.0])
+    return {
+        "negative zeros": torch.full((3, 64), -0.0),
+        "zeros of both signs": zeros.repeat(3, 32),
+        "zeros and positives": torch.cat((torch.tensor([0.0, -0.0, 0.5]).repeat(3, 21), torch.ones(3, 1)), dim=1),
+        "zeros and negatives": torch.cat((torch.tensor([0.0, -0.0, -0.5]).repeat(3, 21), -torch.ones(3, 1)), dim=1),
+    }
+
+
 @pytest.mark.parametrize("type_name", CODECS)
 @pytest.mark.parametrize("case", _cases())
 def test_bytes_and_values_equal_gguf_py(type_name: str, case: str) -> None:
@@ -53,11 +64,19 @@ def test_bytes_and_values_equal_gguf_py(type_name: str, case: str) -> None:
     np.testing.assert_array_equal(decode(data, type_name, tuple(weight.shape)).numpy(), values)
 
 
+@pytest.mark.parametrize("type_name", CODECS)
+def test_tensor_operations_give_the_bytes_of_the_compiled_loops(type_name: str) -> None:
+    """What other devices run, beside what the CPU does."""
+    for case, weight in _cases().items():
+        expected = CODECS[type_name].encode(weight.reshape(-1, CODECS[type_name].block))
+        np.testing.assert_array_equal(encode(weight, type_name).flatten(), expected.flatten(), err_msg=case)
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("type_name", [name for name in CODECS if name != "F32"])
 def test_bytes_equal_llama_cpp(type_name: str) -> None:
     number = int(gguf.GGMLQuantizationType[type_name])
-    for case, weight in _cases().items():
+    for case, weight in {**_cases(), **_signed_zeros()}.items():
         expected = llama_cpp.quantize(weight.numpy(), number, type_size(type_name, weight.shape[1]))
         np.testing.assert_array_equal(encode(weight, type_name).numpy(), expected, err_msg=case)
 

@@ -144,7 +144,7 @@ def test_bands_of_rows_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> N
     weight = torch.randn(10, 512, generator=torch.Generator().manual_seed(7))
     importance = torch.rand(512, generator=torch.Generator().manual_seed(8))
     whole = {name: encode(weight, name, importance) for name in (*SEARCHED, *WEIGHTED)}
-    monkeypatch.setattr("quantkit.maths.ggml.SEARCHED_BAND", 3 * 512)
+    monkeypatch.setattr("quantkit.maths.ggml.COMPILED_BAND", 3 * 512)
     for name, data in whole.items():
         assert torch.equal(encode(weight, name, importance), data)
 
