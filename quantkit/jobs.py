@@ -127,7 +127,7 @@ def run_passes(
     from quantkit.output import check_output, check_space
     from quantkit.pipeline import Job
     from quantkit.pipeline import quantize as run_pass
-    from quantkit.plan import check_plans, plan_linears, predicted_bytes
+    from quantkit.plan import check_plans, given_importance, plan_linears, predicted_bytes
 
     folders = [folder for _, _, folder in wanted]
     twice = {str(folder) for folder in folders if folders.count(folder) > 1}
@@ -143,10 +143,12 @@ def run_passes(
         plans = plan_linears(recipe, source)
         try:
             check_plans(label, recipe, source, plans)
+            importance = given_importance(label, plans)
         except RecipeError as error:
             problems.append(error)
+            continue
         needed += predicted_bytes(source, plans, torch.finfo(getattr(torch, recipe.model.dtype)).bits // 8)
-        jobs.append(Job(label, recipe, plans, folder))
+        jobs.append(Job(label, recipe, plans, folder, importance))
     if problems:
         raise RecipeError.from_problems([error.message for error in problems], problems[0].hint)
     check_space(folders[0], needed)

@@ -24,7 +24,7 @@ from quantkit.environment import environment, peak_rss_bytes
 from quantkit.errors import ModelError
 from quantkit.formats.base import LinearPlan, Writer
 from quantkit.manifest import Manifest, TensorRecord, file_record, write_manifest
-from quantkit.maths.gram import InputStatistics
+from quantkit.maths.gram import Importance, InputStatistics
 from quantkit.maths.measure import sqnr_db
 from quantkit.memory import NO_LIMIT, MemoryLimit, return_freed_memory
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
@@ -42,12 +42,16 @@ from quantkit.tensors import on_cpu
 
 @dataclass(frozen=True)
 class Job:
-    """One artifact to make: a recipe, its plan for this model and the folder it goes to."""
+    """One artifact to make: a recipe, its plan for this model and the folder it goes to.
+
+    importance: {linear module name: importance of its columns}, where the recipe names a file of it.
+    """
 
     label: str
     recipe: Recipe
     plans: list[LinearPlan]
     out: Path
+    importance: Mapping[str, Importance] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -289,7 +293,8 @@ def _shares(state: _State, block: Block, tensors: Mapping[str, Tensor]) -> Itera
     others = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in state.methods}
     for method, linears in by_method.items():
         weights = {linear: tensors[f"{linear}.weight"] for linear in linears}
-        yield method, BlockWeights(block, weights, others, state.layout.norm_offset, state.layout.head_dim)
+        layout = state.layout
+        yield method, BlockWeights(block, weights, others, layout.norm_offset, layout.head_dim, state.job.importance)
 
 
 def _quantize_block(
@@ -398,7 +403,7 @@ def _manifest(
         else None,
         quantize_s=round(seconds, 3),
         peak_rss_bytes=peak_rss_bytes(),
-        tensors=state.records,
+        tensors=[*state.records, *state.writer.substitutes],
         bits_per_weight=bits / sum(counts[record.name] for record in quantized) if quantized else None,
         bits_per_weight_all=weight_bytes * 8 / source.parameter_count(),
         files=files,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from quantkit.errors import RecipeError
 from quantkit.formats.base import LinearPlan
+from quantkit.formats.imatrix import read_imatrix
+from quantkit.maths.gram import Importance
 from quantkit.methods.base import Method
 from quantkit.model.blocks import architecture_of, blocks_of
+from quantkit.model.gguf_names import to_gguf
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
 
@@ -22,12 +26,17 @@ def plan_linears(recipe: Recipe, source: Source) -> list[LinearPlan]:
     for block in blocks_of(source):
         for linear in block.linears:
             out_features, in_features = source.shape(f"{linear}.weight")
-            plans.append(LinearPlan(linear, out_features, in_features, recipe.method_for(linear)))
+            plans.append(LinearPlan(linear, out_features, in_features, _placed(recipe, linear, source)))
     head = architecture_of(source.config).head
     if not source.tied_head:
         out_features, in_features = source.shape(f"{head}.weight")
-        plans.append(LinearPlan(head, out_features, in_features, recipe.method_for(head)))
+        plans.append(LinearPlan(head, out_features, in_features, _placed(recipe, head, source)))
     return plans
+
+
+def _placed(recipe: Recipe, linear: str, source: Source) -> Method | None:
+    method = recipe.method_for(linear)
+    return None if method is None else method.placed(linear, source, recipe.calibration)
 
 
 def check_plans(label: str, recipe: Recipe, source: Source, plans: Sequence[LinearPlan]) -> None:
@@ -46,7 +55,7 @@ def check_plans(label: str, recipe: Recipe, source: Source, plans: Sequence[Line
         problems = [f"{label}: {line}" for line in recipe.resolved_format.misfits(list(plans), source)]
     head = architecture_of(source.config).head
     for plan in plans:
-        if plan.name == head and plan.method is not None and plan.method.calibrated:
+        if plan.name == head and plan.method is not None and not plan.method.head:
             problems.append(f"{label}: {head}: {plan.method.name} quantizes decoder blocks only; keep {head} in skip")
     if not problems and all(plan.method is None for plan in plans):
         problems = [f"{label}: skip: every linear of the model is skipped, so there is nothing to quantize"]
@@ -66,6 +75,33 @@ def _fitting_hint(method: Method, plans: Sequence[LinearPlan]) -> str:
         return "no usual group size divides every layer: --set method.group_size=null takes whole rows"
     shown = " or ".join(str(size) for size in fitting[:2])
     return f"a group size of {shown} fits every layer: --set method.group_size={fitting[0]}"
+
+
+def given_importance(label: str, plans: Sequence[LinearPlan]) -> dict[str, Importance]:
+    """{linear: importance of its columns} from the imatrix file that a recipe names. Raises RecipeError, ModelError.
+
+    Linears that the file does not know are left out. Empty when no file is named.
+    """
+    named = {plan.name: plan for plan in plans if isinstance(getattr(plan.method, "importance", None), str)}
+    found: dict[str, Importance] = {}
+    problems = []
+    for path in {plan.method.importance for plan in named.values() if plan.method is not None}:
+        matrix = read_imatrix(Path(path))
+        known = {name: matrix.entries.get(to_gguf(f"{name}.weight") or "") for name in named}
+        if not any(known.values()):
+            problems.append(f"{label}: method.importance: {path} knows none of the model's tensors")
+        for name, entry in known.items():
+            if entry is None:
+                continue
+            if entry.squares.numel() != named[name].in_features:
+                problems.append(
+                    f"{label}: method.importance: {path} has {entry.squares.numel()} columns for {name}, "
+                    f"expected {named[name].in_features}"
+                )
+            found[name] = entry
+    if problems:
+        raise RecipeError.from_problems(problems[:SHOWN], "it must be an importance matrix of this model")
+    return found
 
 
 def predicted_bytes(source: Source, plans: Sequence[LinearPlan], bytes_per_value: int) -> int:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
+from quantkit.maths.gram import Importance
+
 BAND = 1 << 17
 """Values that are worked on together on a CPU where each row stands alone: float32 copies of them stay in a core's
 cache, which is several times faster than memory, and what a step needs beside its result stays small."""
@@ -190,13 +192,15 @@ class BlockTensor:
     """A tensor in one of ggml's block formats, as the bytes a GGUF file holds.
 
     data: uint8 [rows, row_bytes]. type_name: ggml's name of the type in upper case, such as "Q4_0". shape: [out, in]
-    of the weight. Two-level scales of the K types do not fit GroupTensor, so the bytes are the tensor.
+    of the weight. Two-level scales of the K types do not fit GroupTensor, so the bytes are the tensor. importance: of
+    the columns, where it was measured to choose the codes.
     """
 
     data: Tensor
     type_name: str
     out_features: int
     in_features: int
+    importance: Importance | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from quantkit.manifest import TensorRecord
 from quantkit.model.source import Source
 from quantkit.schema import Frozen
 from quantkit.tensors import QuantizedTensor, StoredTensors
@@ -30,6 +31,9 @@ class LinearPlan:
 
 class Writer(ABC):
     """Takes tensors one at a time, in the source's names, and puts an artifact's files into a folder."""
+
+    substitutes: tuple[TensorRecord, ...] = ()
+    """Records of tensors that are no planned linears and got another type than the one they should."""
 
     @abstractmethod
     def add(self, name: str, value: Tensor | QuantizedTensor) -> int:

@@ -6,7 +6,6 @@ Source: llama.cpp, docs of the GGUF format and convert_hf_to_gguf.py.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, cast
 
@@ -16,31 +15,29 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.gguf_metadata import file_metadata, model_name
+from quantkit.formats.gguf_types import (
+    DTYPE_TYPES,
+    embedding_method,
+    file_type_of,
+    imatrix_metadata,
+    is_buffer,
+    substitutes_of,
+    tensor_types,
+    written_names,
+)
+from quantkit.formats.imatrix import Imatrix, write_imatrix
 from quantkit.maths.ggml import FLOAT_TYPES, block_layout, encode, type_size
+from quantkit.maths.gram import Importance
 from quantkit.model.blocks import architecture_of, head_dim
 from quantkit.model.gguf_config import family_of_config, llama3_factors, metadata_of_config, rope_parameters
 from quantkit.model.gguf_file import DEFAULT_ALIGNMENT, MAGIC, TensorInfo
-from quantkit.model.gguf_names import ROPE_FACTORS, file_order, interleave, rotary_heads, to_gguf
+from quantkit.model.gguf_names import ROPE_FACTORS, interleave, rotary_heads, to_gguf
 from quantkit.model.gguf_source import GGUFSource
 from quantkit.model.source import Source
 from quantkit.tensors import BlockTensor, QuantizedTensor
 
-_DTYPE_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-
 _ROWS_AT_ONCE = 4096
 """Rows of an unquantized matrix that are encoded together: the temporary copies stay small beside the matrix."""
-
-
-def is_buffer(name: str) -> bool:
-    """Whether a tensor is a table that old checkpoints store and every reader computes."""
-    return name.endswith("rotary_emb.inv_freq")
-
-
-def written_names(source: Source) -> list[str]:
-    """The tensors of a source that go into a file, in the order of the file; a tied head is not among them."""
-    head = f"{architecture_of(source.config).head}.weight"
-    names = [name for name in source.names() if not is_buffer(name) and not (name == head and source.tied_head)]
-    return sorted(names, key=file_order)
 
 
 class GGUFWriter(Writer):
@@ -49,11 +46,16 @@ class GGUFWriter(Writer):
     def __init__(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: torch.dtype):
         self.config = source.config
         self.family = family_of_config(source.config)
-        types = _types(source, plans, dtype)
-        main_type = _main_type(plans) or _DTYPE_TYPES[dtype]
+        types = tensor_types(source, plans, dtype)
+        file_type = file_type_of(plans) or DTYPE_TYPES[dtype]
         embedding = f"{architecture_of(source.config).embedding}.weight"
-        metadata = file_metadata(source, source.shape(embedding)[0], main_type)
-        self.path = folder / f"{model_name(source)}-{main_type}.gguf"
+        metadata = file_metadata(source, source.shape(embedding)[0], file_type)
+        self.substitutes = substitutes_of(source, plans)
+        self.path = folder / f"{model_name(source)}-{file_type}.gguf"
+        self._matrix_path = folder / f"{model_name(source)}.imatrix"
+        self._weighing: dict[str, Importance] = {}
+        self._weighed_by = [plan.method for plan in plans if plan.method is not None and plan.method.calibrated]
+        metadata |= imatrix_metadata(source, plans, self._matrix_path.name)
         factors = self._rope_factors()
         table = {name: (_gguf_name(name), source.shape(name), types[name]) for name in written_names(source)}
         if factors is not None:
@@ -103,6 +105,8 @@ class GGUFWriter(Writer):
         place = self._places[name]
         if isinstance(value, BlockTensor):
             assert value.type_name == place.type_name, f"{name}: planned as {place.type_name}, got {value.type_name}"
+            if value.importance is not None:
+                self._weighing[place.name] = value.importance
         else:
             assert isinstance(value, Tensor), f"{name}: a {type(value).__name__} does not belong in GGUF"
         return self._write(name, value)
@@ -134,36 +138,18 @@ class GGUFWriter(Writer):
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return [self.path]
+        if not self._weighing:
+            return [self.path]
+        chunks, dataset = self._weighed_by[0].chunks, self._weighed_by[0].dataset
+        length = max(entry.count for entry in self._weighing.values()) // chunks
+        write_imatrix(self._matrix_path, Imatrix(self._weighing, (dataset,), chunks, length))
+        return [self.path, self._matrix_path]
 
 
 def _gguf_name(name: str) -> str:
     found = to_gguf(name)
     assert found is not None, f"{name} has no GGUF name: misfits() reports it"
     return found
-
-
-def _main_type(plans: list[LinearPlan]) -> str | None:
-    """The type of most linears, None when all are skipped."""
-    counts = Counter(plan.method.type_name for plan in plans if plan.method is not None)
-    return counts.most_common(1)[0][0] if counts else None
-
-
-def _types(source: Source, plans: list[LinearPlan], dtype: torch.dtype) -> dict[str, str]:
-    """ggml's type for every tensor that is written: what was planned, F32 for vectors, `dtype` for the rest."""
-    planned = {f"{plan.name}.weight": plan.method for plan in plans if plan.method is not None}
-    embedding = f"{architecture_of(source.config).embedding}.weight"
-    types = {}
-    for name in written_names(source):
-        if name in planned:
-            types[name] = planned[name].type_name
-        elif len(source.shape(name)) == 1:
-            types[name] = "F32"
-        elif name == embedding and planned:
-            types[name] = next(iter(planned.values())).embedding_type.upper()
-        else:
-            types[name] = _DTYPE_TYPES[dtype]
-    return types
 
 
 def _put(writer: Any, key: str, value: Any) -> None:
@@ -229,14 +215,22 @@ class GGUF(Format):
             return [error.message]
         unknown = [name for name in written_names(source) if to_gguf(name) is None]
         problems += [f"{name}: has no name in GGUF for {source.config['architectures'][0]}" for name in unknown]
-        kinds = sorted({plan.method.embedding_type for plan in plans if plan.method is not None})
+        embedding = f"{architecture_of(source.config).embedding}.weight"
+        methods = [plan.method for plan in plans if plan.method is not None]
+        kinds = sorted({method.embedding_type for method in methods if method.embedding_type is not None})
         if len(kinds) > 1:
             problems.append(f"method.embedding_type: overrides ask for {' and '.join(kinds)}; a file has one embedding")
-        embedding = f"{architecture_of(source.config).embedding}.weight"
-        for kind in kinds:
-            block, _ = block_layout(kind.upper())
-            columns = source.shape(embedding)[1]
+        weighings = {str(method.importance) for method in methods if method.importance}
+        if len(weighings) > 1:
+            problems.append(
+                "method.importance: overrides take it from several places; a file has one importance matrix"
+            )
+        main = embedding_method(plans)
+        if main is not None:
+            _, kind = main.embedding_types(source, embedding)
+            block, columns = block_layout(kind)[0], source.shape(embedding)[1]
             if columns % block:
+                kind = kind.lower()
                 problems.append(
                     f"{embedding}: embedding_type {kind}: its block of {block} does not divide {columns} columns"
                 )

@@ -1,7 +1,9 @@
 """ggml's block codecs: rows of weights to the bytes a GGUF file holds, and back.
 
-A type cuts each row into blocks and stores a block as a few float16 numbers followed by packed codes. One table,
-`CODECS`, holds every type that can be encoded here; the others are decoded by gguf-py.
+A type cuts each row into blocks and stores a block as a few float16 numbers followed by packed codes. `CODECS` holds
+the types that are plain tensor operations, both ways. The codes of the K and IQ types are searched for by loops that
+are compiled for the CPU, and so are the plain ones' where the importance of columns is known. gguf-py decodes what is
+encoded nowhere here.
 """
 
 from __future__ import annotations
@@ -28,25 +30,49 @@ class Codec:
     decode: Callable[[Tensor], Tensor]
 
 
-def encode(weight: Tensor, type_name: str) -> Tensor:
+def encode(weight: Tensor, type_name: str, importance: Tensor | None = None) -> Tensor:
     """The bytes of a matrix in one of ggml's types: [rows, columns] of any float dtype to uint8 [rows, row_bytes].
 
-    type_name: upper case, such as "Q4_0". Equal byte for byte to ggml_quantize_chunk without an importance matrix.
-    Raises ModelError when the type cannot be encoded, its block does not divide the columns, or finite values overflow
-    its float16. Source: llama.cpp, ggml/src/ggml-quants.c, the quantize_row_*_ref functions.
+    type_name: upper case, such as "Q4_0". importance: float32 [columns], how much the squared error of a column counts,
+    such as the mean of its inputs' squares; Q8_0 and the float types take no notice of it. Equal byte for byte to
+    ggml_quantize_chunk. Raises ModelError when the type cannot be encoded, its block does not divide the columns, or
+    finite values overflow its float16. Source: llama.cpp, ggml/src/ggml-quants.c.
     """
-    codec = CODECS.get(type_name)
-    if codec is None:
-        raise ModelError(f"ggml type {type_name}: cannot be encoded; expected one of {', '.join(CODECS)}")
+    if type_name not in ENCODABLE:
+        raise ModelError(f"ggml type {type_name}: cannot be encoded; expected one of {', '.join(ENCODABLE)}")
     data = torch.empty(len(weight), type_size(type_name, weight.shape[1]), dtype=torch.uint8, device=weight.device)
-    for band in row_bands(weight):
-        blocks = weight[band].float().reshape(-1, codec.block)  # [blocks, block]
-        coded = codec.encode(blocks)
+    compiled = type_name in SEARCHED or (importance is not None and type_name in WEIGHTED)
+    compiled = compiled or (type_name not in FLOAT_TYPES and weight.device.type == "cpu")
+    bands = list(row_bands(weight))
+    if compiled and weight.numel():
+        step = max(1, COMPILED_BAND // weight.shape[1])
+        bands = [slice(start, start + step) for start in range(0, len(weight), step)]
+    block, _ = block_layout(type_name)
+    for band in bands:
+        blocks = weight[band].float().reshape(-1, block)  # [blocks, block]
+        coded = _compiled(blocks, type_name, importance) if compiled else CODECS[type_name].encode(blocks)
         largest = max(float(end.abs()) for end in blocks.aminmax()) if blocks.numel() else 0.0
-        if largest > torch.finfo(torch.float16).max and not bool(torch.isfinite(codec.decode(coded)).all()):
+        if largest > torch.finfo(torch.float16).max and not _finite(coded, type_name, tuple(blocks.shape)):
             raise ModelError(f"values up to {largest:.3g} overflow the float16 of ggml type {type_name}")
         data[band] = coded.reshape(-1, data.shape[1])
     return data
+
+
+def _compiled(blocks: Tensor, type_name: str, importance: Tensor | None) -> Tensor:
+    """Encode float32 [blocks, block] by the compiled loops, which run on the CPU: uint8 [blocks, bytes]."""
+    import numpy as np
+
+    from quantkit.maths import ggml_iq4, ggml_k, ggml_plain, ggml_weighted
+
+    columns, values = blocks.shape[1], blocks.cpu().contiguous().numpy()
+    if type_name not in SEARCHED and (importance is None or type_name not in WEIGHTED):
+        return torch.from_numpy(ggml_plain.ENCODERS[type_name](values))
+    weights = np.empty((0, columns), np.float32)
+    if importance is not None:
+        weights = importance.float().cpu().contiguous().numpy().reshape(-1, columns)
+    encoders = {**ggml_k.ENCODERS, **ggml_iq4.ENCODERS, **ggml_weighted.ENCODERS}
+    coded = encoders[type_name](values, weights)
+    return torch.from_numpy(coded).to(blocks.device)
 
 
 def decode(data: Tensor, type_name: str, shape: tuple[int, ...]) -> Tensor:
@@ -60,6 +86,8 @@ def decode(data: Tensor, type_name: str, shape: tuple[int, ...]) -> Tensor:
     expected = count * type_size(type_name, shape[-1])
     if data.numel() != expected:
         raise ModelError(f"ggml type {type_name} of shape {tuple(shape)} takes {expected} bytes, got {data.numel()}")
+    if type_name in SEARCHED:
+        return _decode_searched(data, type_name, shape)
     codec = CODECS.get(type_name)
     if codec is None:
         return _decode_with_gguf(data, type_name, shape)
@@ -95,11 +123,26 @@ def block_layout(type_name: str) -> tuple[int, int]:
     return int(block), int(block_bytes)
 
 
+def _decode_searched(data: Tensor, type_name: str, shape: tuple[int, ...]) -> Tensor:
+    from quantkit.maths.ggml_decode import DECODERS
+
+    block, block_bytes = block_layout(type_name)
+    values = torch.empty(data.numel() // block_bytes, block)
+    DECODERS[type_name](data.cpu().contiguous().view(-1, block_bytes).numpy(), values.numpy())
+    return values.to(data.device).reshape(shape)
+
+
+def _finite(data: Tensor, type_name: str, shape: tuple[int, ...]) -> bool:
+    return bool(torch.isfinite(decode(data, type_name, shape)).all())
+
+
 def _decode_with_gguf(data: Tensor, type_name: str, shape: tuple[int, ...]) -> Tensor:
     import gguf
+    import numpy as np
 
     try:
-        values = gguf.dequantize(data.cpu().contiguous().numpy(), gguf.GGMLQuantizationType[type_name])
+        with np.errstate(invalid="ignore"):  # an infinite scale is for the caller to find
+            values = gguf.dequantize(data.cpu().contiguous().numpy(), gguf.GGMLQuantizationType[type_name])
     except NotImplementedError as error:
         message = f"ggml type {type_name}: has no decoder here"
         raise ModelError(message, hint="take the model in another type") from error
@@ -160,7 +203,7 @@ def _encode_symmetric(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     The value of largest magnitude, the first on a tie, lies on the lowest code, so the scale carries its sign.
     """
     half_range = 2 ** (bits - 1)
-    largest = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
+    largest = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True)) + 0.0  # a zero loses its sign
     scale = largest / -half_range  # a power of two: exact on any device
     return scale, _truncate(blocks * _reciprocal(scale) + (half_range + 0.5), 2 * half_range - 1)
 
@@ -246,7 +289,20 @@ CODECS: dict[str, Codec] = {
     "Q5_0": Codec(32, 2 + 4 + 16, _encode_q5_0, _decode_q5_0),
     "Q5_1": Codec(32, 2 + 2 + 4 + 16, _encode_q5_1, _decode_q5_1),
 }
-"""Every type that `encode` knows, in the order of the recipe's documentation."""
+"""The types that tensor operations encode and decode."""
+
+WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
+"""Plain types whose scales are searched for where the importance of the columns is known."""
+
+SEARCHED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+"""Types whose scales are always searched for."""
+
+COMPILED_BAND = 1 << 20
+"""Weights that go through the compiled loops at once: enough for every core, few enough that the float32 copy of them
+stays small beside the matrix."""
+
+ENCODABLE = (*CODECS, *SEARCHED)
+"""Every type that `encode` knows."""
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 """The types that are not quantized."""

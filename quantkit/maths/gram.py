@@ -27,6 +27,25 @@ added by rounding. Where the largest value is nearer, the steps are as fine as i
 
 
 @dataclass(frozen=True)
+class Importance:
+    """How much each input column of a linear counts: the mean of its squares, kept as llama.cpp's imatrix keeps it.
+
+    squares: float32 [in], sums of squares. count: what they are sums over, tokens or calls.
+    """
+
+    squares: Tensor
+    count: int
+
+    @property
+    def mean(self) -> Tensor:
+        """float32 [in]; ones where nothing was seen."""
+        if self.count <= 0:
+            return torch.ones_like(self.squares)
+        # a tensor: a Python number may be divided by as a product with its rounded reciprocal
+        return self.squares / self.squares.new_tensor(float(self.count))
+
+
+@dataclass(frozen=True)
 class InputStatistics:
     """What is known of the inputs of a linear.
 
@@ -37,6 +56,11 @@ class InputStatistics:
     gram: Tensor
     mean_abs: Tensor
     tokens: int
+
+    @property
+    def importance(self) -> Importance:
+        """The diagonal of the Gram matrix: sums of squares over tokens."""
+        return Importance(self.gram.diagonal().contiguous(), self.tokens)
 
 
 def strip_width(columns: int) -> int:

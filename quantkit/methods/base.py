@@ -5,17 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.maths.affine import full_range
-from quantkit.maths.gram import InputStatistics
+from quantkit.maths.gram import Importance, InputStatistics
 from quantkit.model.blocks import Block
+from quantkit.model.source import Source
 from quantkit.schema import Frozen
 from quantkit.tensors import Grid, QuantizedTensor
+
+if TYPE_CHECKING:
+    from quantkit.sections import CalibrationSection
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class BlockWeights:
 
     block: the names. weights: {linear module name: weight [out, in] in the source's dtype}, the ones to quantize.
     others: {tensor name: tensor}, everything else of the block (norms, biases, linears of other methods).
-    norm_offset: what a normalization adds to its gain before multiplying (Gemma: 1).
+    norm_offset: what a normalization adds to its gain before multiplying (Gemma: 1). importance: {linear module name:
+    importance of its columns} from a file.
     """
 
     block: Block
@@ -32,6 +37,7 @@ class BlockWeights:
     others: Mapping[str, Tensor] = field(default_factory=dict)
     norm_offset: float = 0.0
     head_dim: int | None = None
+    importance: Mapping[str, Importance] = field(default_factory=dict)
 
     def finite(self, linear: str) -> Tensor:
         """The weight of a linear as float32. Raises ModelError naming it when it holds NaN or infinity."""
@@ -67,12 +73,21 @@ def merge(results: Iterable[BlockResult]) -> BlockResult:
 class Method(Frozen):
     """The base of every method's settings; a subclass adds `name: Literal[...]` and its fields."""
 
-    calibrated: ClassVar[bool] = False
-    """Whether `quantize_block` needs the statistics of its inputs."""
+    head: ClassVar[bool] = True
+    """Whether the output projection, whose inputs nobody looks at, can be quantized too."""
 
     formats: ClassVar[tuple[str, ...]] = ("autogptq", "autoawq", "compressed-tensors")
     """Names of the formats that can hold what the method makes, the default first; group-wise affine codes fit all
     three."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `quantize_block` needs the statistics of its inputs."""
+        return False
+
+    def placed(self, linear: str, source: Source, calibration: CalibrationSection) -> Method:
+        """The settings for one linear of one model, where they depend on its place in it."""
+        return self
 
     @abstractmethod
     def label(self) -> str:

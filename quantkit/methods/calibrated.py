@@ -50,7 +50,11 @@ class Steps:
 class CalibratedMethod(Method):
     """A method that rounds by the statistics of the inputs: all at once, or input by input as the block runs."""
 
-    calibrated: ClassVar[bool] = True
+    head: ClassVar[bool] = False
+
+    @property
+    def calibrated(self) -> bool:
+        return True
 
     @property
     @abstractmethod

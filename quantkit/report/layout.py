@@ -75,7 +75,7 @@ def lay_out(comparison: Comparison) -> Document:
     parts += [
         Listing("Notes", [f"[{number}] {text}" for number, text in enumerate(notes.texts, 1)]),
         Listing("Not measured", _not_measured(comparison)),
-        Listing("Layers that did not get what the recipe asked", _by_line(comparison.lines, "fallbacks")),
+        Listing("Layers that did not get what the recipe asked", _fallbacks(comparison.lines)),
         Listing("Remarks", [*comparison.notes, *_by_line(comparison.lines, "notes")]),
         Listing("Settings", flatten(comparison.settings)),
         Listing("Environment", flatten(comparison.environment)),
@@ -235,6 +235,20 @@ def _not_measured(comparison: Comparison) -> list[str]:
 
 def _by_line(lines: Sequence[Line], field_name: str) -> list[str]:
     return [f"{line.label}: {text}" for line in lines for text in getattr(line, field_name)]
+
+
+def _fallbacks(lines: Sequence[Line]) -> list[str]:
+    """What fell back in each line; layers that share what was done and why share an entry."""
+    entries = []
+    for line in lines:
+        layers: dict[str, list[str]] = {}
+        for text in line.fallbacks:
+            name, _, what = text.partition(": ")
+            layers.setdefault(what, []).append(name)
+        for what, names in layers.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            entries.append(f"{line.label}: {names[0]}{more}: {what}")
+    return entries
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> list[str]:

@@ -284,7 +284,7 @@ def test_misfits_name_every_reason(tiny_llama: Path) -> None:
     assert len(problems) == 14
     assert problems[0].endswith("method rtn cannot be stored in GGUF; expected ggml")
     plans = plans_of(source, GGML())
-    mixed = [*plans[:-2], *plans_of(source, GGML(embedding_type="f16"))[-2:]]
+    mixed = [*plans_of(source, GGML(embedding_type="q8_0"))[:-2], *plans_of(source, GGML(embedding_type="f16"))[-2:]]
     assert GGUF().misfits(mixed, source) == [
         "method.embedding_type: overrides ask for f16 and q8_0; a file has one embedding"
     ]

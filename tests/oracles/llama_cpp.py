@@ -56,11 +56,17 @@ def library() -> Any:
     return lib
 
 
-def quantize(weight: np.ndarray[Any, Any], type_number: int, row_bytes: int) -> np.ndarray[Any, Any]:
-    """ggml_quantize_chunk without an importance matrix: float32 [rows, columns] to uint8 [rows, row_bytes]."""
+def quantize(
+    weight: np.ndarray[Any, Any],
+    type_number: int,
+    row_bytes: int,
+    importance: np.ndarray[Any, Any] | None = None,
+) -> np.ndarray[Any, Any]:
+    """ggml_quantize_chunk: float32 [rows, columns] to uint8 [rows, row_bytes]; importance: float32 [columns]."""
     weight = np.ascontiguousarray(weight, dtype=np.float32)
     out = np.zeros((weight.shape[0], row_bytes), dtype=np.uint8)
-    written = library().ggml_quantize_chunk(type_number, weight.ctypes.data, out.ctypes.data, 0, *weight.shape, None)
+    weights = None if importance is None else importance.ctypes.data
+    written = library().ggml_quantize_chunk(type_number, weight.ctypes.data, out.ctypes.data, 0, *weight.shape, weights)
     assert written == out.size
     return out
 

@@ -55,6 +55,14 @@ def test_markdown_tables_are_aligned(tmp_path: Path) -> None:
         assert all(places == bars[0] for places in bars), "\n".join(table)
 
 
+def test_layers_that_fell_back_alike_share_a_line(tmp_path: Path) -> None:
+    reason = "gguf Q5_0: Q4_K has blocks of 256, which do not divide its 288 columns"
+    lines = [*(f"model.layers.{layer}.mlp.up_proj: {reason}" for layer in range(30)), "lm_head: gguf Q8_0: other"]
+    text = rebuilt(tmp_path, results(row("GGUF", name="ggml").model_copy(update={"fallbacks": lines})))
+    assert f"- GGUF: model.layers.0.mlp.up_proj and 29 more: {reason}\n- GGUF: lm_head: gguf Q8_0: other\n" in text
+    assert "31 layers did not get what the recipe asked" in text
+
+
 def test_the_summary_marks_a_line_that_fell_back(tmp_path: Path) -> None:
     text = rebuilt(tmp_path, demo())
     marked = [line for line in tables(text)[0] if "[1]" in line]
