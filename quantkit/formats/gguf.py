@@ -17,10 +17,12 @@ from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.gguf_metadata import file_metadata, model_name
 from quantkit.maths.ggml import FLOAT_TYPES, block_layout, encode, type_size
-from quantkit.model.blocks import architecture_of, head_dim
-from quantkit.model.gguf_config import family_of_config, llama3_factors, metadata_of_config, rope_parameters
+from quantkit.model.blocks import architecture_of
+from quantkit.model.gguf_config import family_of_config, metadata_of_config
+from quantkit.model.gguf_families import Family
 from quantkit.model.gguf_file import DEFAULT_ALIGNMENT, MAGIC, TensorInfo
-from quantkit.model.gguf_names import ROPE_FACTORS, file_order, interleave, rotary_heads, to_gguf
+from quantkit.model.gguf_names import file_order, interleave, norm_offset, rotary_heads, to_gguf
+from quantkit.model.gguf_rope import rope_tensors
 from quantkit.model.gguf_source import GGUFSource
 from quantkit.model.source import Source
 from quantkit.tensors import BlockTensor, QuantizedTensor
@@ -40,7 +42,8 @@ def written_names(source: Source) -> list[str]:
     """The tensors of a source that go into a file, in the order of the file; a tied head is not among them."""
     head = f"{architecture_of(source.config).head}.weight"
     names = [name for name in source.names() if not is_buffer(name) and not (name == head and source.tied_head)]
-    return sorted(names, key=file_order)
+    family = family_of_config(source.config)
+    return sorted(names, key=lambda name: file_order(name, family))
 
 
 class GGUFWriter(Writer):
@@ -54,21 +57,16 @@ class GGUFWriter(Writer):
         embedding = f"{architecture_of(source.config).embedding}.weight"
         metadata = file_metadata(source, source.shape(embedding)[0], main_type)
         self.path = folder / f"{model_name(source)}-{main_type}.gguf"
-        factors = self._rope_factors()
-        table = {name: (_gguf_name(name), source.shape(name), types[name]) for name in written_names(source)}
-        if factors is not None:
-            table[ROPE_FACTORS] = (ROPE_FACTORS, tuple(factors.shape), "F32")
+        table = {
+            name: (_gguf_name(name, self.family), source.shape(name), types[name]) for name in written_names(source)
+        }
+        factors = rope_tensors(source.config)
+        table |= {name: (name, tuple(values.shape), "F32") for name, values in factors.items()}
         self._places: dict[str, TensorInfo] = {}
         self._file = self._begin(table, metadata)
         self._missing = set(table)
-        if factors is not None:
-            self._write(ROPE_FACTORS, factors)
-
-    def _rope_factors(self) -> Tensor | None:
-        rope, channels = rope_parameters(self.config), head_dim(self.config)
-        if rope["rope_type"] != "llama3" or channels is None:
-            return None
-        return llama3_factors(rope, channels)
+        for name, values in factors.items():
+            self._write(name, values)
 
     def _begin(self, table: dict[str, tuple[str, tuple[int, ...], str]], metadata: dict[str, Any]) -> BinaryIO:
         """Header, metadata and tensor table; the file, as long as it will be at the end."""
@@ -113,6 +111,9 @@ class GGUFWriter(Writer):
         heads = rotary_heads(name, self.config) if self.family.interleaved else None
         if heads is not None:
             rows = rows[interleave(heads, rows.shape[0])]
+        offset = norm_offset(name, self.family)
+        if offset:
+            rows = rows.float() + offset
         self._file.seek(self._base + place.start)
         if isinstance(value, BlockTensor):
             self._file.write(rows.contiguous().numpy().data)
@@ -137,8 +138,8 @@ class GGUFWriter(Writer):
         return [self.path]
 
 
-def _gguf_name(name: str) -> str:
-    found = to_gguf(name)
+def _gguf_name(name: str, family: Family) -> str:
+    found = to_gguf(name, family)
     assert found is not None, f"{name} has no GGUF name: misfits() reports it"
     return found
 
@@ -227,7 +228,8 @@ class GGUF(Format):
             metadata_of_config(source.config)
         except ModelError as error:
             return [error.message]
-        unknown = [name for name in written_names(source) if to_gguf(name) is None]
+        family = family_of_config(source.config)
+        unknown = [name for name in written_names(source) if to_gguf(name, family) is None]
         problems += [f"{name}: has no name in GGUF for {source.config['architectures'][0]}" for name in unknown]
         kinds = sorted({plan.method.embedding_type for plan in plans if plan.method is not None})
         if len(kinds) > 1:

@@ -61,13 +61,21 @@ _LLAMA_GROUPS = (
     LinearGroup(("mlp.down_proj",), "mlp.up_proj", "linear"),
 )
 
+_GEMMA_GROUPS = (
+    *_LLAMA_GROUPS[:2],
+    LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm", "norm"),
+    _LLAMA_GROUPS[3],
+)
+
 _LLAMA = Architecture(block_prefix="model.layers.{index}.", groups=_LLAMA_GROUPS)
+_GEMMA = Architecture(block_prefix="model.layers.{index}.", groups=_GEMMA_GROUPS, norm_offset=1.0)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _LLAMA,  # its q and k norms act per head after the projection: nothing to fold there
+    "Gemma2ForCausalLM": _GEMMA,
 }
 
 

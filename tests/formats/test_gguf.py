@@ -17,7 +17,7 @@ from quantkit.formats.gguf_metadata import CHECK_TEXTS, tokenizer_metadata
 from quantkit.maths.ggml import encode
 from quantkit.methods.ggml import GGML
 from quantkit.methods.rtn import RTN
-from quantkit.model.gguf_config import rope_parameters
+from quantkit.model.gguf_rope import rope_parameters
 from quantkit.model.gguf_source import GGUFSource
 from quantkit.tensors import BlockTensor
 
