@@ -76,6 +76,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _LLAMA,  # its q and k norms act per head after the projection: nothing to fold there
     "Gemma2ForCausalLM": _GEMMA,
+    "Gemma3ForCausalLM": _GEMMA,
 }
 
 

@@ -145,6 +145,9 @@ def metadata_of_config(config: dict[str, Any]) -> dict[str, Any]:
     name, expected = family.activation
     if config.get(name, expected) != expected:
         raise ModelError(f"config.json: {name}: {config[name]}; llama.cpp computes {expected} for this family")
+    for name in family.forbidden:
+        if config.get(name):
+            raise ModelError(f"config.json: {name}: {config[name]}; llama.cpp computes without it for this family")
     return values
 
 

@@ -43,14 +43,15 @@ class Family:
     """A GGUF architecture and the Hugging Face model it is.
 
     interleaved: rotary pairs are neighbouring rows of the q and k projections (Hugging Face keeps halves), so those
-    rows are permuted in the file. attention_bias: None when the config tells. activation: the config's key, and the
+    rows are permuted in the file. activation: the config's key, and the
     only function that llama.cpp computes here. norm_offset: what the file adds to the gain of every normalization.
     ropes: ways to scale rotary positions that llama.cpp computes as transformers does. hidden_heads: the heads together
     are as wide as the hidden states. partial_rotary: part of a head's channels may be rotated. window_period: of so
     many blocks the last attends to everything, the others by a window; None when llama.cpp knows no windows here.
-    local_theta: the rotary base of blocks with a window has a key of its own.
-    scalar_layers: number of blocks of the one size whose attention llama.cpp divides by the root of hidden size over
-    heads; the others' by that of a head's channels. context_key: where the config says how long a text may be.
+    local_theta: the rotary base of blocks with a window has a key of its own. scalar_layers: number of blocks of the
+    one size whose attention llama.cpp divides by the root of hidden size over heads; the others' by that of a head's
+    channels. context_key: where the config says how long a text may be. forbidden: settings that transformers would
+    follow and llama.cpp does not.
     """
 
     architecture: str
@@ -59,7 +60,6 @@ class Family:
     names: Names
     keys: tuple[Key, ...]
     interleaved: bool = False
-    attention_bias: bool | None = None
     activation: tuple[str, str] = ("hidden_act", "silu")
     norm_offset: float = 0.0
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
@@ -69,6 +69,7 @@ class Family:
     local_theta: bool = False
     scalar_layers: int | None = None
     context_key: str = "max_position_embeddings"
+    forbidden: tuple[str, ...] = ()
 
 
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -102,6 +103,8 @@ _GEMMA2_NAMES = Names(
     },
 )
 
+_GEMMA3_NAMES = Names("model.layers", _OUTSIDE, _GEMMA2_NAMES.inside)
+
 _KEYS = (
     Key("block_count", "num_hidden_layers"),
     Key("embedding_length", "hidden_size"),
@@ -127,11 +130,10 @@ FAMILIES = (
         _LLAMA_NAMES,
         _KEYS,
         interleaved=True,
-        attention_bias=False,
         ropes=_ALL_ROPES,
     ),
-    Family("qwen2", "Qwen2ForCausalLM", "qwen2", _LLAMA_NAMES, _KEYS, attention_bias=True, hidden_heads=True),
-    Family("qwen3", "Qwen3ForCausalLM", "qwen3", _LLAMA_NAMES, _KEYS),
+    Family("qwen2", "Qwen2ForCausalLM", "qwen2", _LLAMA_NAMES, _KEYS, hidden_heads=True),
+    Family("qwen3", "Qwen3ForCausalLM", "qwen3", _LLAMA_NAMES, _KEYS, forbidden=("attention_bias",)),
     Family(
         "gemma2",
         "Gemma2ForCausalLM",
@@ -143,6 +145,21 @@ FAMILIES = (
         ropes=("default", "linear"),
         window_period=2,
         scalar_layers=46,
+        forbidden=("attention_bias",),
+    ),
+    Family(
+        "gemma3",
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        _GEMMA3_NAMES,
+        (*_KEYS, _WINDOW),
+        activation=_GELU,
+        norm_offset=1.0,
+        ropes=("default", "linear"),
+        window_period=6,
+        local_theta=True,
+        scalar_layers=62,
+        forbidden=("attention_bias", "attn_logit_softcapping", "final_logit_softcapping"),
     ),
 )
 """The first entry of an architecture is what a file of it is read as: a Mistral is a Llama in every computation."""

@@ -27,8 +27,6 @@ DEFAULT_THETA = 10000.0
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every published Llama 3 has; a file keeps only the factors that follow; `factor` is the largest of them."""
 
-_YARN_KEYS = {"beta_fast": ("rope.scaling.yarn_beta_fast", 32.0), "beta_slow": ("rope.scaling.yarn_beta_slow", 1.0)}
-
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """The rotary settings of a config of any generation of transformers: rope_type, rope_theta and the rest.
@@ -123,7 +121,7 @@ def rope_metadata(config: dict[str, Any], family: Family) -> dict[str, Any]:
         if rope.get("original_max_position_embeddings"):
             values["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
     if kind == "yarn":
-        values.update(_yarn_metadata(rope))
+        _check_yarn(rope)
     if kind == "longrope":
         values.update(_longrope_metadata(rope, config, rotated))
     if kind == "llama3":
@@ -138,20 +136,22 @@ def _setting(rope: dict[str, Any], name: str) -> Any:
     return rope[name]
 
 
-def _yarn_metadata(rope: dict[str, Any]) -> dict[str, Any]:
-    usual = 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
-    others = [name for name in ("mscale", "mscale_all_dim") if rope.get(name)]
-    if rope.get("attention_factor") and not math.isclose(rope["attention_factor"], usual, rel_tol=1e-4):
-        others.append("attention_factor")
-    if rope.get("truncate") is False:
-        others.append("truncate")
+def _check_yarn(rope: dict[str, Any]) -> None:
+    """Raises ModelError for settings other than those that llama.cpp computes yarn with: it reads no keys for them."""
+    attention = 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+    usual = {"attention_factor": attention, "beta_fast": 32, "beta_slow": 1, "truncate": True}
+    usual |= {"mscale": 0, "mscale_all_dim": 0}
+    others = {
+        name: rope[name]
+        for name, value in usual.items()
+        if rope.get(name) is not None and not math.isclose(rope[name], value, rel_tol=1e-4)
+    }
     if others:
-        shown = ", ".join(f"{name} {rope[name]}" for name in others)
         raise ModelError(
-            f"config.json: rope_parameters: {shown}: llama.cpp has no key for this under yarn; expected "
-            f"attention_factor {usual:.6g} or none, truncate true and no mscale"
+            "config.json: rope_parameters: "
+            + ", ".join(f"{name}: {value}, expected {usual[name]:g}" for name, value in others.items())
+            + ": llama.cpp knows no others under yarn"
         )
-    return {key: float(rope[name]) for name, (key, value) in _YARN_KEYS.items() if (rope.get(name) or value) != value}
 
 
 def _longrope_metadata(rope: dict[str, Any], config: dict[str, Any], rotated: int) -> dict[str, Any]:
@@ -226,10 +226,6 @@ def _scaling_of_file(file: GGUFFile, family: Family, need: Need, rotated: int) -
     rope = {"rope_type": kind, "factor": float(need("rope.scaling.factor"))}
     if f"{prefix}original_context_length" in file.metadata:
         rope["original_max_position_embeddings"] = int(need("rope.scaling.original_context_length"))
-    if kind == "yarn":
-        for name, (key, value) in _YARN_KEYS.items():
-            if f"{family.architecture}.{key}" in file.metadata:
-                rope[name] = float(need(key, value))
     return rope
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,11 +36,27 @@ SETTINGS: dict[str, dict[str, object]] = {
         final_logit_softcapping=1.5,
         tie_word_embeddings=True,
     ),
+    "gemma3_text": dict(
+        num_hidden_layers=7,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=16,
+        tie_word_embeddings=True,
+    ),
 }
 """What differs from the sizes above; the models' own defaults where nothing is said."""
 
-HALVES = ("gemma2",)
+HALVES = ("gemma2", "gemma3_text")
 """Families whose normalizations multiply by one more than the gain."""
+
+
+def family_config(kind: str, **changes: object) -> dict[str, Any]:
+    """The config.json of a tiny model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **(SIZES | SETTINGS[kind] | changes))
+    names = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    return json.loads(config.to_json_string(use_diff=False)) | {"architectures": names}
 
 
 def write_family(folder: Path, kind: str, tokenizer_from: Path, **changes: object) -> Path:

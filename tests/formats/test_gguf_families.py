@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fakes.families import SETTINGS, write_family
+from fakes.families import SETTINGS, family_config, write_family
 from oracles import llama_cpp
 from oracles.memory_source import MemorySource, plans_of, store
+from quantkit.errors import ModelError
 from quantkit.formats.base import LinearPlan
 from quantkit.formats.gguf import GGUF
 from quantkit.methods.ggml import GGML
+from quantkit.model.gguf_config import metadata_of_config
 from quantkit.model.gguf_source import GGUFSource
 from quantkit.model.load import load_transformers
 from quantkit.model.source import Source
@@ -84,3 +86,102 @@ def test_the_file_read_back_is_the_model(tiny_llama: Path, tmp_path: Path, kind:
         assert back.shape(name) == source.shape(name)
         assert torch.equal(back.read(name).float(), source.read(name)), name
     torch.testing.assert_close(_logits(back, IDS), _logits(source, IDS), rtol=0, atol=1e-5)
+
+
+LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "llama-llama3": ("llama", dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=8192))),
+    "llama-linear": ("llama", dict(rope_parameters=LINEAR)),
+    "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama-old-names": ("llama", dict(rope_scaling=dict(type="linear", factor=2.0), rope_theta=5000.0)),
+    "mistral-yarn": ("mistral", dict(rope_parameters=YARN)),
+    "qwen2-yarn": ("qwen2", dict(rope_parameters=YARN)),
+    "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)),
+    "qwen3-linear": ("qwen3", dict(rope_parameters=LINEAR)),
+    "gemma2-linear": ("gemma2", dict(rope_parameters=LINEAR)),
+    "gemma2-period": ("gemma2", dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"])),
+    "gemma3-linear": (
+        "gemma3_text",
+        dict(
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+                sliding_attention=dict(rope_type="default", rope_theta=500.0),
+            )
+        ),
+    ),
+    "gemma3-period": (
+        "gemma3_text",
+        dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2),
+    ),
+    "gemma3-untied": ("gemma3_text", dict(tie_word_embeddings=False)),
+}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_keep_their_logits(tiny_llama: Path, tmp_path: Path, variant: str) -> None:
+    kind, changes = VARIANTS[variant]
+    source = MemorySource(write_family(tmp_path / kind, kind, tiny_llama, **changes))
+    path = _written(source, tmp_path / "out", "f32")
+    expected = _logits(source, IDS)
+    plain = MemorySource(write_family(tmp_path / "plain", kind, tiny_llama))
+    error = _error(_llama_cpp(path, IDS), expected)
+    print(f"{variant} {error:.2e}")
+    assert error < FLOAT_ERROR
+    if "tied" not in variant:
+        assert _error(_logits(plain, IDS), expected) > 3 * FLOAT_ERROR  # the variant can be told from the plain model
+    torch.testing.assert_close(_logits(GGUFSource(path), IDS), expected, rtol=0, atol=1e-4)
+
+
+REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
+    "yarn's range": ("qwen2", dict(rope_parameters=YARN | dict(beta_fast=8.0)), "beta_fast: 8.0, expected 32"),
+    "yarn's scale": ("llama", dict(rope_parameters=YARN | dict(attention_factor=1.0)), "expected 1.13863"),
+    "dynamic": ("llama", dict(rope_parameters=LINEAR | dict(rope_type="dynamic")), "rope_type: dynamic cannot be"),
+    "llama3 elsewhere": (
+        "qwen2",
+        dict(rope_parameters=LLAMA3),
+        "rope_type: llama3 cannot be written .* Qwen2ForCausal",
+    ),
+    "part rotated": ("llama", dict(rope_parameters=LINEAR | dict(partial_rotary_factor=0.5)), "8 of 16 channels"),
+    "biases": ("qwen3", dict(attention_bias=True), "attention_bias: True; llama.cpp computes without"),
+    "heads": ("qwen2", dict(head_dim=32), "4 heads of 32 channels"),
+    "activation": ("llama", dict(hidden_act="gelu"), "hidden_act: gelu; llama.cpp computes silu"),
+    "scale": ("gemma2", dict(query_pre_attn_scalar=64), "query_pre_attn_scalar: 64; llama.cpp computes 32"),
+    "no cap": ("gemma2", dict(final_logit_softcapping=None), "final_logit_softcapping: missing or null"),
+    "cap": ("gemma3_text", dict(final_logit_softcapping=30.0), "final_logit_softcapping: 30.0"),
+    "order": (
+        "gemma3_text",
+        dict(num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
+        "layer_types: full_attention, sliding_attention",
+    ),
+    "local scaling": (
+        "gemma3_text",
+        dict(rope_parameters=dict(sliding_attention=LINEAR)),
+        "sliding_attention: rope_type: linear",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_llama_cpp_does_not_compute_is_refused(reason: str) -> None:
+    kind, changes, message = REFUSED[reason]
+    with pytest.raises(ModelError, match=message):
+        metadata_of_config(family_config(kind, **changes))
+
+
+def test_the_one_size_whose_attention_has_another_scale() -> None:
+    size = dict(num_hidden_layers=46, hidden_size=72, num_attention_heads=4, head_dim=32)
+    assert metadata_of_config(family_config("gemma2", **size, query_pre_attn_scalar=18))["block_count"] == 46
+    with pytest.raises(ModelError, match="computes 18"):
+        metadata_of_config(family_config("gemma2", **size, query_pre_attn_scalar=32))
+
+
+def test_a_window_that_llama_cpp_does_not_know_bounds_the_context() -> None:
+    assert metadata_of_config(family_config("mistral", sliding_window=64))["context_length"] == 64
+    assert metadata_of_config(family_config("mistral", sliding_window=None))["context_length"] == 256
+    windows: dict[str, object] = dict(use_sliding_window=True, sliding_window=64)
+    assert metadata_of_config(family_config("qwen2", **windows, max_window_layers=1))["context_length"] == 64
+    assert metadata_of_config(family_config("qwen2", **windows, max_window_layers=3))["context_length"] == 256
+    assert metadata_of_config(family_config("gemma2"))["context_length"] == 256
