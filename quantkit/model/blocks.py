@@ -67,6 +67,14 @@ _GEMMA_GROUPS = (
     _LLAMA_GROUPS[3],
 )
 
+# fused projections are one linear each; nothing linear alone feeds o_proj and down_proj there
+_PHI3_GROUPS = (
+    LinearGroup(("self_attn.qkv_proj",), "input_layernorm", "norm"),
+    LinearGroup(("self_attn.o_proj",)),
+    LinearGroup(("mlp.gate_up_proj",), "post_attention_layernorm", "norm"),
+    LinearGroup(("mlp.down_proj",)),
+)
+
 _LLAMA = Architecture(block_prefix="model.layers.{index}.", groups=_LLAMA_GROUPS)
 _GEMMA = Architecture(block_prefix="model.layers.{index}.", groups=_GEMMA_GROUPS, norm_offset=1.0)
 
@@ -77,6 +85,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3ForCausalLM": _LLAMA,  # its q and k norms act per head after the projection: nothing to fold there
     "Gemma2ForCausalLM": _GEMMA,
     "Gemma3ForCausalLM": _GEMMA,
+    "Phi3ForCausalLM": Architecture(block_prefix="model.layers.{index}.", groups=_PHI3_GROUPS),
 }
 
 

@@ -105,6 +105,19 @@ _GEMMA2_NAMES = Names(
 
 _GEMMA3_NAMES = Names("model.layers", _OUTSIDE, _GEMMA2_NAMES.inside)
 
+_PHI3_NAMES = Names(
+    "model.layers",
+    _OUTSIDE,
+    {
+        "input_layernorm": "attn_norm",
+        "self_attn.qkv_proj": "attn_qkv",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_up_proj": "ffn_up",  # llama.cpp, too, takes the gate from the first half of the rows
+        "mlp.down_proj": "ffn_down",
+    },
+)
+
 _KEYS = (
     Key("block_count", "num_hidden_layers"),
     Key("embedding_length", "hidden_size"),
@@ -160,6 +173,16 @@ FAMILIES = (
         local_theta=True,
         scalar_layers=62,
         forbidden=("attention_bias", "attn_logit_softcapping", "final_logit_softcapping"),
+    ),
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        "phi3",
+        _PHI3_NAMES,
+        (*_KEYS, Key("attention.sliding_window", "sliding_window", absent=0)),  # read, and then not followed
+        ropes=("default", "longrope"),
+        hidden_heads=True,
+        partial_rotary=True,
     ),
 )
 """The first entry of an architecture is what a file of it is read as: a Mistral is a Llama in every computation."""

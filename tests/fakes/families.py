@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         sliding_window=16,
         tie_word_embeddings=True,
     ),
+    "phi3": dict(sliding_window=None, original_max_position_embeddings=256),
 }
 """What differs from the sizes above; the models' own defaults where nothing is said."""
 

@@ -68,7 +68,7 @@ def _llama_cpp(path: Path, ids: list[int]) -> torch.Tensor:
 def test_llama_cpp_computes_the_same(
     tiny_llama: Path, tmp_path: Path, kind: str, type_name: str, tolerance: float
 ) -> None:
-    source = MemorySource(write_family(tmp_path / kind, kind, tiny_llama))
+    source = MemorySource(write_family(tmp_path / "model", kind, tiny_llama))
     path = _written(source, tmp_path / "out", type_name)
     error = _error(_llama_cpp(path, IDS), _logits(source, IDS))
     print(f"{kind} {type_name} {error:.2e}")
@@ -78,7 +78,7 @@ def test_llama_cpp_computes_the_same(
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("type_name", ["f32", "f16"])
 def test_the_file_read_back_is_the_model(tiny_llama: Path, tmp_path: Path, kind: str, type_name: str) -> None:
-    source = MemorySource(write_family(tmp_path / kind, kind, tiny_llama))
+    source = MemorySource(write_family(tmp_path / "model", kind, tiny_llama))
     back = GGUFSource(_written(source, tmp_path / "out", type_name))
     stored = [name for name in source.names() if name != "lm_head.weight" or not source.tied_head]
     assert sorted(back.names()) == sorted(stored)
@@ -91,6 +91,11 @@ def test_the_file_read_back_is_the_model(tiny_llama: Path, tmp_path: Path, kind:
 LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
 LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
+LONGROPE: dict[str, object] = dict(
+    rope_scaling=dict(
+        type="longrope", short_factor=[1.0 + 0.5 * i for i in range(8)], long_factor=[2.0 + i for i in range(8)]
+    )
+)
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "llama-llama3": ("llama", dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=8192))),
     "llama-linear": ("llama", dict(rope_parameters=LINEAR)),
@@ -115,6 +120,11 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         "gemma3_text",
         dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2),
     ),
+    # llama.cpp takes the factors by the context it was opened with, here 256, and not by the text
+    "phi3-longrope": ("phi3", LONGROPE | dict(original_max_position_embeddings=256, max_position_embeddings=512)),
+    "phi3-longrope-beyond": ("phi3", LONGROPE | dict(original_max_position_embeddings=32)),
+    "phi3-partial": ("phi3", dict(partial_rotary_factor=0.5)),
+    "phi3-tied": ("phi3", dict(tie_word_embeddings=True)),
     "gemma3-untied": ("gemma3_text", dict(tie_word_embeddings=False)),
 }
 
@@ -123,7 +133,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_keep_their_logits(tiny_llama: Path, tmp_path: Path, variant: str) -> None:
     kind, changes = VARIANTS[variant]
-    source = MemorySource(write_family(tmp_path / kind, kind, tiny_llama, **changes))
+    source = MemorySource(write_family(tmp_path / "model", kind, tiny_llama, **changes))
     path = _written(source, tmp_path / "out", "f32")
     expected = _logits(source, IDS)
     plain = MemorySource(write_family(tmp_path / "plain", kind, tiny_llama))
@@ -156,6 +166,7 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
         dict(num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
         "layer_types: full_attention, sliding_attention",
     ),
+    "longrope elsewhere": ("qwen2", LONGROPE, "rope_type: longrope cannot be written"),
     "local scaling": (
         "gemma3_text",
         dict(rope_parameters=dict(sliding_attention=LINEAR)),
@@ -169,6 +180,13 @@ def test_what_llama_cpp_does_not_compute_is_refused(reason: str) -> None:
     kind, changes, message = REFUSED[reason]
     with pytest.raises(ModelError, match=message):
         metadata_of_config(family_config(kind, **changes))
+
+
+def test_factors_of_longrope_are_counted() -> None:
+    config = family_config("phi3", **LONGROPE, original_max_position_embeddings=32)
+    config["rope_parameters"]["short_factor"] = [1.0] * 7
+    with pytest.raises(ModelError, match="short_factor: 7 values; expected 8"):
+        metadata_of_config(config)
 
 
 def test_the_one_size_whose_attention_has_another_scale() -> None:

@@ -40,8 +40,10 @@ def library() -> Any:
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    lib.quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-    lib.llama_log_set(ctypes.cast(lib.quiet, ctypes.c_void_p), None)
+    lib.said = []
+    heard = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+    lib.heard = heard(lambda level, text, _: lib.said.append(text) if level == 4 else None)  # GGML_LOG_LEVEL_ERROR
+    lib.llama_log_set(ctypes.cast(lib.heard, ctypes.c_void_p), None)
     lib.llama_backend_init()
     return lib
 
@@ -63,7 +65,7 @@ class Model:
         params = self.lib.llama_model_default_params()
         params.use_extra_bufts = False  # weights are not repacked at load, which crashes on some processors
         self.model = self.lib.llama_model_load_from_file(str(path).encode(), params)
-        assert self.model, f"llama.cpp does not load {path}"
+        assert self.model, f"llama.cpp does not load {path}: {self.lib.said[-3:]}"
         self.vocab = self.lib.llama_model_get_vocab(self.model)
 
     def __enter__(self) -> Model:
