@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from quantkit.errors import RecipeError
 from quantkit.formats.base import LinearPlan
 from quantkit.methods.base import Method
-from quantkit.model.blocks import architecture_of, blocks_of
+from quantkit.model.blocks import architecture_of, blocks_of, linear_shape
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
 
@@ -21,7 +21,7 @@ def plan_linears(recipe: Recipe, source: Source) -> list[LinearPlan]:
     plans = []
     for block in blocks_of(source):
         for linear in block.linears:
-            out_features, in_features = source.shape(f"{linear}.weight")
+            out_features, in_features = linear_shape(source, linear)
             plans.append(LinearPlan(linear, out_features, in_features, recipe.method_for(linear)))
     head = architecture_of(source.config).head
     if not source.tied_head:
@@ -33,6 +33,12 @@ def plan_linears(recipe: Recipe, source: Source) -> list[LinearPlan]:
 def check_plans(label: str, recipe: Recipe, source: Source, plans: Sequence[LinearPlan]) -> None:
     """Refuse a recipe that does not fit the model, all offending layers at once. Raises RecipeError."""
     problems = []
+    if architecture_of(source.config).transposed and recipe.resolved_format.name != "gguf":
+        raise RecipeError(
+            f"{label}: format {recipe.resolved_format.name}: {source.config['architectures'][0]} keeps its linears as "
+            "Conv1D, which only GGUF stores here",
+            hint="take a recipe with method ggml",
+        )
     for plan in plans:
         if plan.method is None:
             continue

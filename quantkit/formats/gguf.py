@@ -17,11 +17,11 @@ from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.gguf_metadata import file_metadata, model_name
 from quantkit.maths.ggml import FLOAT_TYPES, block_layout, encode, type_size
-from quantkit.model.blocks import architecture_of
+from quantkit.model.blocks import architecture_of, is_buffer
 from quantkit.model.gguf_config import family_of_config, metadata_of_config
 from quantkit.model.gguf_families import Family
 from quantkit.model.gguf_file import DEFAULT_ALIGNMENT, MAGIC, TensorInfo
-from quantkit.model.gguf_names import file_order, interleave, norm_offset, rotary_heads, to_gguf
+from quantkit.model.gguf_names import file_order, interleave, is_transposed, norm_offset, rotary_heads, to_gguf
 from quantkit.model.gguf_rope import rope_tensors
 from quantkit.model.gguf_source import GGUFSource
 from quantkit.model.source import Source
@@ -31,11 +31,6 @@ _DTYPE_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F3
 
 _ROWS_AT_ONCE = 4096
 """Rows of an unquantized matrix that are encoded together: the temporary copies stay small beside the matrix."""
-
-
-def is_buffer(name: str) -> bool:
-    """Whether a tensor is a table that old checkpoints store and every reader computes."""
-    return name.endswith("rotary_emb.inv_freq")
 
 
 def written_names(source: Source) -> list[str]:
@@ -58,7 +53,8 @@ class GGUFWriter(Writer):
         metadata = file_metadata(source, source.shape(embedding)[0], main_type)
         self.path = folder / f"{model_name(source)}-{main_type}.gguf"
         table = {
-            name: (_gguf_name(name, self.family), source.shape(name), types[name]) for name in written_names(source)
+            name: (_gguf_name(name, self.family), self._stored_shape(name, source.shape(name)), types[name])
+            for name in written_names(source)
         }
         factors = rope_tensors(source.config)
         table |= {name: (name, tuple(values.shape), "F32") for name, values in factors.items()}
@@ -67,6 +63,9 @@ class GGUFWriter(Writer):
         self._missing = set(table)
         for name, values in factors.items():
             self._write(name, values)
+
+    def _stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1] if is_transposed(name, len(shape), self.family) else shape
 
     def _begin(self, table: dict[str, tuple[str, tuple[int, ...], str]], metadata: dict[str, Any]) -> BinaryIO:
         """Header, metadata and tensor table; the file, as long as it will be at the end."""
@@ -114,6 +113,8 @@ class GGUFWriter(Writer):
         offset = norm_offset(name, self.family)
         if offset:
             rows = rows.float() + offset
+        if isinstance(value, Tensor) and is_transposed(name, value.dim(), self.family):
+            rows = rows.T
         self._file.seek(self._base + place.start)
         if isinstance(value, BlockTensor):
             self._file.write(rows.contiguous().numpy().data)
@@ -151,14 +152,16 @@ def _main_type(plans: list[LinearPlan]) -> str | None:
 
 
 def _types(source: Source, plans: list[LinearPlan], dtype: torch.dtype) -> dict[str, str]:
-    """ggml's type for every tensor that is written: what was planned, F32 for vectors, `dtype` for the rest."""
+    """ggml's type for every tensor that is written: what was planned, F32 for vectors and learned positions, which are
+    added as they are, `dtype` for the rest."""
     planned = {f"{plan.name}.weight": plan.method for plan in plans if plan.method is not None}
     embedding = f"{architecture_of(source.config).embedding}.weight"
+    positions = f"{architecture_of(source.config).positions}.weight"
     types = {}
     for name in written_names(source):
         if name in planned:
             types[name] = planned[name].type_name
-        elif len(source.shape(name)) == 1:
+        elif len(source.shape(name)) == 1 or name == positions:
             types[name] = "F32"
         elif name == embedding and planned:
             types[name] = next(iter(planned.values())).embedding_type.upper()

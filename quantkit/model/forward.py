@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantkit.errors import ModelError
 from quantkit.maths.gram import GramAccumulator, InputStatistics
-from quantkit.model.blocks import Block, LinearGroup, architecture_of
+from quantkit.model.blocks import Block, LinearGroup, architecture_of, linear_shape
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.source import Source
 
@@ -34,11 +34,11 @@ class _Recorder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert not args, "transformers calls blocks with keywords"
-        self.kwargs = kwargs
+        self.args, self.kwargs = args, kwargs
         return hidden
 
 
@@ -66,7 +66,7 @@ class BlockRunner:
         self.model.eval()
         self.trunk = self.model.get_submodule(self.architecture.trunk)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]
-        self._kwargs: list[dict[str, Any]] = []
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def embed(self, ids: Tensor, spill: Path | None = None) -> HiddenStates:
         """Hidden states before the first block, [sequences, length, hidden], for ids int64 [sequences, length].
@@ -80,6 +80,7 @@ class BlockRunner:
         norm_name = self.architecture.final_norm.removeprefix(f"{self.architecture.trunk}.")
         norm = self.trunk.get_submodule(norm_name)
         meta = embedding.weight
+        self._load_positions()
         used, places = ids.unique(return_inverse=True)
         table = self.source.read(f"{self.architecture.embedding}.weight")[used]
         hidden = HiddenStates((*ids.shape, table.shape[1]), self.dtype, spill)
@@ -97,10 +98,18 @@ class BlockRunner:
                 self.layers[position] = block
             setattr(self.trunk, norm_name, norm)
             embedding.weight = meta
-        self._kwargs = [
-            {key: _for_any_batch(value) for key, value in recorder.kwargs.items()} for recorder in recorders
+        self._arguments = [
+            (_for_any_batch(recorder.args), {key: _for_any_batch(value) for key, value in recorder.kwargs.items()})
+            for recorder in recorders
         ]
         return hidden
+
+    def _load_positions(self) -> None:
+        """Give learned positions, which stand beside the embedding, their weights; they stay."""
+        name = self.architecture.positions
+        if name is not None:
+            values = self.source.read(f"{name}.weight").to(self.device, self.dtype)
+            self.model.get_submodule(name).weight = nn.Parameter(values, requires_grad=False)
 
     @contextmanager
     def loaded(self, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
@@ -200,7 +209,7 @@ class BlockRunner:
     def kept_bytes(self, block: Block, hidden: HiddenStates) -> int:
         """What `staged` holds at most with keep: for each token its input, the states behind attention, the norm's
         output and the widest input of a linear."""
-        widest = max(self.source.shape(f"{linear}.weight")[1] for linear in block.linears)
+        widest = max(linear_shape(self.source, linear)[1] for linear in block.linears)
         return hidden.nbytes // hidden.shape[2] * (3 * hidden.shape[2] + widest)
 
     def _round_group(
@@ -228,7 +237,7 @@ class BlockRunner:
                 yield seen.pop()
 
     def _accumulator(self, group: LinearGroup) -> GramAccumulator:
-        return GramAccumulator(self.source.shape(f"{group.linears[0]}.weight")[1], self.device)
+        return GramAccumulator(linear_shape(self.source, group.linears[0])[1], self.device)
 
     def _batches(self, hidden: HiddenStates) -> Iterator[slice]:
         size = max(1, BATCH_TOKENS[self.device.type] // hidden.shape[1])
@@ -237,8 +246,9 @@ class BlockRunner:
 
     def _call(self, module: nn.Module, block: Block, rows: Tensor) -> Tensor:
         """A block's outputs on the CPU for a batch of its inputs."""
+        args, kwargs = self._arguments[block.index]
         with torch.inference_mode():
-            output = module(rows.to(self.device), **self._kwargs[block.index])
+            output = module(rows.to(self.device), *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result.cpu()
 

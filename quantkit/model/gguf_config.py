@@ -75,7 +75,7 @@ def config_of_file(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
         "eos_token_id": values.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": values.get("tokenizer.ggml.padding_token_id"),
         "dtype": str(dtype).removeprefix("torch."),
-        family.activation[0]: family.activation[1],
+        **family.fixed,
         family.context_key: int(need("context_length")),
     }
     if family.ropes:
@@ -83,9 +83,8 @@ def config_of_file(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
         config |= rope_of_file(file, family, need, channels)
     if family.window_period is not None:
         config |= _windows_of_file(file, family, need, config)
-    if family.model_type in ("llama", "qwen3"):
-        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if family.model_type == "llama":
+        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     return config
 
@@ -142,12 +141,10 @@ def metadata_of_config(config: dict[str, Any]) -> dict[str, Any]:
     }
     if family.window_period is not None:
         values |= _window_metadata(config, family)
-    name, expected = family.activation
-    if config.get(name, expected) != expected:
-        raise ModelError(f"config.json: {name}: {config[name]}; llama.cpp computes {expected} for this family")
-    for name in family.forbidden:
-        if config.get(name):
-            raise ModelError(f"config.json: {name}: {config[name]}; llama.cpp computes without it for this family")
+    for name, expected in family.fixed.items():
+        found = config.get(name, expected)
+        if found != expected and (found or expected):
+            raise ModelError(f"config.json: {name}: {found}; llama.cpp computes {expected} for {family.hf_class}")
     return values
 
 
@@ -174,8 +171,6 @@ def _window_metadata(config: dict[str, Any], family: Family) -> dict[str, Any]:
             f"config.json: query_pre_attn_scalar: {config['query_pre_attn_scalar']}; llama.cpp computes {scalar} for "
             f"{family.hf_class} of this size"
         )
-    if config.get("use_bidirectional_attention"):
-        raise ModelError("config.json: use_bidirectional_attention: true; llama.cpp computes causal attention")
     period = int(config.get("sliding_window_pattern") or family.window_period)
     kinds = config.get("layer_types") or layer_types(count, period)
     fitting = [period for period in (family.window_period, *range(1, count + 2)) if layer_types(count, period) == kinds]

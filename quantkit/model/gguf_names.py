@@ -88,3 +88,8 @@ def deinterleave(heads: int, rows: int) -> Tensor:
 def norm_offset(name: str, family: Family) -> float:
     """What the file holds more than the Hugging Face tensor: 1 for the gains of Gemma, 0 else."""
     return family.norm_offset if name.endswith("norm.weight") else 0.0
+
+
+def is_transposed(name: str, dimensions: int, family: Family) -> bool:
+    """Whether rows and columns of a Hugging Face tensor change places in the file."""
+    return family.transposed and dimensions == 2 and name.startswith(f"{family.names.block}.")

@@ -19,7 +19,15 @@ from quantkit.errors import ModelError
 from quantkit.maths.ggml import FLOAT_TYPES
 from quantkit.model.gguf_config import config_of_file, family_of_architecture
 from quantkit.model.gguf_file import GGUFFile, TensorInfo
-from quantkit.model.gguf_names import CONFIG_TENSORS, deinterleave, file_order, norm_offset, rotary_heads, to_hf
+from quantkit.model.gguf_names import (
+    CONFIG_TENSORS,
+    deinterleave,
+    file_order,
+    is_transposed,
+    norm_offset,
+    rotary_heads,
+    to_hf,
+)
 from quantkit.model.gguf_tokenizer import write_tokenizer_files
 from quantkit.model.source import Source
 
@@ -90,7 +98,8 @@ class GGUFSource(Source):
         return self._infos[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.info(name).shape
+        shape = self.info(name).shape
+        return shape[::-1] if is_transposed(name, len(shape), self.family) else shape
 
     def dtype(self, name: str) -> torch.dtype:
         info = self.info(name)
@@ -106,6 +115,8 @@ class GGUFSource(Source):
         """The tensor as float32, in Hugging Face row order."""
         values = self._ordered(name, self.file.decoded(self.info(name).name))
         offset = norm_offset(name, self.family)
+        if is_transposed(name, values.dim(), self.family):
+            return values.T.contiguous()
         return values - offset if offset else values
 
     def read(self, name: str) -> Tensor:

@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         tie_word_embeddings=True,
     ),
     "phi3": dict(sliding_window=None, original_max_position_embeddings=256),
+    "gpt2": dict(n_embd=64, n_layer=3, n_head=4, n_positions=256),
 }
 """What differs from the sizes above; the models' own defaults where nothing is said."""
 
@@ -68,7 +69,8 @@ def write_family(folder: Path, kind: str, tokenizer_from: Path, **changes: objec
     config = AutoConfig.for_model(kind, **(SIZES | SETTINGS[kind] | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
-        centre = 1.0 if "norm" in name and name.endswith("weight") and kind not in HALVES else 0.0
+        gain = name.endswith("weight") and ("norm" in name or ".ln_" in name)
+        centre = 1.0 if gain and kind not in HALVES else 0.0
         parameter.data.normal_(centre, 0.08)
         parameter.data.copy_(parameter.data.half().float())
     model.save_pretrained(folder)

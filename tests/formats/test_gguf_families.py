@@ -105,6 +105,9 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2-yarn": ("qwen2", dict(rope_parameters=YARN)),
     "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen3-linear": ("qwen3", dict(rope_parameters=LINEAR)),
+    "gemma2-window": ("gemma2", dict(sliding_window=24)),
+    "gemma2-caps": ("gemma2", dict(attn_logit_softcapping=1.0)),
+    "gemma3-window": ("gemma3_text", dict(sliding_window=24)),
     "gemma2-linear": ("gemma2", dict(rope_parameters=LINEAR)),
     "gemma2-period": ("gemma2", dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"])),
     "gemma3-linear": (
@@ -125,6 +128,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "phi3-longrope-beyond": ("phi3", LONGROPE | dict(original_max_position_embeddings=32)),
     "phi3-partial": ("phi3", dict(partial_rotary_factor=0.5)),
     "phi3-tied": ("phi3", dict(tie_word_embeddings=True)),
+    "gpt2-narrow": ("gpt2", dict(n_inner=96)),
+    "gpt2-untied": ("gpt2", dict(tie_word_embeddings=False)),
     "gemma3-untied": ("gemma3_text", dict(tie_word_embeddings=False)),
 }
 
@@ -155,7 +160,7 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
         "rope_type: llama3 cannot be written .* Qwen2ForCausal",
     ),
     "part rotated": ("llama", dict(rope_parameters=LINEAR | dict(partial_rotary_factor=0.5)), "8 of 16 channels"),
-    "biases": ("qwen3", dict(attention_bias=True), "attention_bias: True; llama.cpp computes without"),
+    "biases": ("qwen3", dict(attention_bias=True), "attention_bias: True; llama.cpp computes False"),
     "heads": ("qwen2", dict(head_dim=32), "4 heads of 32 channels"),
     "activation": ("llama", dict(hidden_act="gelu"), "hidden_act: gelu; llama.cpp computes silu"),
     "scale": ("gemma2", dict(query_pre_attn_scalar=64), "query_pre_attn_scalar: 64; llama.cpp computes 32"),
@@ -167,6 +172,12 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
         "layer_types: full_attention, sliding_attention",
     ),
     "longrope elsewhere": ("qwen2", LONGROPE, "rope_type: longrope cannot be written"),
+    "inverse scale": (
+        "gpt2",
+        dict(scale_attn_by_inverse_layer_idx=True),
+        "by_inverse_layer_idx: True; .* False for GPT2",
+    ),
+    "no scale": ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights: False; llama.cpp computes True"),
     "local scaling": (
         "gemma3_text",
         dict(rope_parameters=dict(sliding_attention=LINEAR)),
