@@ -16,6 +16,7 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.gguf_metadata import file_metadata, model_name
+from quantkit.formats.gguf_parity import put
 from quantkit.maths.ggml import FLOAT_TYPES, block_layout, encode, type_size
 from quantkit.model.blocks import architecture_of, is_buffer
 from quantkit.model.gguf_config import family_of_config, metadata_of_config
@@ -74,7 +75,7 @@ class GGUFWriter(Writer):
 
         writer = gguf.GGUFWriter(self.path, self.family.architecture)
         for key, value in metadata.items():
-            _put(writer, key, value)
+            put(writer, key, value)
         offset = 0
         for name, (stored_name, shape, type_name) in table.items():
             row_bytes = type_size(type_name, shape[-1])
@@ -168,20 +169,6 @@ def _types(source: Source, plans: list[LinearPlan], dtype: torch.dtype) -> dict[
         else:
             types[name] = _DTYPE_TYPES[dtype]
     return types
-
-
-def _put(writer: Any, key: str, value: Any) -> None:
-    """Enter a value as the type GGUF has for it: bool, uint32, float32, string, array."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 class GGUFArtifact(GGUFSource, ArtifactSource):

@@ -60,9 +60,10 @@ def quantize(weight: np.ndarray[Any, Any], type_number: int, row_bytes: int) -> 
 class Model:
     """A GGUF file that llama.cpp has loaded."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, vocab_only: bool = False):
         self.lib = library()
         params = self.lib.llama_model_default_params()
+        params.vocab_only = vocab_only
         params.use_extra_bufts = False  # weights are not repacked at load, which crashes on some processors
         self.model = self.lib.llama_model_load_from_file(str(path).encode(), params)
         assert self.model, f"llama.cpp does not load {path}: {self.lib.said[-3:]}"
