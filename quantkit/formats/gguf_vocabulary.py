@@ -50,7 +50,10 @@ def tokenizer_metadata(
     tokenizer.no_padding()
     spec = json.loads(tokenizer.to_str())
     if spec["model"]["type"] != "BPE":
-        raise ModelError(f"{path}: model type {spec['model']['type']} has no GGUF converter here; expected BPE")
+        raise ModelError(
+            f"{path}: model type {spec['model']['type']} has no GGUF converter here; expected BPE",
+            hint="llama.cpp reads Unigram without its fallback to bytes: line ends and rare letters would be lost",
+        )
     settings = _read_json(folder / "tokenizer_config.json")
     byte_level = "ByteLevel" in json.dumps(spec["pre_tokenizer"])
     values = _byte_level_keys(spec, path) if byte_level else _sentencepiece_keys(spec, tokenizer, folder)

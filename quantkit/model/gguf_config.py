@@ -65,6 +65,10 @@ def config_of_file(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
             continue
         found = need(key.gguf, key.default(config) if key.default else None)
         config[key.hf] = int(found) if key.kind is int else shortest(found)
+    for name, expected in family.fixed.items():
+        full = f"{family.architecture}.{name}"
+        if expected is None and values.get(full):
+            raise ModelError(f"{file.path}: {full}: {values[full]}; expected a model without it")
     if "token_embd.weight" not in file.tensors:
         raise ModelError(f"{file.path}: the tensor token_embd.weight is missing; expected a whole language model")
     channels = int(need("attention.key_length", head_dim(config)))

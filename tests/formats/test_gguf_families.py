@@ -216,3 +216,16 @@ def test_a_window_that_llama_cpp_does_not_know_bounds_the_context() -> None:
     assert metadata_of_config(family_config("qwen2", **windows, max_window_layers=1))["context_length"] == 64
     assert metadata_of_config(family_config("qwen2", **windows, max_window_layers=3))["context_length"] == 256
     assert metadata_of_config(family_config("gemma2"))["context_length"] == 256
+
+
+def test_a_file_that_sets_what_its_family_lacks_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    source = MemorySource(write_family(tmp_path / "model", "gemma3_text", tiny_llama))
+    path = _written(source, tmp_path / "out", "f32")
+    data = path.read_bytes()
+    name, other = b"gemma3.attention.value_length", b"gemma3.final_logit_softcapping"
+    assert data.count(name) == 1
+    at = data.index(name)
+    changed = data[: at - 8] + len(other).to_bytes(8, "little") + other + data[at + len(name) :]
+    path.write_bytes(changed)
+    with pytest.raises(ModelError, match=r"gemma3\.final_logit_softcapping: 32; expected a model without it"):
+        GGUFSource(path)

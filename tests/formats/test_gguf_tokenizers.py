@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 
 from fakes.vocabularies import write_byte_level, write_sentencepiece
 from oracles import llama_cpp
@@ -163,3 +163,10 @@ def test_a_user_defined_token_is_found_in_text(folders: dict[str, Path], tmp_pat
     values = tokenizer_metadata(tmp_path, {}, ROWS)
     assert values["tokenizer.ggml.token_type"][1200] == 4
     assert build_tokenizer(values, "v").encode("x<tool>y").ids == tokenizer.encode("x<tool>y").ids
+
+
+def test_unigram_is_refused(tmp_path: Path) -> None:
+    Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match="model type Unigram has no GGUF converter here; expected BPE") as caught:
+        tokenizer_metadata(tmp_path, {}, ROWS)
+    assert "without its fallback to bytes" in str(caught.value.hint)
