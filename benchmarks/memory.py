@@ -27,9 +27,11 @@ PLAIN = "gptq-4bit-g64-plain"  # takes the same memory in less time
 BARE = """
 import sys, torch
 import quantkit.pipeline, quantkit.jobs, quantkit.maths.kernels
+from quantkit.device import arithmetic
 from quantkit.model.forward import BlockRunner
 from quantkit.model.reader import open_source
-BlockRunner(open_source(sys.argv[1]), torch.device("cpu"), torch.float32)
+cpu = torch.device("cpu")
+BlockRunner(open_source(sys.argv[1]), cpu, arithmetic(cpu, torch.float32))
 """
 
 

@@ -143,7 +143,7 @@ def run_passes(
         plans = plan_linears(recipe, source)
         try:
             check_plans(label, recipe, source, plans)
-            importance = given_importance(label, plans)
+            importance = given_importance(label, source, plans)
         except RecipeError as error:
             problems.append(error)
             continue

@@ -256,20 +256,21 @@ def _quantize_staged(
             works.append(method.begin(given))
         else:
             results.append(method.quantize_block(given, {}))
-            now |= {f"{name}.weight": made.dequantize() for name, made in results[-1].quantized.items()}
+            made = results[-1].quantized
+            now |= {f"{name}.weight": block.oriented(tensor.dequantize()) for name, tensor in made.items()}
     if any(work.steps.exponents for work in works):
         runner.assign(module, block, now)
         seen = runner.statistics(module, block, hidden.copy(every=_every(hidden)), advance=False)
         for work in works:
             work.fold(seen)
-            now |= {f"{name}.weight": weight for name, weight in work.weights.items()} | work.replaced
+            now |= {f"{name}.weight": block.oriented(weight) for name, weight in work.weights.items()} | work.replaced
 
     def rounder(group: LinearGroup, seen: InputStatistics) -> dict[str, Tensor]:
         done: dict[str, Tensor] = {}
         for work in works:
             if work.ours(group):
                 done |= work.round(group, seen.gram)
-        return {f"{name}.weight": weight for name, weight in done.items()}
+        return {f"{name}.weight": block.oriented(weight) for name, weight in done.items()}
 
     runner.assign(module, block, now)
     keep = runner.kept_bytes(block, hidden) < run.memory.room_bytes(runner.device)
@@ -292,7 +293,7 @@ def _shares(state: _State, block: Block, tensors: Mapping[str, Tensor]) -> Itera
             by_method.setdefault(state.methods[linear], []).append(linear)
     others = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in state.methods}
     for method, linears in by_method.items():
-        weights = {linear: tensors[f"{linear}.weight"] for linear in linears}
+        weights = {linear: block.oriented(tensors[f"{linear}.weight"]) for linear in linears}
         layout = state.layout
         yield method, BlockWeights(block, weights, others, layout.norm_offset, layout.head_dim, state.job.importance)
 
@@ -315,7 +316,7 @@ def _finish_block(state: _State, block: Block, tensors: Mapping[str, Tensor], me
     for name, tensor in tensors.items():
         linear = name.removesuffix(".weight")
         if name.endswith(".weight") and linear in merged.quantized:
-            _write_quantized(state, linear, tensor, merged)
+            _write_quantized(state, linear, block.oriented(tensor), merged)
         else:
             stored = _store(state, name, merged.replaced.get(name, tensor))
             if name.endswith(".weight") and linear in block.linears:

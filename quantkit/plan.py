@@ -10,7 +10,8 @@ from quantkit.formats.base import LinearPlan
 from quantkit.formats.imatrix import read_imatrix
 from quantkit.maths.gram import Importance
 from quantkit.methods.base import Method
-from quantkit.model.blocks import architecture_of, blocks_of
+from quantkit.model.blocks import architecture_of, blocks_of, linear_shape
+from quantkit.model.gguf_config import family_of_config
 from quantkit.model.gguf_names import to_gguf
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
@@ -25,7 +26,7 @@ def plan_linears(recipe: Recipe, source: Source) -> list[LinearPlan]:
     plans = []
     for block in blocks_of(source):
         for linear in block.linears:
-            out_features, in_features = source.shape(f"{linear}.weight")
+            out_features, in_features = linear_shape(source, linear)
             plans.append(LinearPlan(linear, out_features, in_features, _placed(recipe, linear, source)))
     head = architecture_of(source.config).head
     if not source.tied_head:
@@ -42,6 +43,12 @@ def _placed(recipe: Recipe, linear: str, source: Source) -> Method | None:
 def check_plans(label: str, recipe: Recipe, source: Source, plans: Sequence[LinearPlan]) -> None:
     """Refuse a recipe that does not fit the model, all offending layers at once. Raises RecipeError."""
     problems = []
+    if architecture_of(source.config).transposed and recipe.resolved_format.name != "gguf":
+        raise RecipeError(
+            f"{label}: format {recipe.resolved_format.name}: {source.config['architectures'][0]} keeps its linears as "
+            "Conv1D, which only GGUF stores here",
+            hint="take a recipe with method ggml",
+        )
     for plan in plans:
         if plan.method is None:
             continue
@@ -77,7 +84,7 @@ def _fitting_hint(method: Method, plans: Sequence[LinearPlan]) -> str:
     return f"a group size of {shown} fits every layer: --set method.group_size={fitting[0]}"
 
 
-def given_importance(label: str, plans: Sequence[LinearPlan]) -> dict[str, Importance]:
+def given_importance(label: str, source: Source, plans: Sequence[LinearPlan]) -> dict[str, Importance]:
     """{linear: importance of its columns} from the imatrix file that a recipe names. Raises RecipeError, ModelError.
 
     Linears that the file does not know are left out. Empty when no file is named.
@@ -87,7 +94,8 @@ def given_importance(label: str, plans: Sequence[LinearPlan]) -> dict[str, Impor
     problems = []
     for path in {plan.method.importance for plan in named.values() if plan.method is not None}:
         matrix = read_imatrix(Path(path))
-        known = {name: matrix.entries.get(to_gguf(f"{name}.weight") or "") for name in named}
+        family = family_of_config(source.config)
+        known = {name: matrix.entries.get(to_gguf(f"{name}.weight", family) or "") for name in named}
         if not any(known.values()):
             problems.append(f"{label}: method.importance: {path} knows none of the model's tensors")
         for name, entry in known.items():

@@ -19,6 +19,7 @@ from quantkit.maths.gram import GramAccumulator
 from quantkit.methods.ggml_mixes import MIXES
 from quantkit.model.blocks import blocks_of
 from quantkit.model.calibration import load_calibration
+from quantkit.model.gguf_config import family_of_config
 from quantkit.model.gguf_names import interleave, rotary_heads, to_gguf
 from quantkit.model.gguf_source import GGUFSource
 from quantkit.model.reader import open_source
@@ -145,6 +146,7 @@ def test_importance_is_the_mean_square_of_the_inputs(wide_llama: Path, tmp_path:
     matrix = read_imatrix(tmp_path / "out" / "wide.imatrix")
     assert (matrix.datasets, matrix.chunks, matrix.chunk_size, len(matrix.entries)) == (("pydoc",), 6, 64, 56)
     source = open_source(str(wide_llama))
+    family = family_of_config(source.config)
     recipe = load_recipe("gguf-q4_k_m", SMALL)
     from transformers import AutoModelForCausalLM
 
@@ -159,7 +161,7 @@ def test_importance_is_the_mean_square_of_the_inputs(wide_llama: Path, tmp_path:
         whole(load_calibration(recipe.calibration, wide_llama).ids)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     for linear, accumulator in seen.items():
-        name = to_gguf(f"{linear}.weight")
+        name = to_gguf(f"{linear}.weight", family)
         assert name is not None
         entry = matrix.entries[name]
         assert entry.count == 6 * 64

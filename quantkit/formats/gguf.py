@@ -15,12 +15,12 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.gguf_metadata import file_metadata, model_name
+from quantkit.formats.gguf_parity import put
 from quantkit.formats.gguf_types import (
     DTYPE_TYPES,
     embedding_method,
     file_type_of,
     imatrix_metadata,
-    is_buffer,
     substitutes_of,
     tensor_types,
     written_names,
@@ -28,10 +28,12 @@ from quantkit.formats.gguf_types import (
 from quantkit.formats.imatrix import Imatrix, write_imatrix
 from quantkit.maths.ggml import FLOAT_TYPES, block_layout, encode, type_size
 from quantkit.maths.gram import Importance
-from quantkit.model.blocks import architecture_of, head_dim
-from quantkit.model.gguf_config import family_of_config, llama3_factors, metadata_of_config, rope_parameters
+from quantkit.model.blocks import architecture_of, is_buffer
+from quantkit.model.gguf_config import family_of_config, metadata_of_config
+from quantkit.model.gguf_families import Family
 from quantkit.model.gguf_file import DEFAULT_ALIGNMENT, MAGIC, TensorInfo
-from quantkit.model.gguf_names import ROPE_FACTORS, interleave, rotary_heads, to_gguf
+from quantkit.model.gguf_names import interleave, is_transposed, norm_offset, rotary_heads, to_gguf
+from quantkit.model.gguf_rope import rope_tensors
 from quantkit.model.gguf_source import GGUFSource
 from quantkit.model.source import Source
 from quantkit.tensors import BlockTensor, QuantizedTensor
@@ -56,21 +58,20 @@ class GGUFWriter(Writer):
         self._weighing: dict[str, Importance] = {}
         self._weighed_by = [plan.method for plan in plans if plan.method is not None and plan.method.calibrated]
         metadata |= imatrix_metadata(source, plans, self._matrix_path.name)
-        factors = self._rope_factors()
-        table = {name: (_gguf_name(name), source.shape(name), types[name]) for name in written_names(source)}
-        if factors is not None:
-            table[ROPE_FACTORS] = (ROPE_FACTORS, tuple(factors.shape), "F32")
+        table = {
+            name: (_gguf_name(name, self.family), self._stored_shape(name, source.shape(name)), types[name])
+            for name in written_names(source)
+        }
+        factors = rope_tensors(source.config)
+        table |= {name: (name, tuple(values.shape), "F32") for name, values in factors.items()}
         self._places: dict[str, TensorInfo] = {}
         self._file = self._begin(table, metadata)
         self._missing = set(table)
-        if factors is not None:
-            self._write(ROPE_FACTORS, factors)
+        for name, values in factors.items():
+            self._write(name, values)
 
-    def _rope_factors(self) -> Tensor | None:
-        rope, channels = rope_parameters(self.config), head_dim(self.config)
-        if rope["rope_type"] != "llama3" or channels is None:
-            return None
-        return llama3_factors(rope, channels)
+    def _stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1] if is_transposed(name, len(shape), self.family) else shape
 
     def _begin(self, table: dict[str, tuple[str, tuple[int, ...], str]], metadata: dict[str, Any]) -> BinaryIO:
         """Header, metadata and tensor table; the file, as long as it will be at the end."""
@@ -79,7 +80,7 @@ class GGUFWriter(Writer):
 
         writer = gguf.GGUFWriter(self.path, self.family.architecture)
         for key, value in metadata.items():
-            _put(writer, key, value)
+            put(writer, key, value)
         offset = 0
         for name, (stored_name, shape, type_name) in table.items():
             row_bytes = type_size(type_name, shape[-1])
@@ -117,6 +118,11 @@ class GGUFWriter(Writer):
         heads = rotary_heads(name, self.config) if self.family.interleaved else None
         if heads is not None:
             rows = rows[interleave(heads, rows.shape[0])]
+        offset = norm_offset(name, self.family)
+        if offset:
+            rows = rows.float() + offset
+        if isinstance(value, Tensor) and is_transposed(name, value.dim(), self.family):
+            rows = rows.T
         self._file.seek(self._base + place.start)
         if isinstance(value, BlockTensor):
             self._file.write(rows.contiguous().numpy().data)
@@ -146,24 +152,10 @@ class GGUFWriter(Writer):
         return [self.path, self._matrix_path]
 
 
-def _gguf_name(name: str) -> str:
-    found = to_gguf(name)
+def _gguf_name(name: str, family: Family) -> str:
+    found = to_gguf(name, family)
     assert found is not None, f"{name} has no GGUF name: misfits() reports it"
     return found
-
-
-def _put(writer: Any, key: str, value: Any) -> None:
-    """Enter a value as the type GGUF has for it: bool, uint32, float32, string, array."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 class GGUFArtifact(GGUFSource, ArtifactSource):
@@ -213,7 +205,8 @@ class GGUF(Format):
             metadata_of_config(source.config)
         except ModelError as error:
             return [error.message]
-        unknown = [name for name in written_names(source) if to_gguf(name) is None]
+        family = family_of_config(source.config)
+        unknown = [name for name in written_names(source) if to_gguf(name, family) is None]
         problems += [f"{name}: has no name in GGUF for {source.config['architectures'][0]}" for name in unknown]
         embedding = f"{architecture_of(source.config).embedding}.weight"
         methods = [plan.method for plan in plans if plan.method is not None]

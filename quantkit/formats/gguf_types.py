@@ -13,23 +13,20 @@ from quantkit.formats.imatrix import read_imatrix
 from quantkit.manifest import TensorRecord
 from quantkit.maths.ggml import type_size
 from quantkit.methods.ggml_mixes import misfit_reason
-from quantkit.model.blocks import architecture_of
+from quantkit.model.blocks import architecture_of, is_buffer, linear_shape
+from quantkit.model.gguf_config import family_of_config
 from quantkit.model.gguf_names import file_order
 from quantkit.model.source import Source
 
 DTYPE_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-def is_buffer(name: str) -> bool:
-    """Whether a tensor is a table that old checkpoints store and every reader computes."""
-    return name.endswith("rotary_emb.inv_freq")
-
-
 def written_names(source: Source) -> list[str]:
     """The tensors of a source that go into a file, in the order of the file; a tied head is not among them."""
     head = f"{architecture_of(source.config).head}.weight"
     names = [name for name in source.names() if not is_buffer(name) and not (name == head and source.tied_head)]
-    return sorted(names, key=file_order)
+    family = family_of_config(source.config)
+    return sorted(names, key=lambda name: file_order(name, family))
 
 
 def file_type_of(plans: list[LinearPlan]) -> str | None:
@@ -47,15 +44,17 @@ def embedding_method(plans: list[LinearPlan]) -> Any | None:
 
 
 def tensor_types(source: Source, plans: list[LinearPlan], dtype: torch.dtype) -> dict[str, str]:
-    """ggml's type for every tensor that is written: what was planned, F32 for vectors, `dtype` for the rest."""
+    """ggml's type for every tensor that is written: what was planned, F32 for vectors and learned positions,
+    which are added as they are, `dtype` for the rest."""
     planned = {f"{plan.name}.weight": plan.method for plan in plans if plan.method is not None}
-    embedding = f"{architecture_of(source.config).embedding}.weight"
+    architecture = architecture_of(source.config)
+    embedding, positions = f"{architecture.embedding}.weight", f"{architecture.positions}.weight"
     main = embedding_method(plans)
     types = {}
     for name in written_names(source):
         if name in planned:
-            types[name] = planned[name].type_for(source.shape(name)[1])
-        elif len(source.shape(name)) == 1:
+            types[name] = planned[name].type_for(linear_shape(source, name.removesuffix(".weight"))[1])
+        elif len(source.shape(name)) == 1 or name == positions:
             types[name] = "F32"
         elif name == embedding and main is not None:
             types[name] = main.embedding_types(source, name)[1]

@@ -50,17 +50,20 @@ class InputStatistics:
     """What is known of the inputs of a linear.
 
     gram: float32 [in, in], the sum of x^T x over all tokens. mean_abs: float32 [in], the mean of |x| over tokens.
-    tokens: how many rows were seen.
+    tokens: how many rows were seen. squares: float32 [in], the sum of x^2 where it is known better than by the diagonal
+    of the Gram matrix.
     """
 
     gram: Tensor
     mean_abs: Tensor
     tokens: int
+    squares: Tensor | None = None
 
     @property
     def importance(self) -> Importance:
-        """The diagonal of the Gram matrix: sums of squares over tokens."""
-        return Importance(self.gram.diagonal().contiguous(), self.tokens)
+        """Sums of squares over tokens."""
+        squares = self.gram.diagonal().contiguous() if self.squares is None else self.squares
+        return Importance(squares, self.tokens)
 
 
 def strip_width(columns: int) -> int:
@@ -84,6 +87,7 @@ class GramAccumulator:
         self.sum_abs = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.tokens = 0
         self._eight_bit = eight_bit and in_features >= EIGHT_BIT_COLUMNS
+        self._squares = torch.zeros_like(self.sum_abs) if self._eight_bit else None
         self._waiting: list[Tensor] = []
 
     def add(self, inputs: Tensor) -> None:
@@ -115,7 +119,9 @@ class GramAccumulator:
         for round_ in range(FAR_ROUNDS):
             column_sums(rows.numpy(), far.numpy(), SUM_TOKENS, parts.numpy())
             if not round_:
+                assert self._squares is not None
                 self.sum_abs += parts[:, 0].sum(dim=0)
+                self._squares += parts[:, 1].sum(dim=0)
             reach = REACH * (parts[:, 1].sum(dim=0) / max(near, 1)).sqrt()
             scale = torch.minimum(reach, parts[:, 2].amax(dim=0)) / 127
             inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
@@ -143,4 +149,4 @@ class GramAccumulator:
         width = strip_width(len(self.gram))
         for start in range(width, len(self.gram), width):
             self.gram[start:, start - width : start] = self.gram[start - width : start, start:].T
-        return InputStatistics(self.gram, self.sum_abs / max(self.tokens, 1), self.tokens)
+        return InputStatistics(self.gram, self.sum_abs / max(self.tokens, 1), self.tokens, self._squares)

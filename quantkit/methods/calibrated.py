@@ -230,6 +230,8 @@ class CalibratedBlock:
         assert gain is not None
         offset, half = self.given.norm_offset, torch.finfo(torch.float16)
         after = ((gain + offset) / scale - offset).abs()
+        if offset:  # a small gain beside it loses nothing that counts
+            return not bool((after > half.max).any())
         lost = (after < half.tiny) & (gain.abs() >= half.tiny)
         return not bool(((after > half.max) | lost).any())
 

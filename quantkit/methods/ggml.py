@@ -16,6 +16,8 @@ from quantkit.maths.ggml import SEARCHED, WEIGHTED, block_layout, encode, type_s
 from quantkit.maths.gram import Importance, InputStatistics
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite
 from quantkit.methods.ggml_mixes import MIXES, Facts, fitted, misfit_reason, type_of
+from quantkit.model.blocks import linear_shape
+from quantkit.model.gguf_config import family_of_config
 from quantkit.model.gguf_names import to_gguf
 from quantkit.model.source import Source
 from quantkit.tensors import BlockTensor
@@ -84,9 +86,8 @@ class GGML(Method):
         return f"gguf {self.file_type}{' imatrix' if self.importance else ''}"
 
     def placed(self, linear: str, source: Source, calibration: CalibrationSection) -> Method:
-        wanted = type_of(
-            self.type, to_gguf(f"{linear}.weight") or "", source.shape(f"{linear}.weight")[1], self.facts(source)
-        )
+        name = to_gguf(f"{linear}.weight", family_of_config(source.config)) or ""
+        wanted = type_of(self.type, name, linear_shape(source, linear)[1], self.facts(source))
         chunks = calibration.sequences if self.calibrated else 0
         return PlacedGGML(**self.model_dump(), wanted_type=wanted, dataset=calibration.set, chunks=chunks)
 

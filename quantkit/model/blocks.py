@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from quantkit.errors import ModelError
 from quantkit.model.source import Source
 
@@ -37,6 +39,8 @@ class Architecture:
     norm_offset: float = 0.0  # Gemma multiplies by (1 + gain)
     trunk: str = "model"  # attribute of the transformers class that runs embedding and blocks
     layers: str = "model.layers"
+    positions: str | None = None  # learned embeddings of positions
+    transposed: bool = False  # the linears of the blocks are stored as [in, out], transformers' Conv1D
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Block:
     """One decoder block of one model: full tensor names.
 
     linears: full module names in order. groups: the linears by shared input, with full module names.
-    tensors: every stored tensor of the block.
+    tensors: every stored tensor of the block. transposed: its linears are stored as [in, out].
     """
 
     index: int
@@ -52,6 +56,11 @@ class Block:
     linears: tuple[str, ...]
     groups: tuple[LinearGroup, ...]
     tensors: tuple[str, ...]
+    transposed: bool = False
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """The weight of a linear as [out, in] from what is stored, and the other way round."""
+        return weight.T.contiguous() if self.transposed else weight
 
 
 _LLAMA_GROUPS = (
@@ -61,13 +70,48 @@ _LLAMA_GROUPS = (
     LinearGroup(("mlp.down_proj",), "mlp.up_proj", "linear"),
 )
 
+_GEMMA_GROUPS = (
+    *_LLAMA_GROUPS[:2],
+    LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm", "norm"),
+    _LLAMA_GROUPS[3],
+)
+
+# fused projections are one linear each; nothing linear alone feeds o_proj and down_proj there
+_PHI3_GROUPS = (
+    LinearGroup(("self_attn.qkv_proj",), "input_layernorm", "norm"),
+    LinearGroup(("self_attn.o_proj",)),
+    LinearGroup(("mlp.gate_up_proj",), "post_attention_layernorm", "norm"),
+    LinearGroup(("mlp.down_proj",)),
+)
+
+_GPT2_GROUPS = (
+    LinearGroup(("attn.c_attn",), "ln_1", "norm"),
+    LinearGroup(("attn.c_proj",)),
+    LinearGroup(("mlp.c_fc",), "ln_2", "norm"),
+    LinearGroup(("mlp.c_proj",)),
+)
+
 _LLAMA = Architecture(block_prefix="model.layers.{index}.", groups=_LLAMA_GROUPS)
+_GEMMA = Architecture(block_prefix="model.layers.{index}.", groups=_GEMMA_GROUPS, norm_offset=1.0)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _LLAMA,  # its q and k norms act per head after the projection: nothing to fold there
+    "Gemma2ForCausalLM": _GEMMA,
+    "Gemma3ForCausalLM": _GEMMA,
+    "Phi3ForCausalLM": Architecture(block_prefix="model.layers.{index}.", groups=_PHI3_GROUPS),
+    "GPT2LMHeadModel": Architecture(
+        block_prefix="transformer.h.{index}.",
+        groups=_GPT2_GROUPS,
+        embedding="transformer.wte",
+        final_norm="transformer.ln_f",
+        trunk="transformer",
+        layers="transformer.h",
+        positions="transformer.wpe",
+        transposed=True,
+    ),
 }
 
 
@@ -87,9 +131,22 @@ def head_dim(config: dict[str, Any]) -> int | None:
     """Channels of one attention head, None when the config does not tell."""
     if config.get("head_dim"):
         return int(config["head_dim"])
-    if config.get("hidden_size") and config.get("num_attention_heads"):
-        return int(config["hidden_size"]) // int(config["num_attention_heads"])
+    for width, heads in (("hidden_size", "num_attention_heads"), ("n_embd", "n_head")):
+        if config.get(width) and config.get(heads):
+            return int(config[width]) // int(config[heads])
     return None
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is a table that old checkpoints store and every reader computes: rotary frequencies, masks."""
+    return re.search(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$", name) is not None
+
+
+def linear_shape(source: Source, linear: str) -> tuple[int, int]:
+    """(out_features, in_features) of a linear by its module name, however it is stored."""
+    rows, columns = source.shape(f"{linear}.weight")
+    architecture = architecture_of(source.config)
+    return (columns, rows) if architecture.transposed and linear != architecture.head else (rows, columns)
 
 
 def blocks_of(source: Source) -> list[Block]:
@@ -103,7 +160,7 @@ def blocks_of(source: Source) -> list[Block]:
         found = pattern.match(name)
         if found:
             by_prefix.setdefault(int(found.group(1)), []).append(name)
-    count = int(source.config.get("num_hidden_layers", len(by_prefix)))
+    count = int(source.config.get("num_hidden_layers") or source.config.get("n_layer") or len(by_prefix))
     blocks, missing = [], []
     for index in range(count):
         prefix = architecture.block_prefix.format(index=index)
@@ -119,7 +176,7 @@ def blocks_of(source: Source) -> list[Block]:
         tensors = tuple(sorted(by_prefix.get(index, ())))
         present = set(tensors)
         missing += [f"{linear}.weight" for linear in linears if f"{linear}.weight" not in present]
-        blocks.append(Block(index, prefix, linears, groups, tensors))
+        blocks.append(Block(index, prefix, linears, groups, tensors, architecture.transposed))
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise ModelError(

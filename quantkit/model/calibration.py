@@ -39,6 +39,9 @@ __all__ = [
 PACKING_VERSION = 1
 """Raised when the same texts become other ids, so that what the cache holds is made again."""
 
+_NOT_OF_THE_IDS = {"precision"}
+"""Keys of the calibration section that say nothing of the token ids."""
+
 MAX_IDS_BYTES = 1_000_000_000  # 60 million tokens as text
 
 
@@ -112,7 +115,7 @@ def build(
     document = {
         "set": made.name,
         "part": made.part,
-        "section": section.model_dump(mode="json"),
+        "section": section.model_dump(mode="json", exclude=_NOT_OF_THE_IDS),
         "definition": made.definition,
         "tokenizer_sha256": made.tokenizer_sha256,
         "fingerprint": made.fingerprint,
@@ -152,7 +155,7 @@ def _cache_path(source: CalibrationSource, section: CalibrationSection, tokenize
         "definition": source.definition.model_dump(mode="json"),
         "content": content,
         "tokenizer": tokenizer_hash,
-        "section": section.model_dump(mode="json", exclude={"set", "precision"}),
+        "section": section.model_dump(mode="json", exclude={"set", *_NOT_OF_THE_IDS}),
         "part": part,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

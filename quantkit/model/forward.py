@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
 from quantkit.maths.gram import GramAccumulator, InputStatistics
-from quantkit.model.blocks import Block, LinearGroup, architecture_of
+from quantkit.model.blocks import Block, LinearGroup, architecture_of, linear_shape
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.source import Source
 
@@ -35,11 +35,11 @@ class _Recorder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert not args, "transformers calls blocks with keywords"
-        self.kwargs = kwargs
+        self.args, self.kwargs = args, kwargs
         return hidden
 
 
@@ -65,7 +65,7 @@ class BlockRunner:
         self.model.eval()
         self.trunk = self.model.get_submodule(self.architecture.trunk)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]
-        self._kwargs: list[dict[str, Any]] = []
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def embed(self, ids: Tensor, spill: Path | None = None) -> HiddenStates:
         """Hidden states before the first block, [sequences, length, hidden], for ids int64 [sequences, length].
@@ -79,6 +79,7 @@ class BlockRunner:
         norm_name = self.architecture.final_norm.removeprefix(f"{self.architecture.trunk}.")
         norm = self.trunk.get_submodule(norm_name)
         meta = embedding.weight
+        self._load_positions()
         used, places = ids.unique(return_inverse=True)
         table = self.source.read(f"{self.architecture.embedding}.weight")[used]
         hidden = HiddenStates((*ids.shape, table.shape[1]), self.dtype, spill)
@@ -96,10 +97,18 @@ class BlockRunner:
                 self.layers[position] = block
             setattr(self.trunk, norm_name, norm)
             embedding.weight = meta
-        self._kwargs = [
-            {key: _for_any_batch(value) for key, value in recorder.kwargs.items()} for recorder in recorders
+        self._arguments = [
+            (_for_any_batch(recorder.args), {key: _for_any_batch(value) for key, value in recorder.kwargs.items()})
+            for recorder in recorders
         ]
         return hidden
+
+    def _load_positions(self) -> None:
+        """Give learned positions, which stand beside the embedding, their weights; they stay."""
+        name = self.architecture.positions
+        if name is not None:
+            values = self.source.read(f"{name}.weight").to(self.device, self.dtype)
+            self.model.get_submodule(name).weight = nn.Parameter(values, requires_grad=False)
 
     @contextmanager
     def loaded(self, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
@@ -203,7 +212,7 @@ class BlockRunner:
     def kept_bytes(self, block: Block, hidden: HiddenStates) -> int:
         """What `staged` holds at most with keep: for each token its input, the states behind attention, the norm's
         output and the widest input of a linear."""
-        widest = max(self.source.shape(f"{linear}.weight")[1] for linear in block.linears)
+        widest = max(linear_shape(self.source, linear)[1] for linear in block.linears)
         return hidden.nbytes // hidden.shape[2] * (3 * hidden.shape[2] + widest)
 
     def _round_group(
@@ -231,7 +240,7 @@ class BlockRunner:
                 yield seen.pop()
 
     def _accumulator(self, group: LinearGroup) -> GramAccumulator:
-        columns = self.source.shape(f"{group.linears[0]}.weight")[1]
+        columns = linear_shape(self.source, group.linears[0])[1]
         return GramAccumulator(columns, self.device, eight_bit=self.arithmetic.eight_bit_gram)
 
     def _batches(self, hidden: HiddenStates) -> Iterator[slice]:
@@ -241,8 +250,9 @@ class BlockRunner:
 
     def _call(self, module: nn.Module, block: Block, rows: Tensor) -> Tensor:
         """A block's outputs on the CPU for a batch of its inputs."""
+        args, kwargs = self._arguments[block.index]
         with torch.inference_mode(), self._mixed():
-            output = module(rows.to(self.device), **self._kwargs[block.index])
+            output = module(rows.to(self.device), *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result.cpu()
 

@@ -1,100 +1,65 @@
-"""What GGUF calls things: tensors, architectures and the order of rotary rows, as data both ways."""
+"""What GGUF calls tensors and how it lays them out, both ways, by the table of families."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkit.model.blocks import head_dim
-
-_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-_INSIDE = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-_OUTSIDE_BACK = {gguf: hf for hf, gguf in _OUTSIDE.items()}
-_INSIDE_BACK = {gguf: hf for hf, gguf in _INSIDE.items()}
+from quantkit.model.gguf_families import Family
 
 ROPE_FACTORS = "rope_freqs.weight"
 """The divisors of the rotary frequencies that Llama 3 models store; part of the config, not a weight."""
 
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+"""Those of longrope, for texts beyond the length that the model was first trained on and up to it."""
 
-@dataclass(frozen=True)
-class Family:
-    """A GGUF architecture and the Hugging Face model it is.
-
-    interleaved: rotary pairs are neighbouring rows of the q and k projections (Hugging Face keeps halves), so those
-    rows are permuted in the file.
-    """
-
-    architecture: str
-    hf_class: str
-    model_type: str
-    interleaved: bool = False
-    attention_bias: bool | None = None  # None: the config tells
+CONFIG_TENSORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
-FAMILIES = (
-    Family("llama", "LlamaForCausalLM", "llama", interleaved=True),
-    Family("llama", "MistralForCausalLM", "mistral", interleaved=True, attention_bias=False),
-    Family("qwen2", "Qwen2ForCausalLM", "qwen2", attention_bias=True),
-    Family("qwen3", "Qwen3ForCausalLM", "qwen3"),
-)
-"""The first entry of an architecture is what a file of it is read as: a Mistral is a Llama in every computation."""
-
-
-def to_gguf(name: str) -> str | None:
+def to_gguf(name: str, family: Family) -> str | None:
     """The GGUF name of a Hugging Face tensor, None when there is none."""
     module, dot, part = name.rpartition(".")
     if not dot or part not in ("weight", "bias"):
         return None
-    if module in _OUTSIDE:
-        return f"{_OUTSIDE[module]}.{part}"
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-    if found and found.group(2) in _INSIDE:
-        return f"blk.{found.group(1)}.{_INSIDE[found.group(2)]}.{part}"
+    if module in family.names.outside:
+        return f"{family.names.outside[module]}.{part}"
+    found = re.fullmatch(re.escape(family.names.block) + r"\.(\d+)\.(.+)", module)
+    if found and found.group(2) in family.names.inside:
+        return f"blk.{found.group(1)}.{family.names.inside[found.group(2)]}.{part}"
     return None
 
 
-def to_hf(name: str) -> str | None:
+def to_hf(name: str, family: Family) -> str | None:
     """The Hugging Face name of a GGUF tensor, None when there is none."""
     module, dot, part = name.rpartition(".")
     if not dot or part not in ("weight", "bias"):
         return None
-    if module in _OUTSIDE_BACK:
-        return f"{_OUTSIDE_BACK[module]}.{part}"
+    for hf, gguf in family.names.outside.items():
+        if module == gguf:
+            return f"{hf}.{part}"
     found = re.fullmatch(r"blk\.(\d+)\.(.+)", module)
-    if found and found.group(2) in _INSIDE_BACK:
-        return f"model.layers.{found.group(1)}.{_INSIDE_BACK[found.group(2)]}.{part}"
+    if found:
+        for hf, gguf in family.names.inside.items():
+            if found.group(2) == gguf:
+                return f"{family.names.block}.{found.group(1)}.{hf}.{part}"
     return None
 
 
-def file_order(name: str) -> tuple[int, int, int, str]:
+def file_order(name: str, family: Family) -> tuple[int, int, int, str]:
     """A sort key for Hugging Face names: embedding, blocks in order, final norm, head; the same for every source."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    found = re.fullmatch(re.escape(family.names.block) + r"\.(\d+)\.(.+)\.(weight|bias)", name)
     if found:
-        places = list(_INSIDE)
-        place = places.index(found.group(2)) if found.group(2) in _INSIDE else len(places)
+        places = list(family.names.inside)
+        place = places.index(found.group(2)) if found.group(2) in places else len(places)
         return (1, int(found.group(1)), place, found.group(3))
-    places = list(_OUTSIDE)
+    places = list(family.names.outside)
     module = name.rpartition(".")[0]
-    place = places.index(module) if module in _OUTSIDE else len(places)
-    return (0 if place == 0 else 2, 0, place, name)
+    if module not in places:
+        return (2, 0, len(places), name)
+    return (0 if family.names.outside[module].endswith("embd") else 2, 0, places.index(module), name)
 
 
 def rotary_heads(name: str, config: dict[str, Any]) -> int | None:
@@ -120,8 +85,11 @@ def deinterleave(heads: int, rows: int) -> Tensor:
     return torch.argsort(interleave(heads, rows))
 
 
-def rope_dimensions(config: dict[str, Any]) -> int:
-    """Channels of a head that are rotated: all of them in every family of the table."""
-    dimensions = head_dim(config)
-    assert dimensions is not None, "the config of every family has its head sizes"
-    return dimensions
+def norm_offset(name: str, family: Family) -> float:
+    """What the file holds more than the Hugging Face tensor: 1 for the gains of Gemma, 0 else."""
+    return family.norm_offset if name.endswith("norm.weight") else 0.0
+
+
+def is_transposed(name: str, dimensions: int, family: Family) -> bool:
+    """Whether rows and columns of a Hugging Face tensor change places in the file."""
+    return family.transposed and dimensions == 2 and name.startswith(f"{family.names.block}.")

@@ -19,7 +19,15 @@ from quantkit.errors import ModelError
 from quantkit.maths.ggml import FLOAT_TYPES
 from quantkit.model.gguf_config import config_of_file, family_of_architecture
 from quantkit.model.gguf_file import GGUFFile, TensorInfo
-from quantkit.model.gguf_names import ROPE_FACTORS, deinterleave, file_order, rotary_heads, to_hf
+from quantkit.model.gguf_names import (
+    CONFIG_TENSORS,
+    deinterleave,
+    file_order,
+    is_transposed,
+    norm_offset,
+    rotary_heads,
+    to_hf,
+)
 from quantkit.model.gguf_tokenizer import write_tokenizer_files
 from quantkit.model.source import Source
 
@@ -49,7 +57,7 @@ class GGUFSource(Source):
             )
         self.family = family_of_architecture(self.file)
         self._infos = self._named_tensors()
-        self._names = sorted(self._infos, key=file_order)
+        self._names = sorted(self._infos, key=lambda name: file_order(name, self.family))
         types = self._linear_types()
         self.main_type = types.most_common(1)[0][0] if types else "F32"
         self._dtype = _FLOAT_DTYPES.get(self.main_type, torch.float16)
@@ -62,10 +70,10 @@ class GGUFSource(Source):
     def _named_tensors(self) -> dict[str, TensorInfo]:
         infos, unknown = {}, []
         for name, info in self.file.tensors.items():
-            hf_name = to_hf(name)
+            hf_name = to_hf(name, self.family)
             if hf_name is not None:
                 infos[hf_name] = info
-            elif name != ROPE_FACTORS:
+            elif name not in CONFIG_TENSORS:
                 unknown.append(name)
         if unknown:
             shown = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
@@ -90,7 +98,8 @@ class GGUFSource(Source):
         return self._infos[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.info(name).shape
+        shape = self.info(name).shape
+        return shape[::-1] if is_transposed(name, len(shape), self.family) else shape
 
     def dtype(self, name: str) -> torch.dtype:
         info = self.info(name)
@@ -104,7 +113,11 @@ class GGUFSource(Source):
 
     def decoded(self, name: str) -> Tensor:
         """The tensor as float32, in Hugging Face row order."""
-        return self._ordered(name, self.file.decoded(self.info(name).name))
+        values = self._ordered(name, self.file.decoded(self.info(name).name))
+        offset = norm_offset(name, self.family)
+        if is_transposed(name, values.dim(), self.family):
+            return values.T.contiguous()
+        return values - offset if offset else values
 
     def read(self, name: str) -> Tensor:
         values, dtype = self.decoded(name), self.dtype(name)
@@ -134,7 +147,7 @@ class GGUFSource(Source):
         parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
         try:
-            length = int(self.config["max_position_embeddings"])
+            length = int(self.config[self.family.context_key])
             write_tokenizer_files(self.file.metadata, partial, str(self.path), length)
             try:
                 os.rename(partial, folder)

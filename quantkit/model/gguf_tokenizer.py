@@ -19,10 +19,18 @@ from quantkit.errors import ModelError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """ggml's token types."""
 
+SPACE = "▁"
+"""How SentencePiece writes a space inside a piece; llama.cpp wants user-defined tokens with spaces instead."""
+
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _AFTER_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _AFTER_DIGITS
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _AFTER_DIGITS
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class PreTokenizer:
     """One way to cut text: `build` makes it; `aliases` are other names that llama.cpp treats alike.
 
     ignore_merges: a piece that is a token as a whole is taken without looking at merges. adds_bos: what holds when
-    the file does not say. nfc: the models' own tokenizers normalize text first (llama.cpp does not).
+    the file does not say. nfc: the models' own tokenizers normalize text first (llama.cpp does not). differs: what
+    llama.cpp cuts otherwise than the models' own tokenizers under this name, so that it is read but not written.
     """
 
     build: Callable[[], Any]
@@ -38,6 +47,7 @@ class PreTokenizer:
     ignore_merges: bool = False
     adds_bos: bool = False
     nfc: bool = False
+    differs: str = ""
 
 
 def _gpt2() -> Any:
@@ -60,6 +70,10 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "gpt-2": PreTokenizer(_gpt2, aliases=("mpt", "olmo", "jais", "phi-2")),
     "smollm": PreTokenizer(_digits_then_gpt2, aliases=("starcoder", "refact", "codeshell")),
     "llama-bpe": PreTokenizer(_split(_LLAMA3), aliases=("llama3", "llama-v3"), ignore_merges=True, adds_bos=True),
+    "dbrx": PreTokenizer(_split(_LLAMA3), aliases=("smaug-bpe",)),  # Phi-4 cuts so
+    "tekken": PreTokenizer(
+        _split(_TEKKEN), ignore_merges=True, differs="words with combining marks, as in Hindi or Thai"
+    ),
     "qwen2": PreTokenizer(_split(_QWEN2), nfc=True),
     "deepseek-r1-qwen": PreTokenizer(_split(_QWEN2)),
 }
@@ -170,7 +184,7 @@ def merges_of_scores(tokens: list[str], scores: list[float], types: list[int]) -
     numbers = {token: number for number, token in enumerate(tokens)}
     found: list[tuple[float, int, int, str, str]] = []
     for number, token in enumerate(tokens):
-        if types[number] not in (NORMAL, UNUSED):
+        if types[number] not in (NORMAL, USER_DEFINED, UNUSED):
             continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
@@ -245,7 +259,8 @@ def sentencepiece_model(metadata: dict[str, Any]) -> bytes:
     proto = empty_sentencepiece_model()
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     for token, score, kind in zip(tokens, scores, metadata["tokenizer.ggml.token_type"], strict=True):
-        proto.pieces.add(piece=token, score=score, type=kind)
+        piece = token.replace(" ", SPACE) if kind == USER_DEFINED else token
+        proto.pieces.add(piece=piece, score=score, type=kind)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(tokens)

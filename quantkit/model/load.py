@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from quantkit.errors import ModelError
-from quantkit.model.blocks import architecture_of
+from quantkit.model.blocks import architecture_of, is_buffer
 from quantkit.model.source import Source
 
 if TYPE_CHECKING:
@@ -65,9 +65,8 @@ def _check(source: Source, model: PreTrainedModel, wanted: dict[str, Any], store
     present = set(stored)
     buffers = {name for name, _ in model.named_buffers()}
     missing = [name for name in wanted if name not in present]
-    # old checkpoints store the rotary table of every layer, which the model computes
     known = {*wanted, *buffers}
-    unknown = [name for name in stored if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    unknown = [name for name in stored if name not in known and not is_buffer(name)]
     wrong = [
         f"{name} ({list(source.shape(name))} stored, {list(wanted[name].shape)} expected)"
         for name in stored

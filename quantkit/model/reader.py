@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Lock
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.manifest import MANIFEST_NAME, file_record
+from quantkit.model.blocks import ARCHITECTURES
 from quantkit.model.hub import HUB_ID, download_model
-from quantkit.model.safetensors_file import DTYPES, SafetensorsFile
+from quantkit.model.safetensors_file import DTYPES, Entry, SafetensorsFile
 from quantkit.model.source import Source
 
 WEIGHTS = "model.safetensors"
@@ -107,26 +108,32 @@ class SafetensorsSource(Source):
         self.commit = commit
         self.config = _config(folder)
         self._files = open_shards(folder)
+        self._stored_names = _full_names(self.config, self._files)
         self._lineage: dict[str, Any] | None = None
         self._hashing = Lock()
 
     def names(self) -> list[str]:
         """By shard, then in the order of the bytes: reading in this order is sequential."""
-        return list(self._files)
+        return list(self._stored_names)
 
-    def _file(self, name: str) -> SafetensorsFile:
-        if name not in self._files:
+    def _entry(self, name: str) -> Entry:
+        stored = self._stored_name(name)
+        return self._files[stored].entries[stored]
+
+    def _stored_name(self, name: str) -> str:
+        if name not in self._stored_names:
             raise ModelError(f"{self.path}: holds no tensor {name}")
-        return self._files[name]
+        return self._stored_names[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file(name).entries[name].shape
+        return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self._file(name).entries[name].dtype]
+        return DTYPES[self._entry(name).dtype]
 
     def read(self, name: str) -> Tensor:
-        return self._file(name).read(name)
+        stored = self._stored_name(name)
+        return self._files[stored].read(stored)
 
     def tokenizer_folder(self) -> Path:
         if not any((self.path / name).is_file() for name in TOKENIZER_FILES):
@@ -149,6 +156,17 @@ class SafetensorsSource(Source):
                     "files": weight_files(self.path, self._files),
                 }
             return self._lineage
+
+
+def _full_names(config: dict[str, Any], stored: Iterable[str]) -> dict[str, str]:
+    """Each tensor's name in the whole model and the stored one, which lacks the trunk's name where a checkpoint was
+    saved from the trunk alone, as that of GPT-2 was."""
+    names = list(stored)
+    for architecture in (ARCHITECTURES[name] for name in config.get("architectures") or () if name in ARCHITECTURES):
+        trunk = f"{architecture.trunk}."
+        if f"{architecture.embedding.removeprefix(trunk)}.weight" in names:
+            return {name if name.startswith(f"{architecture.head}.") else trunk + name: name for name in names}
+    return {name: name for name in names}
 
 
 def open_shards(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, SafetensorsFile]:

@@ -113,9 +113,17 @@ def _run(command: Sequence[str]) -> None:
     except subprocess.TimeoutExpired as error:
         raise EnvironmentFailed(f"installing was stopped after {INSTALL_TIMEOUT_S:.0f} s") from error
     if done.returncode:
-        lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines
-        raise EnvironmentFailed(errors[-1][:300] if errors else f"installing ended with code {done.returncode}")
+        raise EnvironmentFailed(
+            _what_failed(f"{done.stdout}\n{done.stderr}") or f"installing ended with code {done.returncode}"
+        )
+
+
+def _what_failed(printed: str) -> str:
+    """The line of pip's output that says most: its last error, but for the one that only points to a manual."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    telling = [line for line in errors if "ResolutionImpossible" not in line] or errors or lines
+    return telling[-1][:300] if telling else ""
 
 
 @contextmanager

@@ -60,6 +60,7 @@ def test_eight_bit_sums_keep_what_the_rounding_allows(tokens: int) -> None:
         assert error.max() < 0.01
     assert _asymmetry(seen.gram) < 1e-6
     torch.testing.assert_close(seen.mean_abs, inputs.abs().mean(dim=0))
+    torch.testing.assert_close(seen.importance.squares, inputs.square().sum(dim=0))
     assert seen.tokens == tokens
 
 

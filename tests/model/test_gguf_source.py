@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.errors import ModelError
-from quantkit.model.gguf_config import llama3_factors, rope_parameters
+from quantkit.model.gguf_families import FAMILIES
 from quantkit.model.gguf_names import deinterleave, interleave, to_gguf, to_hf
+from quantkit.model.gguf_rope import llama3_factors, rope_parameters
 from quantkit.model.gguf_source import GGUFSource
 from quantkit.model.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer, pre_tokenizer
 
@@ -226,10 +227,15 @@ def test_other_architectures_and_tensors_are_refused(tiny_llama: Path, tmp_path:
 
 
 def test_names_go_both_ways() -> None:
-    assert to_gguf("model.layers.7.self_attn.k_norm.weight") == "blk.7.attn_k_norm.weight"
-    assert to_hf("blk.12.attn_output.bias") == "model.layers.12.self_attn.o_proj.bias"
-    assert to_gguf("model.layers.0.self_attn.rotary_emb.inv_freq") is None
-    assert to_hf("blk.0.ffn_gate_exps.weight") is None
+    llama = FAMILIES[0]
+    assert to_gguf("model.layers.7.self_attn.k_norm.weight", llama) == "blk.7.attn_k_norm.weight"
+    assert to_hf("blk.12.attn_output.bias", llama) == "model.layers.12.self_attn.o_proj.bias"
+    assert to_gguf("model.layers.0.self_attn.rotary_emb.inv_freq", llama) is None
+    assert to_hf("blk.0.ffn_gate_exps.weight", llama) is None
+    for family in FAMILIES:
+        for inside in family.names.inside:
+            name = f"{family.names.block}.3.{inside}.weight"
+            assert to_hf(str(to_gguf(name, family)), family) == name
 
 
 def test_rotary_rows_alternate_in_the_file() -> None:

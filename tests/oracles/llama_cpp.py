@@ -11,16 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-PARAMS_BYTES = 512
-"""More than any of llama.cpp's parameter structs, which are only passed on: the callee reads its part of the copy."""
-
-
-class _Params(ctypes.Structure):
-    _fields_ = [("bytes", ctypes.c_uint8 * PARAMS_BYTES)]
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = [("bytes", ctypes.c_uint8 * 56)]  # int32 padded to 8 bytes, then six pointers
+from quantkit.engines.llama_api import Batch, ContextParams, ModelParams
 
 
 @cache
@@ -33,25 +24,26 @@ def library() -> Any:
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "ggml_quantize_chunk": (ctypes.c_size_t, [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]),
-        "llama_model_default_params": (_Params, []),
-        "llama_context_default_params": (_Params, []),
-        "llama_model_load_from_file": (pointer, [ctypes.c_char_p, _Params]),
+        "llama_model_default_params": (ModelParams, []),
+        "llama_context_default_params": (ContextParams, []),
+        "llama_model_load_from_file": (pointer, [ctypes.c_char_p, ModelParams]),
         "llama_model_get_vocab": (pointer, [pointer]),
         "llama_model_free": (None, [pointer]),
         "llama_tokenize": (i32, [pointer, ctypes.c_char_p, i32, pointer, i32, ctypes.c_bool, ctypes.c_bool]),
         "llama_vocab_n_tokens": (i32, [pointer]),
-        "llama_init_from_model": (pointer, [pointer, _Params]),
+        "llama_init_from_model": (pointer, [pointer, ContextParams]),
         "llama_free": (None, [pointer]),
-        "llama_batch_get_one": (_Batch, [pointer, i32]),
-        "llama_decode": (i32, [pointer, _Batch]),
+        "llama_decode": (i32, [pointer, Batch]),
         "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [pointer]),
         "llama_log_set": (None, [pointer, pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    lib.quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-    lib.llama_log_set(ctypes.cast(lib.quiet, ctypes.c_void_p), None)
+    lib.said = []
+    heard = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+    lib.heard = heard(lambda level, text, _: lib.said.append(text) if level == 4 else None)  # GGML_LOG_LEVEL_ERROR
+    lib.llama_log_set(ctypes.cast(lib.heard, ctypes.c_void_p), None)
     lib.llama_backend_init()
     return lib
 
@@ -74,10 +66,13 @@ def quantize(
 class Model:
     """A GGUF file that llama.cpp has loaded."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, vocab_only: bool = False):
         self.lib = library()
-        self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
-        assert self.model, f"llama.cpp does not load {path}"
+        params = self.lib.llama_model_default_params()
+        params.vocab_only = vocab_only
+        params.use_extra_bufts = False  # weights are not repacked at load, which crashes on some processors
+        self.model = self.lib.llama_model_load_from_file(str(path).encode(), params)
+        assert self.model, f"llama.cpp does not load {path}: {self.lib.said[-3:]}"
         self.vocab = self.lib.llama_model_get_vocab(self.model)
 
     def __enter__(self) -> Model:
@@ -96,12 +91,30 @@ class Model:
 
     def last_logits(self, ids: list[int]) -> np.ndarray[Any, Any]:
         """Logits after the last token: float32 [vocabulary]."""
-        context = self.lib.llama_init_from_model(self.model, self.lib.llama_context_default_params())
+        return self.logits(ids)[-1]
+
+    def logits(self, ids: list[int]) -> np.ndarray[Any, Any]:
+        """Logits after every token: float32 [tokens, vocabulary]."""
+        params = self.lib.llama_context_default_params()
+        params.n_ctx = params.n_batch = -(-len(ids) // 256) * 256
+        params.n_outputs_max = params.n_outputs_max_per_seq = params.n_ctx
+        context = self.lib.llama_init_from_model(self.model, params)
         assert context
+        count, i32 = len(ids), ctypes.c_int32
+        owner = (i32 * 1)(0)
+        owners = (ctypes.POINTER(i32) * count)(*[ctypes.cast(owner, ctypes.POINTER(i32))] * count)
+        batch = Batch(
+            count,
+            (i32 * count)(*ids),
+            None,
+            (i32 * count)(*range(count)),
+            (i32 * count)(*[1] * count),
+            owners,
+            (ctypes.c_int8 * count)(*[1] * count),
+        )
         try:
-            tokens = (ctypes.c_int32 * len(ids))(*ids)
-            assert self.lib.llama_decode(context, self.lib.llama_batch_get_one(tokens, len(ids))) == 0
-            count = self.lib.llama_vocab_n_tokens(self.vocab)
-            return np.ctypeslib.as_array(self.lib.llama_get_logits(context), (count,)).copy()
+            assert self.lib.llama_decode(context, batch) == 0
+            shape = (count, self.lib.llama_vocab_n_tokens(self.vocab))
+            return np.ctypeslib.as_array(self.lib.llama_get_logits(context), shape).copy()
         finally:
             self.lib.llama_free(context)

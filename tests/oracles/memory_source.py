@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantkit.formats.base import Format, LinearPlan
 from quantkit.methods.base import BlockWeights, Method
-from quantkit.model.blocks import blocks_of
+from quantkit.model.blocks import blocks_of, linear_shape
 from quantkit.model.source import Source
 
 
@@ -51,7 +51,7 @@ class MemorySource(Source):
 def plans_of(source: Source, method: Method, head: Method | None = None) -> list[LinearPlan]:
     """The same method for every linear of the blocks; the head, where it is not tied, gets its own or none."""
     linears = [linear for block in blocks_of(source) for linear in block.linears]
-    plans = [LinearPlan(linear, *source.shape(f"{linear}.weight"), method) for linear in linears]  # type: ignore[call-arg]
+    plans = [LinearPlan(linear, *linear_shape(source, linear), method) for linear in linears]
     if not source.tied_head:
         plans.append(LinearPlan("lm_head", *source.shape("lm_head.weight"), head))  # type: ignore[call-arg]
     return plans
@@ -67,7 +67,8 @@ def store(
     writer = fmt.writer(folder, source, plans, dtype)
     stored, inside = {}, set()
     for block in blocks_of(source):
-        given = BlockWeights(block, {linear: source.read(f"{linear}.weight") for linear in block.linears})
+        weights = {linear: block.oriented(source.read(f"{linear}.weight")) for linear in block.linears}
+        given = BlockWeights(block, weights)
         result = method.quantize_block(given, {})
         for name in block.tensors:
             linear = name.removesuffix(".weight")

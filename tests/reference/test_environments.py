@@ -13,7 +13,7 @@ import pytest
 from quantkit.progress import Progress
 from quantkit.reference import environments
 from quantkit.reference.engines import Ability, ReferenceEngine
-from quantkit.reference.environments import STAMP, EnvironmentFailed, pins_sha256, python_of
+from quantkit.reference.environments import STAMP, EnvironmentFailed, _what_failed, pins_sha256, python_of
 
 QUIET = Progress(quiet=True)
 
@@ -94,3 +94,12 @@ def test_an_engine_for_another_python_is_not_installed(offline: Path) -> None:
 def test_an_engine_without_pins_runs_in_this_environment() -> None:
     engine = ReferenceEngine("fake", "1.0", (Ability("nf4"),))
     assert python_of(engine, QUIET) == Path(sys.executable)
+
+
+def test_of_several_errors_the_one_that_says_most_is_told() -> None:
+    conflict = "ERROR: Cannot install torch==0.0.0 because these package versions have conflicting dependencies."
+    printed = f"Collecting torch\n{conflict}\nERROR: ResolutionImpossible: for help visit a manual\n"
+    assert _what_failed(printed) == conflict
+    assert _what_failed("ERROR: first\nERROR: second\n\nnotice") == "ERROR: second"
+    assert _what_failed("only this\n") == "only this"
+    assert _what_failed("\n") == ""

@@ -1,0 +1,73 @@
+"""Every family block by block: the runner computes what transformers does, and folded scales change no output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fakes.families import SETTINGS, write_family
+from oracles.memory_source import MemorySource
+from quantkit.device import arithmetic
+from quantkit.maths import fold
+from quantkit.maths.gram import InputStatistics
+from quantkit.methods.awq import AWQ
+from quantkit.methods.base import BlockWeights
+from quantkit.model.blocks import Block, architecture_of, blocks_of, head_dim, linear_shape
+from quantkit.model.forward import BlockRunner
+from quantkit.model.hidden import HiddenStates
+from quantkit.model.load import load_transformers
+
+IDS = torch.arange(4 * 48).reshape(4, 48) % 380
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=SETTINGS)
+def source(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path) -> MemorySource:
+    return MemorySource(write_family(tmp_path / "model", request.param, tiny_llama))
+
+
+def _statistics(
+    runner: BlockRunner, block: Block, tensors: dict[str, Tensor], hidden: HiddenStates
+) -> dict[str, InputStatistics]:
+    """Run a block over the hidden states, which become its outputs."""
+    with runner.loaded(block, tensors) as module:
+        return runner.statistics(module, block, hidden, advance=True)
+
+
+def test_blocks_one_after_the_other_give_the_models_states(source: MemorySource) -> None:
+    runner = BlockRunner(source, CPU, arithmetic(CPU, torch.float32, exact=True))
+    hidden = runner.embed(IDS)
+    for block in blocks_of(source):
+        seen = _statistics(runner, block, {name: source.read(name) for name in block.tensors}, hidden)
+        for linear in block.linears:
+            assert seen[linear].gram.shape[0] == linear_shape(source, linear)[1]
+    model = load_transformers(source, torch.float32)
+    norm = model.get_submodule(architecture_of(source.config).final_norm)
+    with torch.no_grad():
+        expected = model.get_submodule(runner.architecture.trunk)(IDS).last_hidden_state
+        torch.testing.assert_close(norm(hidden[:]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_folded_scales_leave_every_block_as_it_was(source: MemorySource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table names a producer only where dividing it is exact; every group that has one is given a scale here."""
+    monkeypatch.setattr(fold, "search_scale", lambda _, mean_abs, *__: (fold.candidate_scale(mean_abs, 0.5), 0.5))
+    offset = architecture_of(source.config).norm_offset
+    runner = BlockRunner(source, CPU, arithmetic(CPU, torch.float32, exact=True))
+    hidden = runner.embed(IDS)
+    for block in blocks_of(source):
+        tensors = {name: source.read(name).clone() for name in block.tensors}
+        folded = hidden.copy()
+        seen = _statistics(runner, block, tensors, hidden)
+        weights = {linear: block.oriented(tensors[f"{linear}.weight"]) for linear in block.linears}
+        others = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in weights}
+        work = AWQ(group_size=32).begin(BlockWeights(block, weights, others, offset, head_dim(source.config)))
+        work.fold(seen)
+        for group in block.groups:
+            if group.producer is not None:
+                assert not torch.equal(work.weights[group.linears[0]], weights[group.linears[0]])
+        now = {f"{name}.weight": block.oriented(weight) for name, weight in work.weights.items()}
+        _statistics(runner, block, tensors | now | work.replaced, folded)
+        torch.testing.assert_close(folded[:], hidden[:], rtol=1e-4, atol=1e-4)
