@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import write_tiny_llama
+from fakes.families import write_family
 from oracles import llama_cpp
 from quantkit.errors import ModelError, RecipeError
 from quantkit.formats.imatrix import read_imatrix, write_imatrix
@@ -22,6 +23,7 @@ from quantkit.model.calibration import load_calibration
 from quantkit.model.gguf_config import family_of_config
 from quantkit.model.gguf_names import interleave, rotary_heads, to_gguf
 from quantkit.model.gguf_source import GGUFSource
+from quantkit.model.load import load_transformers
 from quantkit.model.reader import open_source
 from quantkit.progress import Progress
 from quantkit.recipe import load_recipe
@@ -229,6 +231,22 @@ def test_linears_of_one_input_are_scaled_together_whatever_their_types(wide_llam
     q, v = records["self_attn.q_proj"], records["self_attn.v_proj"]
     assert q.applied.startswith("gguf Q4_K gptq scale^")
     assert v.applied == q.applied.replace("Q4_K", "Q6_K")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gemma3_text", "gpt2"])
+def test_folded_and_compensated_families_compute_the_same(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
+    model = write_family(tmp_path / kind, kind, tiny_llama)
+    settings = ["method.type=q8_0", "method.exponents=4", "model.dtype=float32"]
+    made, _ = make("gguf-q4_0-gptq", model, tmp_path / "out", *settings)
+    assert any("gptq scale^0." in record.applied for record in made.tensors)
+    ids = torch.tensor([list(range(5, 45))])
+    with torch.no_grad():
+        expected, found = (
+            load_transformers(source, torch.float32)(ids).logits[0]
+            for source in (open_source(str(model)), GGUFSource(next((tmp_path / "out").glob("*.gguf"))))
+        )
+    error = float((found - expected).norm() / (expected - expected.mean()).norm())
+    assert error < 0.05, error  # of Q8_0 rounded to nearest: 0.02 to 0.03
 
 
 def test_importance_of_the_unquantized_model_does_not_go_with_rounding_gptq(wide_llama: Path, tmp_path: Path) -> None:
