@@ -28,7 +28,6 @@ from quantkit.maths.gram import Importance, InputStatistics
 from quantkit.maths.measure import sqnr_db
 from quantkit.memory import NO_LIMIT, MemoryLimit, return_freed_memory
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
-from quantkit.methods.calibrated import CalibratedMethod
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
@@ -252,8 +251,9 @@ def _quantize_staged(
     now = dict(tensors)
     results, works = [], []
     for method, given in _shares(state, block, tensors):
-        if isinstance(method, CalibratedMethod):
-            works.append(method.begin(given))
+        work = method.begin(given)
+        if work is not None:
+            works.append(work)
         else:
             results.append(method.quantize_block(given, {}))
             made = results[-1].quantized
@@ -290,12 +290,15 @@ def _shares(state: _State, block: Block, tensors: Mapping[str, Tensor]) -> Itera
     by_method: dict[Method, list[str]] = {}
     for linear in block.linears:
         if linear in state.methods:
-            by_method.setdefault(state.methods[linear], []).append(linear)
+            by_method.setdefault(state.methods[linear].of_block(), []).append(linear)
     others = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in state.methods}
     for method, linears in by_method.items():
         weights = {linear: block.oriented(tensors[f"{linear}.weight"]) for linear in linears}
-        layout = state.layout
-        yield method, BlockWeights(block, weights, others, layout.norm_offset, layout.head_dim, state.job.importance)
+        layout, own = state.layout, {linear: state.methods[linear] for linear in linears}
+        yield (
+            method,
+            BlockWeights(block, weights, others, layout.norm_offset, layout.head_dim, state.job.importance, own),
+        )
 
 
 def _quantize_block(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import write_tiny_llama
+from fakes.families import write_family
 from oracles import llama_cpp
 from quantkit.errors import ModelError, RecipeError
 from quantkit.formats.imatrix import read_imatrix, write_imatrix
@@ -22,6 +23,7 @@ from quantkit.model.calibration import load_calibration
 from quantkit.model.gguf_config import family_of_config
 from quantkit.model.gguf_names import interleave, rotary_heads, to_gguf
 from quantkit.model.gguf_source import GGUFSource
+from quantkit.model.load import load_transformers
 from quantkit.model.reader import open_source
 from quantkit.progress import Progress
 from quantkit.recipe import load_recipe
@@ -84,7 +86,7 @@ def test_file_types_have_llama_cpps_numbers(mix: str, wide_llama: Path, tmp_path
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", [*MIXES, "q4_0-gptq", "q4_k_m-gptq"])
 def test_llama_cpp_computes_what_the_weights_say(mix: str, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -207,6 +209,50 @@ def test_what_an_imatrix_does_not_know_is_noted(wide_llama: Path, tmp_path: Path
     assert {record.name.rpartition(".")[2] for record in noted} == {"down_proj"}
     assert noted[0].reason == f"{path} does not say how important its columns are"
     assert noted[0].applied == "gguf Q5_K"
+
+
+def test_rounding_gptq_keeps_the_types_and_the_bytes(wide_llama: Path, tmp_path: Path) -> None:
+    _, weighed = make("gguf-q4_k_m", wide_llama, tmp_path / "one", "method.importance=true")
+    made, found = make("gguf-q4_k_m-gptq", wide_llama, tmp_path / "two")
+    assert types_of(found) == types_of(weighed)
+    assert [tensor.n_bytes for tensor in found.tensors] == [tensor.n_bytes for tensor in weighed.tensors]
+    assert not (tmp_path / "two" / "wide.imatrix").exists()
+    assert not [key for key in found.fields if key.startswith("quantize.imatrix")]
+    records = {record.name: record for record in made.tensors}
+    assert records["model.layers.0.self_attn.q_proj"].applied == "gguf Q4_K gptq"
+    assert records["model.layers.0.self_attn.v_proj"].applied == "gguf Q6_K gptq"
+    assert records["lm_head"].applied == "gguf Q6_K"  # nobody looks at the inputs of the head
+    assert made.method == "gguf Q4_K_M gptq" and made.calibration is not None and made.fallbacks() == []
+
+
+def test_linears_of_one_input_are_scaled_together_whatever_their_types(wide_llama: Path, tmp_path: Path) -> None:
+    made, _ = make("gguf-q4_k_m-gptq", wide_llama, tmp_path / "out", "method.exponents=4")
+    records = {record.name.removeprefix("model.layers.0."): record for record in made.tensors}
+    q, v = records["self_attn.q_proj"], records["self_attn.v_proj"]
+    assert q.applied.startswith("gguf Q4_K gptq scale^")
+    assert v.applied == q.applied.replace("Q4_K", "Q6_K")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gemma3_text", "gpt2"])
+def test_folded_and_compensated_families_compute_the_same(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
+    model = write_family(tmp_path / kind, kind, tiny_llama)
+    settings = ["method.type=q8_0", "method.exponents=4", "model.dtype=float32"]
+    made, _ = make("gguf-q4_0-gptq", model, tmp_path / "out", *settings)
+    assert any("gptq scale^0." in record.applied for record in made.tensors)
+    ids = torch.tensor([list(range(5, 45))])
+    with torch.no_grad():
+        expected, found = (
+            load_transformers(source, torch.float32)(ids).logits[0]
+            for source in (open_source(str(model)), GGUFSource(next((tmp_path / "out").glob("*.gguf"))))
+        )
+    error = float((found - expected).norm() / (expected - expected.mean()).norm())
+    assert error < 0.05, error  # of Q8_0 rounded to nearest: 0.02 to 0.03
+
+
+def test_importance_of_the_unquantized_model_does_not_go_with_rounding_gptq(wide_llama: Path, tmp_path: Path) -> None:
+    setting = "overrides={'up_proj': {rounding: nearest, importance: true}}"
+    with pytest.raises(RecipeError, match="overrides ask for true beside rounding gptq"):
+        make("gguf-q4_k_m-gptq", wide_llama, tmp_path / "out", setting)
 
 
 def test_mistakes_are_named(wide_llama: Path, tiny_llama: Path, tmp_path: Path) -> None:

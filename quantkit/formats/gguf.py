@@ -218,6 +218,11 @@ class GGUF(Format):
             problems.append(
                 "method.importance: overrides take it from several places; a file has one importance matrix"
             )
+        if any(method.compensates for method in methods) and any(method.importance is True for method in methods):
+            problems.append(
+                "method.importance: overrides ask for true beside rounding gptq, which runs the quantized model; "
+                "expected a file or false"
+            )
         main = embedding_method(plans)
         if main is not None:
             _, kind = main.embedding_types(source, embedding)

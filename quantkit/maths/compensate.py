@@ -6,6 +6,7 @@ so the order in which columns are rounded is free and the codes need no g_idx.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ from quantkit.tensors import Grid
 
 BLOCK_COLUMNS = 128
 """Columns that are rounded before the rest is updated by one matrix product: the paper's B."""
+
+RoundBlock = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""A block of columns, their numbers and their part of the factor to codes and errors: see `compensated`."""
 
 INVERTED_WHOLE = 192
 """Rows of a triangle that is inverted at once; below it the products are too small to gain anything."""
@@ -103,20 +107,30 @@ def round_compensated(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: 
 
     scale: float32 [out, groups]. zero: uint8 [out, groups] or None. Linears that share inputs may be stacked by rows.
     """
-    columns = weight.shape[1]
-    size = grid.group_size or columns
-    order = factor.order
-    work = weight.float().index_select(1, order)  # [out, in], in the order of rounding
+    size = grid.group_size or weight.shape[1]
     scale = scale.contiguous()
     middle = torch.full_like(scale, float(2 ** (grid.bits - 1))) if zero is None else zero.float()
-    group = order // size
+
+    def rounded(work: Tensor, at: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        return _round_block(work, scale, middle, at // size, upper, grid.levels)
+
+    return compensated(weight, factor, rounded)
+
+
+def compensated(weight: Tensor, factor: InverseFactor, round_block: RoundBlock) -> Tensor:
+    """Codes uint8 [out, in] of a weight [out, in], a block of columns rounded at a time, errors passed on to the rest.
+
+    round_block: from a block of the weight float32 [out, columns], which it may overwrite, the numbers of its columns
+    int64 [columns] and its part of the factor float32 [columns, columns] to codes uint8 [out, columns] and errors
+    float32 [out, columns], each divided by its diagonal element of the factor.
+    """
+    columns, order = weight.shape[1], factor.order
+    work = weight.float().index_select(1, order)  # [out, in], in the order of rounding
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     for start in range(0, columns, BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, columns)
         upper = factor.upper[start:end, start:end].contiguous()
-        codes[:, start:end], error = _round_block(
-            work[:, start:end].contiguous(), scale, middle, group[start:end], upper, grid.levels
-        )
+        codes[:, start:end], error = round_block(work[:, start:end].contiguous(), order[start:end], upper)
         if end < columns:
             work[:, end:].addmm_(error, factor.upper[start:end, end:], alpha=-1.0)
     back = torch.empty_like(codes)

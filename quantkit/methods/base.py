@@ -19,6 +19,7 @@ from quantkit.schema import Frozen
 from quantkit.tensors import Grid, QuantizedTensor
 
 if TYPE_CHECKING:
+    from quantkit.methods.calibrated import CalibratedBlock
     from quantkit.sections import CalibrationSection
 
 
@@ -29,7 +30,8 @@ class BlockWeights:
     block: the names. weights: {linear module name: weight [out, in] in the source's dtype}, the ones to quantize.
     others: {tensor name: tensor}, everything else of the block (norms, biases, linears of other methods).
     norm_offset: what a normalization adds to its gain before multiplying (Gemma: 1). importance: {linear module name:
-    importance of its columns} from a file.
+    importance of its columns} from a file. methods: {linear module name: its own settings} where they differ inside
+    what is treated together.
     """
 
     block: Block
@@ -38,6 +40,7 @@ class BlockWeights:
     norm_offset: float = 0.0
     head_dim: int | None = None
     importance: Mapping[str, Importance] = field(default_factory=dict)
+    methods: Mapping[str, Method] = field(default_factory=dict)
 
     def finite(self, linear: str) -> Tensor:
         """The weight of a linear as float32. Raises ModelError naming it when it holds NaN or infinity."""
@@ -88,6 +91,15 @@ class Method(Frozen):
     def placed(self, linear: str, source: Source, calibration: CalibrationSection) -> Method:
         """The settings for one linear of one model, where they depend on its place in it."""
         return self
+
+    def of_block(self) -> Method:
+        """The settings of all linears of a block that are treated together with one of these."""
+        return self
+
+    def begin(self, given: BlockWeights) -> CalibratedBlock | None:
+        """A block whose inputs will be seen one after the other, each behind what was rounded before it; None for a
+        method that does not look at them."""
+        return None
 
     @abstractmethod
     def label(self) -> str:

@@ -17,12 +17,12 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.maths import fold
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, search_grid
-from quantkit.maths.compensate import inverse_factor, round_compensated
+from quantkit.maths.compensate import InverseFactor, inverse_factor, round_compensated
 from quantkit.maths.gram import InputStatistics
 from quantkit.maths.refine import damped, refine
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_range, require_finite
 from quantkit.model.blocks import LinearGroup
-from quantkit.tensors import Grid, GroupTensor
+from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,7 @@ class CalibratedMethod(Method):
         return CalibratedBlock(given, self.steps)
 
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
-        work = self.begin(given)
-        work.fold(statistics)
-        for group in given.block.groups:
-            ours = work.ours(group)
-            if ours:
-                work.round(group, work.behind_scale(ours[0], statistics[ours[0]].gram))
-        return work.result()
+        return self.begin(given).quantize(statistics)
 
 
 class CalibratedBlock:
@@ -88,7 +82,7 @@ class CalibratedBlock:
         self.replaced: dict[str, Tensor] = {}
         self._folded: set[str] = set()
         self._input_scale: dict[str, Tensor] = {}
-        self._quantized: dict[str, GroupTensor] = {}
+        self._quantized: dict[str, QuantizedTensor] = {}
         self._notes: dict[str, str] = {}
         self._marks: dict[str, list[str]] = {name: [] for name in given.weights}
 
@@ -111,14 +105,28 @@ class CalibratedBlock:
             if ours and group.producer is not None:
                 self._fold_group(group, ours, _finite(ours, statistics[ours[0]]))
 
+    def quantize(self, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+        """The whole block at once, by statistics of {linear: its inputs} that are there already."""
+        self.fold(statistics)
+        for group in self.given.block.groups:
+            ours = self.ours(group)
+            if ours:
+                self.round(group, self.behind_scale(ours[0], statistics[ours[0]].gram))
+        return self.result()
+
     def round(self, group: LinearGroup, gram: Tensor) -> dict[str, Tensor]:
-        """Round the linears of one input, stacked by rows so that each matrix is factored once.
+        """Round the linears of one input.
 
         gram: float32 [in, in] of the inputs behind the folded scale. Returns the rounded weights, {linear: float32
         [out, in]}. Raises ModelError when the Gram matrix is not finite.
         """
         ours = self.ours(group)
         require_finite(f"inputs of {', '.join(ours)}", gram)
+        self._quantized |= self._round(ours, gram)
+        return {name: self._quantized[name].dequantize() for name in ours}
+
+    def _round(self, ours: list[str], gram: Tensor) -> Mapping[str, QuantizedTensor]:
+        """Linears of one input, stacked by rows so that each matrix is factored once."""
         steps, grid = self.steps, self.steps.grid
         for name in ours:
             check_range(f"{name}.weight", self.weights[name], grid)
@@ -132,22 +140,29 @@ class CalibratedBlock:
         else:
             codes = nearest_codes(stacked, scale, zero, grid)
         rounded = {}
-        start = 0
-        for name in ours:
-            rows = slice(start, start + self.weights[name].shape[0])
-            start = rows.stop
+        for name, rows in self.rows_of(ours).items():
             own_zero = None if zero is None else zero[rows].contiguous()
-            tensor = GroupTensor(codes[rows].contiguous(), scale[rows].contiguous(), own_zero, grid)
-            self._quantized[name] = tensor
-            rounded[name] = tensor.dequantize()
+            rounded[name] = GroupTensor(codes[rows].contiguous(), scale[rows].contiguous(), own_zero, grid)
         return rounded
+
+    def rows_of(self, linears: list[str]) -> dict[str, slice]:
+        """Where each linear lies when they are stacked by rows."""
+        found, start = {}, 0
+        for name in linears:
+            found[name] = slice(start, start + self.weights[name].shape[0])
+            start = found[name].stop
+        return found
+
+    def label(self, linear: str) -> str:
+        """What is done to a linear, such as "gptq 4-bit g64 asym"."""
+        return self.steps.label()
 
     def result(self) -> BlockResult:
         """What was made of the block so far."""
         changed = self._folded | set(self._input_scale)
         return BlockResult(
             quantized=self._quantized,
-            applied={name: " ".join([self.steps.label(), *self._marks[name]]) for name in self._quantized},
+            applied={name: " ".join([self.label(name), *self._marks[name]]) for name in self._quantized},
             replaced=self.replaced,
             notes=self._notes,
             reference={name: self.weights[name] for name in changed if name in self._quantized},
@@ -158,21 +173,34 @@ class CalibratedBlock:
     ) -> tuple[Tensor, Tensor]:
         """Codes [out, in] and scales [out, groups] by GPTQ's rounding and the descent after it."""
         steps, grid = self.steps, self.steps.grid
-        try:
-            factor = inverse_factor(gram, steps.damp, steps.act_order)
-        except ModelError as error:
-            raise ModelError(f"{', '.join(ours)}: {error.message}", hint=error.hint) from error
+        factor = self._factor(ours, gram)
         codes = round_compensated(stacked, scale, zero, grid, factor)
-        damp, dead = factor.damp, int(factor.dead.sum())
+        damp = factor.damp
         del factor
         if steps.refine:
             codes, scale = refine(stacked, codes, scale, zero, grid, damped(gram, damp), steps.refine)
-        for name in ours:
-            if damp != steps.damp:
-                self._notes[name] = f"damping raised from {steps.damp:g} to {damp:g}: the Gram matrix is near singular"
+        return codes, scale
+
+    def _note(self, name: str, text: str) -> None:
+        """Add to what is odd about a linear."""
+        self._notes[name] = "; ".join(filter(None, (self._notes.get(name), text)))
+
+    def _factor(self, linears: list[str], gram: Tensor) -> InverseFactor:
+        """What error compensation needs of a Gram matrix; what is odd about it is noted. Raises ModelError."""
+        steps = self.steps
+        try:
+            factor = inverse_factor(gram, steps.damp, steps.act_order)
+        except ModelError as error:
+            raise ModelError(f"{', '.join(linears)}: {error.message}", hint=error.hint) from error
+        dead = int(factor.dead.sum())
+        for name in linears:
+            if factor.damp != steps.damp:
+                self._note(
+                    name, f"damping raised from {steps.damp:g} to {factor.damp:g}: the Gram matrix is near singular"
+                )
             if dead:
                 self._marks[name].append(f"{dead} dead columns")
-        return codes, scale
+        return factor
 
     def _other(self, name: str) -> Tensor | None:
         """An unquantized tensor of the block as it stands now."""
@@ -185,7 +213,8 @@ class CalibratedBlock:
         """Find the scale of one shared input and move it from the linears that read it to what produces it."""
         reason = self._why_no_scale(group, ours)
         if reason is not None:
-            self._notes.update(dict.fromkeys(ours, f"no scale: {reason}"))
+            for name in ours:
+                self._note(name, f"no scale: {reason}")
             return
         assert group.producer is not None
         stacked = torch.cat([self.weights[name] for name in ours])  # [sum of out, in]
@@ -200,7 +229,8 @@ class CalibratedBlock:
         scale, exponent = fold.search_scale(stacked, mean_abs, seen.gram, self.steps.grid, self.steps.exponents)
         if group.producer_kind == "norm" and not self._norm_holds(f"{group.producer}.weight", scale):
             reason = f"{group.producer}.weight divided by it would leave float16's range"
-            self._notes.update(dict.fromkeys(ours, f"no scale: {reason}"))
+            for name in ours:
+                self._note(name, f"no scale: {reason}")
             return
         for name in ours:
             self._marks[name].append(f"scale^{exponent:g}")

@@ -23,6 +23,7 @@ from quantkit.model.source import Source
 from quantkit.tensors import BlockTensor
 
 if TYPE_CHECKING:
+    from quantkit.methods.calibrated import CalibratedBlock
     from quantkit.sections import CalibrationSection
 
 PlainType = Literal["f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
@@ -42,10 +43,20 @@ class GGML(Method):
     embedding_type: PlainType | None = Field(
         None, description="of the embedding; null is what the mix says, or q8_0 with a plain type"
     )
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest", description="gptq calibrates: scales weighed by importance, codes chosen with error compensation"
+    )
     importance: bool | str = Field(
         False,
         validate_default=True,
         description="weigh columns by the mean square of their inputs: true calibrates, a file is llama.cpp's imatrix",
+    )
+    exponents: int = Field(
+        0, ge=0, le=200, description="candidates of AWQ's scale search, folded in before rounding gptq; 0 leaves it out"
+    )
+    damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram; rounding gptq")
+    refine: int = Field(
+        2, ge=0, le=20, description="sweeps of coordinate descent over codes, scales and minima after GPTQ's rounding"
     )
 
     @field_validator("importance")
@@ -57,16 +68,36 @@ class GGML(Method):
 
     @field_validator("importance")
     @classmethod
-    def _two_bits_need_importance(cls, value: bool | str, info: ValidationInfo) -> bool | str:
-        if info.data.get("type") == "q2_k_s" and not value:
+    def _suits_type_and_rounding(cls, value: bool | str, info: ValidationInfo) -> bool | str:
+        compensated = info.data.get("rounding") == "gptq"
+        if info.data.get("type") == "q2_k_s" and not value and not compensated:
             raise ValueError(
                 "found false, expected true or a file: q2_k_s without importance is of no use; or take q2_k"
             )
+        if value and compensated:
+            raise ValueError(f"found {value}, expected false: rounding gptq weighs by its own calibration")
+        return value
+
+    @field_validator("rounding")
+    @classmethod
+    def _float_types_are_not_rounded(cls, value: str, info: ValidationInfo) -> str:
+        if value == "gptq" and info.data.get("type") in ("f16", "bf16"):
+            raise ValueError(f"found gptq, expected nearest: type {info.data['type']} is not quantized")
         return value
 
     @property
     def calibrated(self) -> bool:
-        return self.importance is True
+        return self.importance is True or self.compensates
+
+    @property
+    def compensates(self) -> bool:
+        """Whether codes are chosen with error compensation."""
+        return self.rounding == "gptq"
+
+    @property
+    def propagate(self) -> Literal["unquantized", "quantized"]:
+        """Whose outputs the next linears are calibrated on; an importance matrix is one of the unquantized model."""
+        return "quantized" if self.compensates else "unquantized"
 
     @property
     def file_type(self) -> str:
@@ -83,7 +114,8 @@ class GGML(Method):
         return fitted(self.wanted, in_features) if self.type in MIXES else self.wanted
 
     def label(self) -> str:
-        return f"gguf {self.file_type}{' imatrix' if self.importance else ''}"
+        how = " gptq" if self.compensates else " imatrix" if self.importance else ""
+        return f"gguf {self.file_type}{how}"
 
     def placed(self, linear: str, source: Source, calibration: CalibrationSection) -> Method:
         name = to_gguf(f"{linear}.weight", family_of_config(source.config)) or ""
@@ -98,7 +130,7 @@ class GGML(Method):
         heads = int(config.get("num_attention_heads", config.get("n_head", 1)))
         groups = int(config.get("num_key_value_heads") or heads)
         large = config.get("model_type") in ("llama", "mistral") and layers == 80 and heads != groups
-        return Facts(layers, heads // groups, source.tied_head, large, bool(self.importance))
+        return Facts(layers, heads // groups, source.tied_head, large, bool(self.importance) or self.compensates)
 
     def embedding_types(self, source: Source, name: str) -> tuple[str, str]:
         """The types that the embedding, a tensor of the source, should get and gets."""
@@ -119,21 +151,33 @@ class GGML(Method):
         return type_size(self.type_for(in_features), in_features) * 8 / in_features
 
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+        work = self.begin(given) if statistics else None
+        if work is not None:
+            return work.quantize(statistics)
         quantized, applied, notes = {}, {}, {}
         for name, weight in given.weights.items():
-            type_name = self.type_for(weight.shape[1])
+            own = given.methods.get(name, self)
+            assert isinstance(own, GGML)
+            type_name = own.type_for(weight.shape[1])
             weighing = self._weighing(name, given, statistics)
             quantized[name] = self._encode(name, weight, type_name, weighing)
             weighed = weighing is not None and type_name in (*SEARCHED, *WEIGHTED)
             applied[name] = f"gguf {type_name}{' imatrix' if weighed else ''}"
             reasons = []
-            if type_name != self.wanted:
-                reasons.append(misfit_reason(self.wanted, weight.shape[1]))
+            if type_name != own.wanted:
+                reasons.append(misfit_reason(own.wanted, weight.shape[1]))
             if isinstance(self.importance, str) and weighing is None and given.block.index >= 0:
                 reasons.append(f"{self.importance} does not say how important its columns are")
             if reasons:
                 notes[name] = "; ".join(reasons)
         return BlockResult(quantized, applied, notes=notes)
+
+    def begin(self, given: BlockWeights) -> CalibratedBlock | None:
+        if not self.compensates:
+            return None
+        from quantkit.methods.ggml_calibrated import GGMLBlock
+
+        return GGMLBlock(given, self)
 
     def _weighing(self, name: str, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> Importance | None:
         if self.importance is True and name in statistics:
@@ -167,3 +211,9 @@ class PlacedGGML(GGML):
     @property
     def wanted(self) -> str:
         return self.wanted_type
+
+    def of_block(self) -> Method:
+        """Linears of one input are scaled and rounded together under rounding gptq, whatever their types."""
+        if not self.compensates:
+            return self
+        return self.model_copy(update={"wanted_type": MIXES.get(self.type, self.file_type)})

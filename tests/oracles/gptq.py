@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 
-def gptq(weight, scale, zero, gram, group_size, levels, damp, act_order):
-    """Codes [out, in] (uint8) for weight [out, in], scale and zero [out, groups], gram [in, in]."""
+def gptq(weight, scale, zero, gram, group_size, levels, damp, act_order, values=None):
+    """Codes [out, in] (uint8) for weight [out, in], scale and zero [out, groups], gram [in, in].
+
+    values: [levels], of the codes where they are not evenly spaced; zero is then left out of account."""
     weight = np.array(weight, dtype=np.float64)
     hessian = np.array(gram, dtype=np.float64)
     rows, columns = weight.shape
@@ -29,9 +31,14 @@ def gptq(weight, scale, zero, gram, group_size, levels, damp, act_order):
         j = remaining[0]
         group = j // group_size
         for i in range(rows):
-            code = np.clip(np.round(weight[i, j] / scale[i, group] + zero[i, group]), 0, levels - 1)
+            if values is None:
+                code = np.clip(np.round(weight[i, j] / scale[i, group] + zero[i, group]), 0, levels - 1)
+                value = code - zero[i, group]
+            else:
+                code = np.argmin(np.abs(weight[i, j] / scale[i, group] - values))
+                value = values[code]
             codes[i, j] = code
-            error = weight[i, j] - (code - zero[i, group]) * scale[i, group]
+            error = weight[i, j] - value * scale[i, group]
             for k in remaining[1:]:
                 weight[i, k] -= error * inverse[j, k] / inverse[j, j]
         inverse = inverse - np.outer(inverse[:, j], inverse[j, :]) / inverse[j, j]

@@ -1,0 +1,69 @@
+"""One block of a model rounded onto the grids of ggml's types with GPTQ's error compensation.
+
+The encoder of a type chooses scales and minima, weighed by the diagonal of the Gram matrix; the codes are then chosen
+again by the whole of it, and all of them improved in turn (maths/ggml_compensate.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import ModelError
+from quantkit.maths.ggml import FLOAT_TYPES, encode
+from quantkit.maths.ggml_codes import LAYOUTS, put, take
+from quantkit.maths.ggml_compensate import compensate_codes, refine_blocks
+from quantkit.maths.refine import damped
+from quantkit.methods.base import BlockWeights
+from quantkit.methods.calibrated import CalibratedBlock, Steps
+from quantkit.methods.ggml import GGML
+from quantkit.methods.ggml_mixes import misfit_reason
+from quantkit.tensors import BlockTensor, Grid, QuantizedTensor
+
+
+class GGMLBlock(CalibratedBlock):
+    """One block whose linears may have several block types."""
+
+    def __init__(self, given: BlockWeights, method: GGML):
+        layout = LAYOUTS[method.wanted]
+        # what the search of AWQ's scales takes the grid to be; every linear then has its own
+        grid = Grid(layout.bits, layout.group, not layout.has_minimum)
+        super().__init__(given, Steps(grid, method.exponents, True, True, method.damp, True, method.refine))
+        self._types = {}
+        for name, weight in given.weights.items():
+            own = given.methods.get(name, method)
+            assert isinstance(own, GGML)
+            self._types[name] = own.type_for(weight.shape[1])
+            if self._types[name] != own.wanted:
+                self._note(name, misfit_reason(own.wanted, weight.shape[1]))
+
+    def label(self, linear: str) -> str:
+        type_name = self._types[linear]
+        return f"gguf {type_name}{'' if type_name in FLOAT_TYPES else ' gptq'}"
+
+    def _round(self, ours: list[str], gram: Tensor) -> Mapping[str, QuantizedTensor]:
+        """Linears of one input and one type are stacked by rows; the Gram matrix is factored once for all."""
+        steps = self.steps
+        factor = self._factor(ours, gram)
+        loaded = damped(gram, factor.damp)
+        importance = gram.diagonal() / gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        rounded = {}
+        for type_name in dict.fromkeys(self._types[name] for name in ours):
+            names = [name for name in ours if self._types[name] == type_name]
+            stacked = torch.cat([self.weights[name] for name in names])  # [sum of out, in]
+            try:
+                data = encode(stacked, type_name, importance)
+            except ModelError as error:
+                raise ModelError(
+                    f"{', '.join(names)}: {error.message}", hint=f"the checkpoint may be damaged; else skip {names[0]}"
+                ) from error
+            if type_name not in FLOAT_TYPES:
+                coded = compensate_codes(stacked, take(data, type_name), type_name, factor)
+                if steps.refine:
+                    coded = refine_blocks(stacked, coded, type_name, loaded, steps.refine)
+                data = put(coded, type_name)
+            for name, rows in self.rows_of(names).items():
+                rounded[name] = BlockTensor(data[rows], type_name, *self.weights[name].shape)
+        return rounded
