@@ -1,7 +1,8 @@
 """How much memory quantizing takes: over the depth of a model, and for a checkpoint larger than what it may take.
 
 usage: python benchmarks/memory.py depth FOLDER        12 and 48 layers, 512 columns, 32 x 512 tokens
-       python benchmarks/memory.py larger FOLDER       6 GB of weights under --max-memory 3GB, held to it by a cgroup
+       python benchmarks/memory.py larger FOLDER       6 GB of weights under --max-memory 3GB, held to it by a cgroup;
+                                                       --layers 32 --limit 2GB is half as long
 
 Checkpoints of random weights (random_llama.py) are made in FOLDER when they are not there. Prints JSON, which
 goes into benchmarks/results as memory_depth.json or memory_larger.json. Peaks are what the kernel counts for a process
@@ -20,6 +21,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from quantkit.memory import parse_bytes
 
 HERE = Path(__file__).resolve().parent
 RECIPE = "gptq-4bit-g64"
@@ -112,13 +115,13 @@ def held_to(limit: int) -> Any:
         group.rmdir()
 
 
-def larger(folder: Path) -> dict[str, Any]:
-    """A checkpoint of 6 GB quantized by a process that gets 3 GB, page cache included."""
-    model = checkpoint(folder, 66, 2048, 5632)
+def larger(folder: Path, layers: int, limit_text: str) -> dict[str, Any]:
+    """A checkpoint quantized by a process that gets less memory than it has bytes, page cache included."""
+    model = checkpoint(folder, layers, 2048, 5632)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    limit = 3_000_000_000
+    limit = parse_bytes(limit_text)
     with held_to(limit):
-        top, seconds = quantize(model, folder / "out", 4, 256, "--max-memory", "3GB", recipe=PLAIN)
+        top, seconds = quantize(model, folder / "out", 4, 256, "--max-memory", limit_text, recipe=PLAIN)
     return {
         "recipe": PLAIN,
         "checkpoint_mb": round(size / 1e6),
@@ -133,6 +136,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("depth", "larger"))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=66, help="of the checkpoint for larger, 92 MB each")
+    parser.add_argument("--limit", default="3GB", help="of the memory for larger")
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps((depth if given.what == "depth" else larger)(given.folder.resolve()), indent=2))
+    place: Path = given.folder.resolve()
+    place.mkdir(parents=True, exist_ok=True)
+    found = depth(place) if given.what == "depth" else larger(place, given.layers, given.limit)
+    print(json.dumps(found, indent=2))
