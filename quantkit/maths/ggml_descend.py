@@ -11,9 +11,7 @@ from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.ggml_bits import half_bits, half_value
-
-BAND = 4
-"""Rows that go through a block together, as in maths/kernels.py."""
+from quantkit.maths.kernels import BAND
 
 
 @njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]

@@ -95,8 +95,9 @@ class GramAccumulator:
         rows = inputs.detach().reshape(-1, inputs.shape[-1])  # [tokens, in]
         self.tokens += rows.shape[0]
         if not self._eight_bit:
-            self.sum_abs += rows.float().abs().sum(dim=0)
-            self._add_product(rows.float())
+            wide = rows.float()
+            self.sum_abs += wide.abs().sum(dim=0)
+            self._add_product(wide)
             return
         self._waiting.append(rows)
         if sum(map(len, self._waiting)) >= EIGHT_BIT_TOKENS:
