@@ -130,7 +130,7 @@ def test_notes_and_lineage_say_what_was_lost(tiny_llama: Path, tmp_path: Path) -
     assert lineage["types"] == {"F32": 5, "Q4_1": 14, "Q8_0": 2}
     assert lineage["files"][0]["bytes"] == (tmp_path / "m.gguf").stat().st_size
     write_gguf(tiny_llama, tmp_path / "f.gguf", "F16")
-    assert GGUFSource(tmp_path / "f.gguf").notes == ()
+    assert GGUFSource(tmp_path / "f.gguf").notes[0] == "partly dequantized Q8_0 baseline"  # embedding and head
 
 
 def test_losses_name_the_importance_matrix_and_a_quantized_embedding() -> None:
