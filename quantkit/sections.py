@@ -56,18 +56,25 @@ class MemoryBench(Frozen):
 
 
 class ThroughputBench(Frozen):
-    """Prefill and decode tokens per second, time to first token."""
+    """Prefill and decode tokens per second, time to the first token and for each that follows."""
 
     name: Literal["throughput"] = "throughput"
-    prompt_tokens: int = Field(128, ge=1)
+    prompt_tokens: (
+        Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    ) = Field(128, description="length of the prompts; of several, decode is measured behind the first")
     decode_tokens: int = Field(32, ge=1)
-    batch_sizes: tuple[int, ...] = (1,)
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
     warmup: int = Field(1, ge=0, description="runs that are not counted")
     repetitions: int = Field(5, ge=1, description="runs that are; median and spread are reported")
 
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """Every prompt length, the one that decode is measured behind first."""
+        return (self.prompt_tokens,) if isinstance(self.prompt_tokens, int) else self.prompt_tokens
+
 
 class DivergenceBench(Frozen):
-    """Perplexity of baseline and artifact, KL divergence and top-1 agreement on held-out text."""
+    """Perplexity, KL divergence, top-1 agreement and total variation on held-out text."""
 
     name: Literal["divergence"] = "divergence"
     set: str = Field("pydoc", description="a calibration set (its evaluation part) or a local text file")
@@ -85,7 +92,21 @@ class AccuracyBench(Frozen):
     batch_size: int = Field(8, ge=1)
 
 
-AnyBench = Annotated[MemoryBench | ThroughputBench | DivergenceBench | AccuracyBench, Field(discriminator="name")]
+class SpeculativeBench(Frozen):
+    """The artifact drafts for its baseline: share of its tokens that are accepted, and the speed-up."""
+
+    name: Literal["speculative"] = "speculative"
+    set: str = Field("pydoc", description="where the prompts come from: a calibration set or a local text file")
+    prompts: int = Field(4, ge=1)
+    prompt_tokens: int = Field(64, ge=8)
+    decode_tokens: int = Field(64, ge=2)
+    draft_tokens: int = Field(5, ge=1, description="tokens drafted a round")
+    repetitions: int = Field(1, ge=1)
+
+
+AnyBench = Annotated[
+    MemoryBench | ThroughputBench | DivergenceBench | AccuracyBench | SpeculativeBench, Field(discriminator="name")
+]
 
 Overrides = Annotated[
     dict[str, Any],

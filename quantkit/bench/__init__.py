@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 Metric = Callable[..., "list[Measurement]"]
 
-METRICS = ("throughput", "memory", "divergence", "accuracy")
+METRICS = ("throughput", "memory", "divergence", "accuracy", "speculative")
 """Every metric by its name in recipes, which is also its file, in the order they run.
 
 Speed first, in a process that has done nothing else; then memory, whose peak is that of loading and running; then
-quality, which may need the weights in another dtype.
+quality, which may need the weights in another dtype; at last what needs two models at once.
 """
 
 

@@ -8,13 +8,24 @@ from pydantic import Field
 
 from quantkit.schema import Frozen
 
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 """Raised, with a reason here, whenever a metric's definition changes.
 
 1: the first definitions.
+2: kl is over the 4096 likeliest tokens of the baseline and all others as one event, a lower bound that is below by
+   what docs/statistics.md says; quantiles of kl, total variation and the baseline's own noise are new.
 """
 
 RESULTS_SCHEMA_VERSION = 1
+
+SPEED_UNITS = {"prefill": "tok/s", "first_token": "s", "decode": "tok/s", "token_time": "s", "energy": "J/tok"}
+"""What is timed, and its units; "prefill/512" is the same of another prompt length."""
+
+KL_QUANTILES = {"kl_p95": 0.95, "kl_p99_9": 0.999}
+"""Quantiles of the KL divergence over tokens, by metric."""
+
+DIVERGENCES = {"kl": "nats", **dict.fromkeys(KL_QUANTILES, "nats"), "top1": "fraction", "tv": "fraction"}
+"""What an artifact's predictions are measured by beside the baseline's, and the units."""
 
 
 class Measurement(Frozen):
@@ -26,7 +37,9 @@ class Measurement(Frozen):
 
     metric: str = Field(description='what was measured, such as "perplexity", "decode", "accuracy/arc_easy"')
     value: float | None
-    unit: str = Field(description='"bytes", "tok/s", "nats", "fraction", "s", "bits/weight", or "" for a pure number')
+    unit: str = Field(
+        description='"bytes", "tok/s", "nats", "fraction", "s", "bits/weight", "x", "J/tok", or "" for a pure number'
+    )
     error: float | None = None
     spread: float | None = None
     samples: int | None = None

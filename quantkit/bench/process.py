@@ -1,4 +1,4 @@
-"""The processes of a bench: started one at a time, listened to, ended, and what is left when one gives no answer."""
+"""The processes of a bench: started one at a time, listened to, ended."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from quantkit.bench.measurement import Measurement
 from quantkit.bench.worker import Answer, Job
 from quantkit.progress import Tracker
-from quantkit.sections import AccuracyBench, AnyBench, DivergenceBench, MemoryBench, ThroughputBench
 
 
 class WorkerFailed(Exception):  # noqa: N818  # carries the reason for a missing measurement
@@ -78,26 +75,3 @@ def how_it_ended(code: int, log: str) -> str:
     else:
         how = f"the process ended with code {code}"
     return f"{how}: {lines[-1][:300]}" if lines else how
-
-
-def missing(sections: Sequence[AnyBench], reason: str) -> list[Measurement]:
-    """Every measurement that the sections would have given, with the reason why it is not there."""
-    wanted: list[tuple[str, str, dict[str, object]]] = []
-    for section in sections:
-        if isinstance(section, MemoryBench):
-            wanted += [(metric, "bytes", {}) for metric in ("artifact", "loaded", "peak_rss", "peak_vram")]
-            wanted += [(metric, "bits/weight", {}) for metric in ("bits_per_weight", "bits_per_weight_all")]
-        elif isinstance(section, ThroughputBench):
-            wanted.append(("load", "s", {}))
-            for size in section.batch_sizes:
-                settings: dict[str, object] = {"batch_size": size}
-                wanted += [(metric, "tok/s", settings) for metric in ("prefill", "decode")]
-                wanted.append(("first_token", "s", settings))
-        elif isinstance(section, DivergenceBench):
-            wanted += [("perplexity", "", {}), ("kl", "nats", {}), ("top1", "fraction", {})]
-        elif isinstance(section, AccuracyBench):
-            wanted += [(f"accuracy/{task}", "fraction", {}) for task in section.tasks]
-    return [
-        Measurement(metric=metric, value=None, unit=unit, missing=reason, settings=settings)
-        for metric, unit, settings in wanted
-    ]

@@ -6,15 +6,21 @@ import ctypes
 import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from quantkit.bench.subject import Subject, Unavailable
+from quantkit.bench.subject import Artifact, Baseline, Subject, Unavailable
 from quantkit.engines import Session
 from quantkit.engines.base import dtype_name, quality_dtype
+from quantkit.model.reader import open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHT_FILES = (".safetensors", ".gguf")
 
@@ -23,9 +29,9 @@ WEIGHT_FILES = (".safetensors", ".gguf")
 class Run:
     """One subject on one device.
 
-    scratch: the folder in which the baseline leaves its log-probabilities. tokenizer_folder: the source's. samples:
-    scores of each question by task, for Row.samples. load_s: seconds from the file to an engine that is ready to serve,
-    libraries imported and the file read once before.
+    scratch: the folder in which the baseline leaves its predictions. tokenizer_folder: the source's. baseline: its
+    folder or file. samples: scores of each question by task, for Row.samples. load_s: seconds from the file to an
+    engine that is ready to serve, libraries imported and the file read once before.
     """
 
     subject: Subject
@@ -33,6 +39,7 @@ class Run:
     device: torch.device
     scratch: Path
     tokenizer_folder: Path
+    baseline: Path | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
     imports_rss: int = 0
     loaded_rss: int | None = None
@@ -70,15 +77,44 @@ class Run:
         """The session whose logits all measures of quality are made from; that for speed when it computes in the same
         dtype."""
         held = self._session
-        wanted = dtype_name(quality_dtype(self.device, self.subject.stored_dtype()))
+        wanted = dtype_name(self.quality_dtype())
         if held is None or (held.model is not None and held.dtype != wanted):
             self.close()
             self._session = self.subject.for_quality(self.device)
         assert self._session is not None
         return self._session
 
+    def quality_dtype(self) -> torch.dtype:
+        """The dtype that measures of quality are computed in."""
+        return quality_dtype(self.device, self.subject.stored_dtype())
+
+    def in_dtype(self, dtype: torch.dtype) -> Session:
+        """A session of the baseline in this dtype; it takes the place of the one that was held."""
+        assert isinstance(self.subject, Baseline)
+        self.close()
+        self._session = self.subject.in_dtype(self.device, dtype)
+        return self._session
+
+    @contextmanager
+    def beside_baseline(self) -> Iterator[tuple[PreTrainedModel, Session]]:
+        """The baseline's model and a session of the artifact with a transformers model, both for speed: the only time
+        that two models are side by side."""
+        assert self.baseline is not None and isinstance(self.subject, Artifact)
+        self.close()
+        source = open_source(str(self.baseline))
+        target = Baseline(source)
+        held = target.for_speed(self.device)
+        session = self.subject.as_transformers(self.device)
+        try:
+            assert held.model is not None
+            yield held.model, session
+        finally:
+            session.close()
+            held.close()
+            gc.collect()
+
     def close(self) -> None:
-        """Drop the session: models are never side by side."""
+        """Drop the session: models are not side by side."""
         if self._session is not None:
             self._session.close()
             self._session = None

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.bench.measurement import Results, Row
-from quantkit.bench.process import WorkerFailed, missing, run_worker
+from quantkit.bench.process import WorkerFailed, run_worker
+from quantkit.bench.unmeasured import missing
 from quantkit.bench.worker import Answer, Job
 from quantkit.errors import ModelError
 from quantkit.progress import Progress, Tracker
-from quantkit.sections import AccuracyBench, AnyBench, CalibrationSection, DivergenceBench
+from quantkit.sections import AccuracyBench, AnyBench, CalibrationSection, DivergenceBench, SpeculativeBench
 
 if TYPE_CHECKING:
     from quantkit.model.source import Source
@@ -63,6 +64,7 @@ def bench(
             "threads": torch.get_num_threads(),
             "scratch": folder,
             "tokenizer_folder": str(tokenizer.absolute()),
+            "baseline": str(source.path.absolute()),
         }
         # a hub id has been fetched by now; its folder is what the worker opens
         job = Job(kind="baseline", path=str(source.path.absolute()), **common)
@@ -161,19 +163,23 @@ def _check_tasks(sections: Sequence[AnyBench]) -> None:
 
 
 def _write_texts(sections: Sequence[AnyBench], tokenizer: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Leave the token ids of every divergence section in the scratch folder, and say which they are."""
-    texts = []
+    """Leave the token ids of every section that reads text in the scratch folder, and say which they are."""
+    import numpy as np
+
+    from quantkit.bench.divergence import ids_path
+    from quantkit.model.calibration import load_calibration
+
+    texts: list[dict[str, Any]] = []
     for section in sections:
         if isinstance(section, DivergenceBench):
-            import numpy as np
-
-            from quantkit.bench.divergence import ids_path
-            from quantkit.model.calibration import load_calibration
-
             wanted = CalibrationSection(set=section.set, sequences=section.sequences, length=section.length)
-            text = load_calibration(wanted, tokenizer, "evaluation")
-            np.save(ids_path(scratch, section), text.ids.numpy())
-            texts.append({"set": text.name, "part": text.part, "fingerprint": text.fingerprint})
+        elif isinstance(section, SpeculativeBench):
+            wanted = CalibrationSection(set=section.set, sequences=section.prompts, length=section.prompt_tokens)
+        else:
+            continue
+        text = load_calibration(wanted, tokenizer, "evaluation")
+        np.save(ids_path(scratch, section), text.ids.numpy())
+        texts.append({"set": text.name, "part": text.part, "fingerprint": text.fingerprint})
     return texts
 
 

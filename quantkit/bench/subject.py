@@ -70,12 +70,13 @@ class Baseline(Subject):
         return counts.most_common(1)[0][0]
 
     def for_speed(self, device: torch.device) -> Session:
-        return self._load(device, speed_dtype(device, self.stored_dtype()))
+        return self.in_dtype(device, speed_dtype(device, self.stored_dtype()))
 
     def for_quality(self, device: torch.device) -> Session:
-        return self._load(device, quality_dtype(device, self.stored_dtype()))
+        return self.in_dtype(device, quality_dtype(device, self.stored_dtype()))
 
-    def _load(self, device: torch.device, dtype: torch.dtype) -> Session:
+    def in_dtype(self, device: torch.device, dtype: torch.dtype) -> Session:
+        """A session that computes in this dtype."""
         # opened again, so that what is mapped while loading is let go and does not count as the model's memory
         source = open_source(str(self.source.path))
         return TransformersSession(load_transformers(source, dtype, device), "transformers")
@@ -118,6 +119,22 @@ class Artifact(Subject):
             session = DECODED.load(self.path, device, dtype)
             session.details["without_engine"] = str(error)
             return session
+
+    def as_transformers(self, device: torch.device) -> Session:
+        """A session for speed with a transformers model inside: of the engine where it has one, else of the decoded
+        weights, which says why."""
+        try:
+            session = self.for_speed(device)
+        except Unavailable as error:
+            reason = str(error)
+        else:
+            if session.model is not None:
+                return session
+            reason = f"{session.engine} cannot draft for transformers"
+            session.close()
+        session = DECODED.load(self.path, device, speed_dtype(device, self.stored_dtype()))
+        session.details["without_engine"] = reason
+        return session
 
     def _load(self, device: torch.device, dtype: torch.dtype) -> Session:
         if self._engine is None:

@@ -1,77 +1,94 @@
-"""Throughput: tokens per second of prompt and of decode, and the time to the first token."""
+"""Throughput: tokens per second of prompt and of decode, the time to the first token and for each one after it."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from quantkit.bench.measurement import Measurement
+from quantkit.bench.energy import EnergyCounter
+from quantkit.bench.measurement import SPEED_UNITS, Measurement
 from quantkit.bench.run import Run
 from quantkit.bench.subject import Unavailable
+from quantkit.bench.unmeasured import missing_speeds, workload
 from quantkit.engines import Session
 from quantkit.sections import ThroughputBench
 
-UNITS = {"prefill": "tok/s", "decode": "tok/s", "first_token": "s"}
+
+@dataclass(frozen=True)
+class Timing:
+    """One repetition. first: seconds until the first tokens were there. rest: seconds for all that followed. joules:
+    what the following took, None where the machine has no counter."""
+
+    first: float
+    rest: float
+    joules: float | None
 
 
 def measure(section: ThroughputBench, run: Run) -> list[Measurement]:
-    """prefill, decode and first_token for every batch size: median and interquartile range over the repetitions; and
-    load, once.
+    """prefill, first_token, decode and token_time for every batch size, prefill/N and first_token/N for further prompt
+    lengths: median and interquartile range over the repetitions; load once; energy where there is a counter.
 
-    A repetition reads a prompt into an empty cache and decodes greedily from there. The first token is there when the
-    prompt has been read. The model counts as loaded after a first short pass.
+    A repetition reads a prompt into an empty cache and decodes greedily from there, behind the first prompt length
+    alone. The first token is there when the prompt has been read. The model counts as loaded after a first short pass.
     """
-    workload = {"prompt_tokens": section.prompt_tokens, "decode_tokens": section.decode_tokens}
     try:
         session = run.speed()
     except Unavailable as error:
-        return [
-            Measurement(metric="load", value=None, unit="s", missing=str(error)),
-            *(
-                Measurement(
-                    metric=metric, value=None, unit=unit, missing=str(error), settings={"batch_size": size, **workload}
-                )
-                for size in section.batch_sizes
-                for metric, unit in UNITS.items()
-            ),
-        ]
+        return missing_speeds(section, str(error))
     found = [_load(run, session)]
+    counter = EnergyCounter(run.device.type)
+    vocabulary = int(run.subject.source.config["vocab_size"])
     for size in section.batch_sizes:
-        vocabulary = int(run.subject.source.config["vocab_size"])
-        prompts = torch.randint(vocabulary, (size, section.prompt_tokens), generator=torch.Generator().manual_seed(0))
-        times = section.warmup + section.repetitions
-        timings = [_once(session, prompts, section.decode_tokens) for _ in range(times)]
-        counted = timings[section.warmup :]
-        settings = {
-            "batch_size": size,
-            **workload,
-            "warmup": section.warmup,
-            "repetitions": section.repetitions,
-            "threads": torch.get_num_threads(),
-            "dtype": session.dtype,
-            **session.details,
-        }
-        values = {
-            "prefill": [prompts.numel() / first for first, _ in counted],
-            "decode": [size * section.decode_tokens / rest for _, rest in counted],
-            "first_token": [first for first, _ in counted],
-        }
-        for metric, unit in UNITS.items():
-            found.append(
-                Measurement(
-                    metric=metric,
-                    value=statistics.median(values[metric]),
-                    unit=unit,
-                    spread=interquartile_range(values[metric]),
-                    samples=len(counted),
-                    engine=session.engine,
-                    settings=settings,
-                )
-            )
+        for position, length in enumerate(section.prompt_lengths):
+            prompts = torch.randint(vocabulary, (size, length), generator=torch.Generator().manual_seed(0))
+            steps = 0 if position else section.decode_tokens
+            times = section.warmup + section.repetitions
+            timings = [_once(session, prompts, steps, counter) for _ in range(times)]
+            settings = {
+                **workload(section, size, length),
+                "warmup": section.warmup,
+                "repetitions": section.repetitions,
+                "threads": torch.get_num_threads(),
+                "dtype": session.dtype,
+                **session.details,
+            }
+            suffix = f"/{length}" if position else ""
+            for metric, values in _values(timings[section.warmup :], prompts, steps).items():
+                found.append(_median(metric + suffix, SPEED_UNITS[metric], values, session.engine, settings))
     return found
+
+
+def _values(timings: Sequence[Timing], prompts: Tensor, steps: int) -> dict[str, list[float]]:
+    """{metric: its value in each repetition}."""
+    values = {
+        "prefill": [prompts.numel() / one.first for one in timings],
+        "first_token": [one.first for one in timings],
+    }
+    if steps:
+        values["decode"] = [len(prompts) * steps / one.rest for one in timings]
+        values["token_time"] = [one.rest / steps for one in timings]
+        joules = [one.joules for one in timings if one.joules is not None]
+        if joules:
+            values["energy"] = [taken / (len(prompts) * steps) for taken in joules]
+    return values
+
+
+def _median(metric: str, unit: str, values: Sequence[float], engine: str, settings: dict[str, Any]) -> Measurement:
+    return Measurement(
+        metric=metric,
+        value=statistics.median(values),
+        unit=unit,
+        spread=interquartile_range(values),
+        samples=len(values),
+        engine=engine,
+        settings=settings,
+    )
 
 
 def _load(run: Run, session: Session) -> Measurement:
@@ -86,14 +103,15 @@ def _load(run: Run, session: Session) -> Measurement:
     )
 
 
-def _once(session: Session, prompts: torch.Tensor, decode_tokens: int) -> tuple[float, float]:
-    """Seconds until the first tokens are there, and seconds for `decode_tokens` more of each sequence."""
+def _once(session: Session, prompts: Tensor, steps: int, counter: EnergyCounter) -> Timing:
     started = time.perf_counter()
-    tokens = session.prefill(prompts, room=decode_tokens)
+    tokens = session.prefill(prompts, room=steps)
     first = time.perf_counter()
-    for _ in range(decode_tokens):
+    counter.restart()
+    for _ in range(steps):
         tokens = session.decode(tokens)
-    return first - started, time.perf_counter() - first
+    rest = time.perf_counter() - first
+    return Timing(first - started, rest, counter.joules() if counter.available and steps else None)
 
 
 def interquartile_range(values: Sequence[float]) -> float | None:

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class Job(Frozen):
     """What a worker is to do.
 
-    without_engine: why the artifact's own engine may not be used, None when it may. offline: take the questions of
-    tasks from the cache alone, so that all rows answer the same ones and an unreachable hub is waited for once.
+    baseline: its folder or file, for what runs it beside the artifact. without_engine: why the artifact's own engine
+    may not be used, None when it may. offline: take the questions of tasks from the cache alone, so that all rows
+    answer the same ones and an unreachable hub is waited for once.
     """
 
     kind: Literal["baseline", "artifact"]
@@ -38,6 +39,7 @@ class Job(Frozen):
     threads: int
     scratch: str
     tokenizer_folder: str
+    baseline: str | None = None
     without_engine: str | None = None
     offline: bool = False
 
@@ -64,7 +66,12 @@ def work(job: Job) -> Answer:
     with _timed(seconds, "imports"):
         subject = _subject(job)
         run = Run(
-            subject, job.kind == "baseline", torch.device(job.device), Path(job.scratch), Path(job.tokenizer_folder)
+            subject,
+            job.kind == "baseline",
+            torch.device(job.device),
+            Path(job.scratch),
+            Path(job.tokenizer_folder),
+            Path(job.baseline or job.path),
         )
         run.prepare()
     found: dict[int, list[Measurement]] = {}

@@ -94,6 +94,13 @@ def quality_dtype(device: torch.device, source_dtype: torch.dtype) -> torch.dtyp
     return torch.float32 if device.type == "cpu" else half
 
 
+def other_dtype(dtype: torch.dtype, source_dtype: torch.dtype) -> torch.dtype:
+    """What a model is run in again to tell how much of a divergence is the noise of arithmetic: its own half precision
+    (bfloat16 where it has none), or float32 when that is what it was run in."""
+    half = source_dtype if source_dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    return torch.float32 if dtype == half else half
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Such as "float16"."""
     return str(dtype).removeprefix("torch.")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-from quantkit.bench.measurement import Measurement, Row
+from quantkit.bench.measurement import SPEED_UNITS, Measurement, Row
 from quantkit.report.intervals import recovered_interval
 from quantkit.report.model import Cell
 
 RATES = ("prefill", "decode")
-SPEEDS = (*RATES, "first_token")
 WORKLOAD = ("batch_size", "prompt_tokens", "decode_tokens")
 """The settings that two speeds must share to be compared."""
 
@@ -22,16 +21,25 @@ def row_cells(row: Row, baseline: Row) -> dict[str, Cell]:
     found = by_key(row)
     cells = {key: _measured(measurement) for key, measurement in found.items()}
     if row is baseline:
-        return cells
+        noise = found.get("kl_noise")
+        return {key: cell for key, cell in cells.items() if key != "kl_noise"} | _noise(noise)
     cells["quantize"] = Cell(value=row.quantize_s) if row.quantize_s is not None else Cell(missing="not recorded")
     reference = by_key(baseline)
     cells["memory_saved"] = _saved(found.get("artifact"), reference.get("artifact"))
     for key, measurement in found.items():
-        if measurement.metric in RATES:
-            cells[key.replace(measurement.metric, f"{measurement.metric}_speedup", 1)] = _speedup(
-                measurement, reference.get(key)
-            )
+        rate = measurement.metric.partition("/")[0]
+        if rate in RATES:
+            cells[key.replace(rate, f"{rate}_speedup", 1)] = _speedup(measurement, reference.get(key))
     return cells | _accuracy_cells(row, baseline)
+
+
+def _noise(measurement: Measurement | None) -> dict[str, Cell]:
+    """The baseline's own line under KL: how far it is from itself in another dtype."""
+    if measurement is None or measurement.value is None:
+        return {}
+    other, count = measurement.settings.get("against"), measurement.samples
+    remark = f"the noise floor: the baseline against itself in {other}, on {count} sequences"
+    return {"kl": _measured(measurement).model_copy(update={"remarks": (remark,)})}
 
 
 def by_key(row: Row) -> dict[str, Measurement]:
@@ -39,7 +47,7 @@ def by_key(row: Row) -> dict[str, Measurement]:
     found: dict[str, Measurement] = {}
     for measurement in row.measurements:
         batch = measurement.settings.get("batch_size", 1)
-        single = batch == 1 or measurement.metric not in SPEEDS
+        single = batch == 1 or measurement.metric.partition("/")[0] not in SPEED_UNITS
         key = base = measurement.metric if single else f"{measurement.metric}@{batch}"
         number = 2
         while key in found:

@@ -29,9 +29,16 @@ USUAL: dict[str, tuple[str, str, Group]] = {
     "decode": ("decode", "tok/s", "speed"),
     "decode_speedup": ("decode vs baseline", "x", "speed"),
     "first_token": ("first token", "s", "speed"),
+    "token_time": ("time per token", "s", "speed"),
+    "energy": ("energy, decode", "J/tok", "speed"),
+    "draft_speedup": ("baseline with this draft", "x", "speed"),
+    "acceptance": ("drafted tokens accepted", "fraction", "speed"),
     "perplexity": ("perplexity", "", "quality"),
     "kl": ("KL to baseline", "nats", "quality"),
+    "kl_p95": ("KL, 95th percentile", "nats", "quality"),
+    "kl_p99_9": ("KL, 99.9th percentile", "nats", "quality"),
     "top1": ("top-1 agreement", "fraction", "quality"),
+    "tv": ("total variation", "fraction", "quality"),
 }
 """Title, unit and group of the usual metrics, in the order of their columns; any other metric gets a column as well."""
 
@@ -141,7 +148,8 @@ def _columns(group: Sequence[Results], lines: Sequence[Line]) -> tuple[Column, .
 
     def place(key: str) -> tuple[int, int]:
         metric, batch = _parts(key)
-        known = metric if metric in order else "tasks" if task_of(metric) else "unknown"
+        known = next((name for name in (metric, _of_length(metric)[0]) if name in order), None)
+        known = known or ("tasks" if task_of(metric) else "unknown")
         return batch, order.index(known)
 
     return tuple(_column(key, measured[key].unit if key in measured else None) for key in sorted(keys, key=place))
@@ -153,10 +161,18 @@ def _parts(key: str) -> tuple[str, int]:
     return metric, int(batch or 1)
 
 
+def _of_length(metric: str) -> tuple[str, str]:
+    """A metric such as "prefill/512" as its name and the prompt length, "" where there is none."""
+    base, _, length = metric.partition("/")
+    return (base, length) if length.isdigit() else (metric, "")
+
+
 def _column(key: str, unit: str | None) -> Column:
     metric, batch = _parts(key)
-    if metric in USUAL:
-        title, usual_unit, group = USUAL[metric]
+    base, length = _of_length(metric)
+    if base in USUAL:
+        title, usual_unit, group = USUAL[base]
+        title = f"{title}, {length} tokens" if length else title
         title = title if batch == 1 else f"{title}, batch {batch}"
         return Column(key=key, title=title, unit=unit or usual_unit, group=group)
     if metric in DERIVED:

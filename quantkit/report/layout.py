@@ -121,8 +121,12 @@ def _engine(cell: Cell | None) -> str | None:
     return cell.engine if cell is not None and cell.value is not None else None
 
 
+def _in_milliseconds(column: Column) -> bool:
+    return column.unit == "s" and column.key.startswith(("first_token", "token_time"))
+
+
 def _unit(column: Column) -> str:
-    if column.key == "first_token":
+    if _in_milliseconds(column):
         return " ms"
     unit = UNITS.get(column.unit, column.unit)
     return f" {unit}" if unit and "bits/weight" not in column.title else ""
@@ -134,7 +138,7 @@ def show(cell: Cell | None, column: Column, notes: Footnotes, *, brief: bool = F
         return "–"
     if cell.value is None:
         return "n/a" + notes.marks([cell.missing or "no reason was recorded"])
-    scale = 1000 if column.key == "first_token" else 1
+    scale = 1000 if _in_milliseconds(column) else 1
 
     def text(value: float) -> str:
         return number(value * scale, column.unit)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oracles.memory_source import MemorySource, store
-from quantkit.bench.divergence import compare, ids_path, measure, standard_error
+from quantkit.bench import baseline_cache, divergence
+from quantkit.bench.divergence import ids_path, measure
 from quantkit.bench.measurement import Measurement
 from quantkit.bench.run import Run
 from quantkit.bench.subject import Artifact, Baseline
@@ -49,7 +52,7 @@ def test_perplexity_is_that_of_a_plain_loop(tiny_llama: Path, tmp_path: Path) ->
             logits = model(row[None]).logits[0]
             losses.append(torch.nn.functional.cross_entropy(logits[:-1], row[1:]).item())
     value = math.exp(sum(losses) / 3)
-    assert list(found) == ["perplexity"]
+    assert list(found) == ["perplexity", "kl_noise"]
     assert found["perplexity"].value == pytest.approx(value, rel=1e-5)
     spread = value * float(np.std(losses, ddof=1)) / math.sqrt(3)
     assert found["perplexity"].error == pytest.approx(spread, rel=1e-3)
@@ -101,22 +104,65 @@ def test_a_model_does_not_diverge_from_itself(tiny_llama: Path, tmp_path: Path) 
     assert found["kl"].value == 0.0 and found["top1"].value == 1.0
 
 
+def test_the_noise_of_the_baseline_is_that_of_its_other_dtype(tiny_llama: Path, tmp_path: Path) -> None:
+    found = _run(Baseline(open_source(str(tiny_llama))), tmp_path, tiny_llama)["kl_noise"]
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    with torch.inference_mode():
+        p, q = (model(_ids()).logits[:, :-1].float().log_softmax(-1) for model in (one, other))
+    assert found.value == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.02)
+    assert 0 < found.value < 1e-3 and found.settings["against"] == "bfloat16"
+
+
+def test_what_the_baseline_predicted_is_kept_between_runs(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    path = _quantized(tiny_llama, tmp_path / "q")
+    answers = []
+    for turn in ("one", "two"):
+        scratch = tmp_path / turn
+        scratch.mkdir()
+        answers.append(_run(Baseline(open_source(str(tiny_llama))), scratch, tiny_llama))
+        answers.append(_run(Artifact(path, "not used here"), scratch, tiny_llama))
+        monkeypatch.setattr(divergence, "_predictions", lambda *_: pytest.fail("the baseline ran again"))
+    assert answers[0] == answers[2] and answers[1] == answers[3]
+
+
+def test_other_weights_under_the_same_name_are_run_again(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    before = baseline_cache.cache_path(open_source(str(model)), _ids(), "float32", "cpu")
+    os.utime(model / "model.safetensors", (1, 1))
+    assert baseline_cache.cache_path(open_source(str(model)), _ids(), "float32", "cpu") != before
+    assert baseline_cache.cache_path(open_source(str(model)), _ids() + 1, "float32", "cpu") != before
+
+
+def test_damaged_predictions_are_made_again(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    first = _run(Baseline(open_source(str(tiny_llama))), tmp_path, tiny_llama)
+    kept = next((tmp_path / "cache" / "predictions").iterdir())
+    (kept / "log_probs.npy").write_bytes(b"not an array")
+    other = tmp_path / "other"
+    other.mkdir()
+    assert _run(Baseline(open_source(str(tiny_llama))), other, tiny_llama) == first
+
+
+def test_what_was_used_longest_ago_leaves_the_cache_first(tmp_path: Path) -> None:
+    for age, name in enumerate(("new", "middle", "old")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.npy").write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    baseline_cache.prune(tmp_path, limit_bytes=250)
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "middle"}
+    baseline_cache.prune(tmp_path, limit_bytes=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_without_a_baseline_the_reason_stands_there(tiny_llama: Path, tmp_path: Path) -> None:
     found = _run(Artifact(_quantized(tiny_llama, tmp_path / "q"), "not used here"), tmp_path, tiny_llama)
     assert found["perplexity"].value is not None
     assert found["kl"].value is None and found["kl"].missing == "the baseline was not measured on this text"
-
-
-def test_compare_sums_over_blocks_of_rows() -> None:
-    generator = torch.Generator().manual_seed(0)
-    p = torch.randn(150, 11, generator=generator).log_softmax(-1)
-    q = torch.randn(150, 11, generator=generator).log_softmax(-1)
-    kl, agreement = compare(p, q)
-    exact = torch.nn.functional.kl_div(q.double(), p.double(), log_target=True, reduction="none").sum(-1)
-    assert kl == pytest.approx(float(exact.mean()), rel=1e-5)
-    assert agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
-
-
-def test_one_sequence_has_no_standard_error() -> None:
-    assert standard_error([1.0]) is None
-    assert standard_error([1.0, 3.0]) == pytest.approx(1.0)

@@ -12,8 +12,9 @@ import torch
 from oracles.memory_source import MemorySource, store
 from quantkit.bench import process, runner
 from quantkit.bench.measurement import Measurement, Results
-from quantkit.bench.process import WorkerFailed, missing, run_worker
+from quantkit.bench.process import WorkerFailed, run_worker
 from quantkit.bench.runner import bench
+from quantkit.bench.unmeasured import missing
 from quantkit.bench.worker import Answer, Job, work
 from quantkit.errors import ModelError, UsageError
 from quantkit.formats.gguf import GGUF

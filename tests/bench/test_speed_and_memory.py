@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from oracles.memory_source import MemorySource, store
-from quantkit.bench import memory, throughput
+from quantkit.bench import energy, memory, throughput
 from quantkit.bench.measurement import Measurement
 from quantkit.bench.run import Run, peak_rss, rss, settled_rss
 from quantkit.bench.subject import Artifact, Baseline
+from quantkit.bench.unmeasured import missing_speeds
 from quantkit.engines import Session
 from quantkit.formats.gguf import GGUF
 from quantkit.methods.ggml import GGML
@@ -79,11 +80,68 @@ def test_rates_are_medians_behind_the_warm_up(
     assert settings["threads"] == torch.get_num_threads() and settings["kernels"] == "none"
 
 
+def test_further_prompt_lengths_are_read_and_not_decoded_behind(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(Baseline(open_source(str(tiny_llama))), True, CPU, tmp_path, tiny_llama)
+    session = Clocked()
+    monkeypatch.setattr(run, "speed", lambda: session)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: session.now)
+    section = ThroughputBench(prompt_tokens=(16, 64), decode_tokens=4, warmup=0, repetitions=1)
+    found = _by(throughput.measure(section, run))
+    assert session.prompts == [(1, 16), (1, 64)]
+    assert found["prefill", 1].value == 8.0 and found["first_token", 1].value == 2.0
+    assert found["prefill/64", 1].value == 16.0 and found["first_token/64", 1].value == 4.0
+    assert found["token_time", 1].value == 0.25
+    assert ("decode/64", 1) not in found
+    assert {one.metric for one in missing_speeds(section, "why")} == {metric for metric, _ in found}
+
+
+def _packages(folder: Path, **counters: int) -> None:
+    for name, value in counters.items():
+        (folder / f"intel-rapl:{name}").mkdir(exist_ok=True)
+        (folder / f"intel-rapl:{name}" / "name").write_text("package-0" if name.startswith("p") else "core")
+        (folder / f"intel-rapl:{name}" / "energy_uj").write_text(str(value))
+        (folder / f"intel-rapl:{name}" / "max_energy_range_uj").write_text("1000000")
+
+
+def test_packages_are_counted_once_and_may_begin_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    assert not energy.EnergyCounter("cpu").available
+    _packages(tmp_path, p0=100_000, p1=900_000, core=5)
+    counter = energy.EnergyCounter("cpu")
+    assert counter.available and counter.joules() == 0.0
+    _packages(tmp_path, p0=350_000, p1=150_000, core=900_000)
+    assert counter.joules() == pytest.approx(0.25 + 0.25)
+    counter.restart()
+    assert counter.joules() == 0.0
+
+
+def test_energy_is_a_measurement_where_the_machine_counts_it(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    _packages(tmp_path, p0=0)
+    run = Run(Baseline(open_source(str(tiny_llama))), True, CPU, tmp_path, tiny_llama)
+
+    class Heated(Clocked):
+        def decode(self, tokens: Tensor) -> Tensor:
+            _packages(tmp_path, p0=int((tmp_path / "intel-rapl:p0" / "energy_uj").read_text()) + 3000)
+            return super().decode(tokens)
+
+    session = Heated()
+    monkeypatch.setattr(run, "speed", lambda: session)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: session.now)
+    section = ThroughputBench(prompt_tokens=16, decode_tokens=4, batch_sizes=(3,), warmup=0, repetitions=2)
+    found = _by(throughput.measure(section, run))
+    assert found["energy", 3].value == pytest.approx(0.001) and found["energy", 3].unit == "J/tok"
+
+
 def test_an_engine_that_is_absent_leaves_reasons_not_numbers(tiny_llama: Path, tmp_path: Path) -> None:
     store(MemorySource(tiny_llama), GGUF(), tmp_path / "q", GGML(type="q8_0"), torch.float16)
     run = Run(Artifact(tmp_path / "q", "pip install it"), False, CPU, tmp_path, tiny_llama)
     found = throughput.measure(ThroughputBench(), run)
-    assert {one.metric for one in found} == {"load", "prefill", "decode", "first_token"}
+    assert {one.metric for one in found} == {"load", "prefill", "decode", "first_token", "token_time"}
     assert all(one.value is None and one.missing == "pip install it" for one in found)
     kept = {one.metric: one for one in memory.measure(MemoryBench(), run)}
     assert kept["loaded"].missing == kept["peak_rss"].missing == "pip install it"
