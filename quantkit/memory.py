@@ -23,7 +23,7 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
 
 
-def return_freed_memory() -> None:
+def map_large_memory() -> None:
     """Have the C library give every large block back to the system at once, where it is glibc.
 
     Otherwise it keeps what was freed for later, in pieces: a third more memory than is in use. It costs a fifth of the
@@ -32,6 +32,17 @@ def return_freed_memory() -> None:
     threshold = -3  # M_MMAP_THRESHOLD of mallopt(3)
     try:
         ctypes.CDLL(None).mallopt(threshold, 2**20)
+    except (OSError, AttributeError):
+        return
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what the C library holds of freed memory, where it is glibc: malloc_trim(3).
+
+    The pieces that it keeps between the ones in use grow with every block of a model, though nothing more is in use.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return
 

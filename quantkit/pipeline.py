@@ -26,7 +26,7 @@ from quantkit.formats.base import LinearPlan, Writer
 from quantkit.manifest import Manifest, TensorRecord, file_record, write_manifest
 from quantkit.maths.gram import Importance, InputStatistics
 from quantkit.maths.measure import sqnr_db
-from quantkit.memory import NO_LIMIT, MemoryLimit, return_freed_memory
+from quantkit.memory import NO_LIMIT, MemoryLimit, map_large_memory, return_freed_memory
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
 from quantkit.model.calibration import CalibrationSet
@@ -37,6 +37,10 @@ from quantkit.output import no_space_explained, published
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe, recipe_sha256
 from quantkit.tensors import on_cpu
+
+
+RETURN_EVERY = 4
+"""Blocks after which freed memory goes back to the system: it takes a twentieth of a second or so to get it again."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def quantize(
     a full disk; nothing is left behind then.
     """
     if memory.limit_bytes is not None:
-        return_freed_memory()
+        map_large_memory()
     layout = _Layout(architecture_of(source.config).norm_offset, head_dim(source.config))
     with ExitStack() as stack:
         states = []
@@ -164,6 +168,8 @@ def _run(
             else:
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
             del tensors
+            if block.index % RETURN_EVERY == 0:
+                return_freed_memory()
             tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
             _run_head(states, head, source.read(f"{head}.weight"), device)
