@@ -63,17 +63,8 @@ def _row(row: dict[str, Any]) -> list[str]:
 
 
 def agreement(results: dict[str, Any]) -> str:
-    headers = [
-        "",
-        "perplexity",
-        "decoded",
-        "KL to baseline",
-        "decoded",
-        "difference",
-        "KL between",
-        "of rounded inputs",
-    ]
-    headers += ["same top-1 %"]
+    columns = ("perplexity, llama.cpp", "decoded", "KL to baseline, llama.cpp", "decoded", "difference")
+    headers = ["", *columns, "KL decoded to llama.cpp", "KL decoded to rounded inputs", "same top-1 %"]
     rows = []
     for row in results["files"]:
         llama, decoded = row["llama.cpp"], row["decoded weights"]
