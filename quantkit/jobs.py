@@ -152,6 +152,8 @@ def run_passes(
     if problems:
         raise RecipeError.from_problems([error.message for error in problems], problems[0].hint)
     check_space(folders[0], needed)
+    for note in source.notes:
+        progress.say(f"source: {note}")
     Thread(target=_hash_ahead, args=(source,), daemon=True).start()
     made: dict[str, Manifest] = {}
     passes = _passes(jobs)

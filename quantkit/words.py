@@ -46,7 +46,8 @@ def manifest(made: Manifest) -> str:
     if noise:
         rows.append(["SQNR", f"median {noise[len(noise) // 2]:.1f} dB, lowest {noise[0]:.1f} dB"])
     rows.append(["time", f"{made.quantize_s:.1f} s"])
-    return "\n".join([columns(rows), *_first(made.fallbacks(), "note: ")])
+    before = [f"source: {note}" for note in made.source.get("notes", [])]
+    return "\n".join([columns(rows), *before, *_first(made.fallbacks(), "note: ")])
 
 
 def inspection(facts: dict[str, Any]) -> str:

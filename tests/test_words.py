@@ -41,6 +41,13 @@ def test_a_manifest_in_words() -> None:
     assert lines["time"] == "1.2 s" or lines["time"] == "1.3 s"
 
 
+def test_what_a_source_had_lost_before_is_printed() -> None:
+    manifest = made([record("l.0", "gptq", 20.0)])
+    manifest = manifest.model_copy(update={"source": {"notes": ["dequantized Q4_1 baseline", "it had been rounded"]}})
+    lines = words.manifest(manifest).splitlines()
+    assert lines[-2:] == ["source: dequantized Q4_1 baseline", "source: it had been rounded"]
+
+
 def test_fallbacks_are_printed_and_the_rest_is_counted() -> None:
     tensors = [record(f"l.{index}", "nearest", 9.0, "damping raised") for index in range(11)]
     notes = [line for line in words.manifest(made(tensors)).splitlines() if line.startswith("note: ")]

@@ -20,6 +20,8 @@ from quantkit.sections import AccuracyBench
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
+    from quantkit.engines import Session
+
 PREFERRED = ("acc", "exact_match", "acc_norm")
 """The metric of a task that is reported: the first of these that it has, else the first for which higher is better."""
 
@@ -42,9 +44,15 @@ def measure(section: AccuracyBench, run: Run) -> list[Measurement]:
             found.append(_missing(name, error, local or f"no rows (data: {{{name}: FILE}} takes local ones)"))
     if not tasks:
         return found
-    session = run.quality(model=True)
+    session = run.quality()
+    for name in [name for name, task in tasks.items() if session.model is None and draws(task)]:
+        reason = f"{session.engine} decodes greedily here, and the task draws its answers at random"
+        found.append(Measurement(metric=f"accuracy/{name}", value=None, unit="fraction", missing=reason))
+        del tasks[name]
+    if not tasks:
+        return found
     try:
-        results = evaluate(list(tasks.values()), session.model, run.tokenizer_folder, section)
+        results = evaluate(list(tasks.values()), session, run, section)
     except Exception as error:  # a row without a field of the prompt, a context that is too long: anything
         return [*found, *(_missing(name, error, "lm-eval failed") for name in tasks)]
     for name, task in tasks.items():
@@ -72,6 +80,7 @@ def measure(section: AccuracyBench, run: Run) -> list[Measurement]:
                     "task_version": results["versions"].get(name),
                     "lm_eval": version("lm-eval"),
                     "dtype": session.dtype,
+                    **session.details,
                 },
             )
         )
@@ -127,23 +136,40 @@ def redirect(name: str, stock: Path, rows: Path, folder: Path) -> Path:
     return path
 
 
-def evaluate(tasks: Sequence[Task], model: Any, tokenizer_folder: Path, section: AccuracyBench) -> dict[str, Any]:
-    """What lm-eval's simple_evaluate answers for loaded tasks, with a record of each question."""
+def evaluate(tasks: Sequence[Task], session: Session, run: Run, section: AccuracyBench) -> dict[str, Any]:
+    """What lm-eval's simple_evaluate answers for loaded tasks, with a record of each question.
+
+    A transformers model is given to lm-eval's own class for it, which puts several questions into a pass; any other
+    session answers from its logits. The tokenizer is the source's in both cases.
+    """
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     from quantkit.model.sequences import load_tokenizer
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm = HFLM(
-        pretrained=model,
-        tokenizer=load_tokenizer(tokenizer_folder),
-        backend="causal",
-        batch_size=section.batch_size,
-        device=str(model.device),
-    )
+    tokenizer = load_tokenizer(run.tokenizer_folder)
+    if session.model is not None:
+        from lm_eval.models.huggingface import HFLM
+
+        lm: Any = HFLM(
+            pretrained=session.model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=section.batch_size,
+            device=str(session.model.device),
+        )
+    else:
+        from quantkit.bench.session_lm import SessionLM
+
+        lm = SessionLM(session, tokenizer, run.subject.source.config)
     results: dict[str, Any] = simple_evaluate(model=lm, tasks=list(tasks), limit=section.limit, log_samples=True)
     return results
+
+
+def draws(task: Task) -> bool:
+    """Whether a task asks for answers drawn at random."""
+    settings = task.dump_config().get("generation_kwargs") or {}
+    return bool(settings.get("do_sample") or float(settings.get("temperature") or 0) > 0)
 
 
 def _reported(task: Task, scores: Mapping[str, Any]) -> tuple[str, str]:

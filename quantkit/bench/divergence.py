@@ -29,7 +29,8 @@ def measure(section: DivergenceBench, run: Run) -> list[Measurement]:
     ids = torch.from_numpy(np.load(ids_path(run.scratch, section)))  # [sequences, length]
     session = run.quality()
     path = run.scratch / f"{key(section)}.npy"
-    settings = {"set": section.set, "sequences": ids.shape[0], "length": ids.shape[1], "dtype": session.dtype}
+    text = {"set": section.set, "sequences": ids.shape[0], "length": ids.shape[1]}
+    settings = {**text, "dtype": session.dtype, **session.details}
     known = None if run.is_baseline else _known(path, ids)
     made = None
     losses, divergences, agreements = [], [], []

@@ -8,12 +8,10 @@ from pathlib import Path
 import torch
 
 from quantkit.bench.measurement import Measurement
-from quantkit.bench.run import Run, peak_rss
+from quantkit.bench.run import Run, peak_rss, weight_files
 from quantkit.bench.subject import Artifact, Unavailable
 from quantkit.inspection import FULL_BITS
 from quantkit.sections import MemoryBench
-
-WEIGHT_FILES = (".safetensors", ".gguf")
 
 
 def measure(section: MemoryBench, run: Run) -> list[Measurement]:
@@ -58,8 +56,7 @@ def _full(run: Run, bits: int, count: int) -> bool:
 
 def weight_bytes(path: Path) -> int:
     """Bytes of the files that hold weights, tables and headers included."""
-    files = [path] if path.is_file() else [item for item in path.iterdir() if item.suffix in WEIGHT_FILES]
-    return sum(item.stat().st_size for item in files)
+    return sum(item.stat().st_size for item in weight_files(path))
 
 
 def resident(run: Run) -> list[Measurement]:

@@ -29,7 +29,9 @@ def run_worker(job: Job, timeout_s: float, tracker: Tracker | None = None) -> An
         files = [Path(folder) / name for name in ("job.json", "out.json", "log.txt")]
         files[0].write_text(job.model_dump_json())
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # what this process imports from
-        environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": path}
+        # numba starts as many threads as there are cores otherwise, and changes torch's number with its own
+        threads = {"OMP_NUM_THREADS": str(job.threads), "NUMBA_NUM_THREADS": str(job.threads)}
+        environment = os.environ | threads | {"PYTHONPATH": path}
         if job.offline:
             environment["HF_HUB_OFFLINE"] = "1"
         # -P: a folder named like a package where the user stands must not be imported in its stead
@@ -86,6 +88,7 @@ def missing(sections: Sequence[AnyBench], reason: str) -> list[Measurement]:
             wanted += [(metric, "bytes", {}) for metric in ("artifact", "loaded", "peak_rss", "peak_vram")]
             wanted += [(metric, "bits/weight", {}) for metric in ("bits_per_weight", "bits_per_weight_all")]
         elif isinstance(section, ThroughputBench):
+            wanted.append(("load", "s", {}))
             for size in section.batch_sizes:
                 settings: dict[str, object] = {"batch_size": size}
                 wanted += [(metric, "tok/s", settings) for metric in ("prefill", "decode")]

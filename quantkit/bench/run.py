@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +16,16 @@ from quantkit.bench.subject import Subject, Unavailable
 from quantkit.engines import Session
 from quantkit.engines.base import dtype_name, quality_dtype
 
+WEIGHT_FILES = (".safetensors", ".gguf")
+
 
 @dataclass
 class Run:
     """One subject on one device.
 
     scratch: the folder in which the baseline leaves its log-probabilities. tokenizer_folder: the source's. samples:
-    scores of each question by task, for Row.samples.
+    scores of each question by task, for Row.samples. load_s: seconds from the file to an engine that is ready to serve,
+    libraries imported and the file read once before.
     """
 
     subject: Subject
@@ -31,6 +36,7 @@ class Run:
     samples: dict[str, list[float]] = field(default_factory=dict)
     imports_rss: int = 0
     loaded_rss: int | None = None
+    load_s: float | None = None
     _session: Session | None = None
     _unavailable: str | None = None
 
@@ -47,6 +53,8 @@ class Run:
             raise Unavailable(self._unavailable)
         if self._session is None or self.loaded_rss is None:
             self.close()
+            read_ahead(weight_files(self.subject.source.path))
+            started = time.perf_counter()
             try:
                 self._session = self.subject.for_speed(self.device)
             except Unavailable as error:
@@ -54,17 +62,18 @@ class Run:
                 raise
             # some engines rearrange weights in the first pass: only now is it ready to serve
             self._session.prefill(torch.ones(1, 8, dtype=torch.int64))
+            self.load_s = time.perf_counter() - started
             self.loaded_rss = settled_rss()
         return self._session
 
-    def quality(self, *, model: bool = False) -> Session:
-        """The session for quality; that for speed when it computes in the same dtype."""
+    def quality(self) -> Session:
+        """The session whose logits all measures of quality are made from; that for speed when it computes in the same
+        dtype."""
         held = self._session
         wanted = dtype_name(quality_dtype(self.device, self.subject.stored_dtype()))
-        fits = held is not None and (held.model is not None or not model)
-        if held is None or not fits or (held.model is not None and held.dtype != wanted):
+        if held is None or (held.model is not None and held.dtype != wanted):
             self.close()
-            self._session = self.subject.for_quality(self.device, model=model)
+            self._session = self.subject.for_quality(self.device)
         assert self._session is not None
         return self._session
 
@@ -74,6 +83,19 @@ class Run:
             self._session.close()
             self._session = None
             gc.collect()
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of a model or an artifact that hold weights."""
+    return [path] if path.is_file() else sorted(item for item in path.iterdir() if item.suffix in WEIGHT_FILES)
+
+
+def read_ahead(paths: Sequence[Path]) -> None:
+    """Read files through once, so that the time to load them does not depend on what else was read before."""
+    for path in paths:
+        with path.open("rb", buffering=0) as stream:
+            while stream.read(1 << 24):
+                pass
 
 
 def rss() -> int:

@@ -41,8 +41,8 @@ class Subject(ABC):
         """A session of the engine this is for, in the dtype that is fastest. Raises Unavailable."""
 
     @abstractmethod
-    def for_quality(self, device: torch.device, *, model: bool) -> Session:
-        """A session in the dtype of quality. model: it must hold a transformers model, decoded if need be."""
+    def for_quality(self, device: torch.device) -> Session:
+        """A session in the dtype of quality; its engine names who computes the logits."""
 
     @abstractmethod
     def stored_dtype(self) -> torch.dtype:
@@ -72,7 +72,7 @@ class Baseline(Subject):
     def for_speed(self, device: torch.device) -> Session:
         return self._load(device, speed_dtype(device, self.stored_dtype()))
 
-    def for_quality(self, device: torch.device, *, model: bool) -> Session:
+    def for_quality(self, device: torch.device) -> Session:
         return self._load(device, quality_dtype(device, self.stored_dtype()))
 
     def _load(self, device: torch.device, dtype: torch.dtype) -> Session:
@@ -110,14 +110,14 @@ class Artifact(Subject):
     def for_speed(self, device: torch.device) -> Session:
         return self._load(device, speed_dtype(device, self.stored_dtype()))
 
-    def for_quality(self, device: torch.device, *, model: bool) -> Session:
+    def for_quality(self, device: torch.device) -> Session:
         dtype = quality_dtype(device, self.stored_dtype())
-        if self._engine is not None and (self._engine.has_model or not model):
-            try:
-                return self._load(device, dtype)
-            except Unavailable:
-                pass  # the note says why the weights are decoded instead
-        return DECODED.load(self.path, device, dtype)
+        try:
+            return self._load(device, dtype)
+        except Unavailable as error:
+            session = DECODED.load(self.path, device, dtype)
+            session.details["without_engine"] = str(error)
+            return session
 
     def _load(self, device: torch.device, dtype: torch.dtype) -> Session:
         if self._engine is None:

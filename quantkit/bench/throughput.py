@@ -18,27 +18,32 @@ UNITS = {"prefill": "tok/s", "decode": "tok/s", "first_token": "s"}
 
 
 def measure(section: ThroughputBench, run: Run) -> list[Measurement]:
-    """prefill, decode and first_token for every batch size: median and interquartile range over the repetitions.
+    """prefill, decode and first_token for every batch size: median and interquartile range over the repetitions; and
+    load, once.
 
     A repetition reads a prompt into an empty cache and decodes greedily from there. The first token is there when the
-    prompt has been read.
+    prompt has been read. The model counts as loaded after a first short pass.
     """
     workload = {"prompt_tokens": section.prompt_tokens, "decode_tokens": section.decode_tokens}
     try:
         session = run.speed()
     except Unavailable as error:
         return [
-            Measurement(
-                metric=metric, value=None, unit=unit, missing=str(error), settings={"batch_size": size, **workload}
-            )
-            for size in section.batch_sizes
-            for metric, unit in UNITS.items()
+            Measurement(metric="load", value=None, unit="s", missing=str(error)),
+            *(
+                Measurement(
+                    metric=metric, value=None, unit=unit, missing=str(error), settings={"batch_size": size, **workload}
+                )
+                for size in section.batch_sizes
+                for metric, unit in UNITS.items()
+            ),
         ]
-    found = []
+    found = [_load(run, session)]
     for size in section.batch_sizes:
         vocabulary = int(run.subject.source.config["vocab_size"])
         prompts = torch.randint(vocabulary, (size, section.prompt_tokens), generator=torch.Generator().manual_seed(0))
-        timings = [_once(session, prompts, section.decode_tokens) for _ in range(section.warmup + section.repetitions)]
+        times = section.warmup + section.repetitions
+        timings = [_once(session, prompts, section.decode_tokens) for _ in range(times)]
         counted = timings[section.warmup :]
         settings = {
             "batch_size": size,
@@ -69,10 +74,22 @@ def measure(section: ThroughputBench, run: Run) -> list[Measurement]:
     return found
 
 
+def _load(run: Run, session: Session) -> Measurement:
+    settings = {"file": "read once before", "threads": torch.get_num_threads(), "dtype": session.dtype}
+    return Measurement(
+        metric="load",
+        value=run.load_s,
+        unit="s",
+        samples=1,
+        engine=session.engine,
+        settings={**settings, **session.details},
+    )
+
+
 def _once(session: Session, prompts: torch.Tensor, decode_tokens: int) -> tuple[float, float]:
     """Seconds until the first tokens are there, and seconds for `decode_tokens` more of each sequence."""
     started = time.perf_counter()
-    tokens = session.prefill(prompts)
+    tokens = session.prefill(prompts, room=decode_tokens)
     first = time.perf_counter()
     for _ in range(decode_tokens):
         tokens = session.decode(tokens)

@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ROOM = 256
+"""Tokens that a sequence may grow beyond its prompt where nobody says how many."""
+
+
 class Session(ABC):
     """A model that an engine has loaded.
 
     engine: its name, as measurements carry it. dtype: what activations are computed in. model: the transformers model
-    inside, None when the engine has no such thing. details: what else a reader of the numbers must know.
+    inside, None when the engine has no such thing. details: what else a reader of the numbers must know; it goes into
+    the settings of every measurement.
     """
 
     engine: str
@@ -28,14 +33,17 @@ class Session(ABC):
     details: dict[str, Any]
 
     @abstractmethod
-    def logits(self, ids: Tensor) -> Tensor:
-        """The logits after every token of one sequence: float32 [n, vocabulary] for ids int64 [n]."""
+    def logits(self, ids: Tensor, last: int | None = None) -> Tensor:
+        """The logits after each of the last tokens of one sequence, of all when None: float32 [last, vocabulary].
+
+        ids: int64 [n]. Every measure of quality is made from these, whoever computes them.
+        """
 
     @abstractmethod
-    def prefill(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: Tensor, room: int = ROOM) -> Tensor:
         """Read prompts int64 [batch, length] into an empty cache; the likeliest next token of each, int64 [batch].
 
-        Returns when the work is done, not when it is queued.
+        room: tokens that `decode` may add to each. Returns when the work is done, not when it is queued.
         """
 
     @abstractmethod
@@ -48,13 +56,9 @@ class Session(ABC):
 
 
 class Engine(ABC):
-    """Loads artifacts of some formats.
-
-    name: as `Format.engines` has it. has_model: whether its sessions hold a transformers model, as lm-eval needs.
-    """
+    """Loads artifacts of some formats. name: as `Format.engines` has it."""
 
     name: str
-    has_model: bool = True
 
     @abstractmethod
     def available(self) -> str | None:

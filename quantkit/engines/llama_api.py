@@ -137,6 +137,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_memory": (MEMORY, [CONTEXT]),
     "llama_memory_clear": (None, [MEMORY, c_bool]),
     "llama_decode": (c_int32, [CONTEXT, Batch]),
+    "llama_get_logits": (POINTER(c_float), [CONTEXT]),
     "llama_get_logits_ith": (POINTER(c_float), [CONTEXT, c_int32]),
     "llama_synchronize": (None, [CONTEXT]),
     "llama_print_system_info": (c_char_p, []),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantkit.engines.base import Engine, Session, dtype_name
+from quantkit.engines.base import ROOM, Engine, Session, dtype_name
 from quantkit.errors import ModelError
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ class TransformersSession(Session):
         self.details = details or {}
         self._cache: Any = None
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, last: int | None = None) -> Tensor:
         with torch.inference_mode():
-            output = self.model(ids[None].to(self.device), use_cache=False)
+            output = self.model(ids[None].to(self.device), use_cache=False, logits_to_keep=last or ids.numel())
         return output.logits[0].float().cpu()  # type: ignore[no-any-return]
 
-    def prefill(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: Tensor, room: int = ROOM) -> Tensor:
         self._cache = None
         return self._step(ids)
 

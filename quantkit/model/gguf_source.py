@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
-from quantkit.maths.ggml import FLOAT_TYPES
 from quantkit.model.gguf_config import config_of_file, family_of_architecture
 from quantkit.model.gguf_file import GGUFFile, TensorInfo
+from quantkit.model.gguf_losses import loss_notes
 from quantkit.model.gguf_names import (
     CONFIG_TENSORS,
     deinterleave,
@@ -62,7 +62,7 @@ class GGUFSource(Source):
         self.main_type = types.most_common(1)[0][0] if types else "F32"
         self._dtype = _FLOAT_DTYPES.get(self.main_type, torch.float16)
         self.config = config_of_file(self.file, self._dtype)
-        self.notes = () if self.main_type in FLOAT_TYPES else (f"dequantized {self.main_type} baseline",)
+        self.notes = loss_notes(self._infos.values(), self.main_type, self.file.metadata)
         self._overflows: dict[str, bool] = {}
         self._sha256: str | None = None
         self._hashing = Lock()

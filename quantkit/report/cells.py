@@ -58,7 +58,9 @@ def task_of(metric: str) -> str | None:
 def _measured(measurement: Measurement) -> Cell:
     remarks = []
     if measurement.engine == DECODED and measurement.value is not None:
-        remarks.append("computed with the weights decoded from the artifact, not by the engine it is for")
+        text = "computed with the weights decoded from the artifact, not by the engine it is for"
+        why = measurement.settings.get("without_engine")
+        remarks.append(f"{text}: {why}" if why else text)
     return Cell(
         value=measurement.value,
         error=measurement.error,

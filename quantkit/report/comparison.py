@@ -23,6 +23,7 @@ USUAL: dict[str, tuple[str, str, Group]] = {
     "peak_rss": ("peak RSS", "bytes", "size"),
     "peak_vram": ("peak VRAM", "bytes", "size"),
     "quantize": ("time to quantize", "s", "size"),
+    "load": ("time to load", "s", "speed"),
     "prefill": ("prefill", "tok/s", "speed"),
     "prefill_speedup": ("prefill vs baseline", "x", "speed"),
     "decode": ("decode", "tok/s", "speed"),

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from oracles.memory_source import MemorySource, store
 from quantkit.bench.accuracy import load_tasks, measure
 from quantkit.bench.run import Run
-from quantkit.bench.subject import Baseline
+from quantkit.bench.subject import Artifact, Baseline
 from quantkit.bench.tasks import FOLDER, OWN, check_tasks, definition
+from quantkit.engines import llama_api
 from quantkit.errors import UsageError
+from quantkit.formats.gguf import GGUF
+from quantkit.methods.ggml import GGML
 from quantkit.model.reader import open_source
 from quantkit.sections import AccuracyBench
 
@@ -98,6 +102,38 @@ def test_our_task_runs_without_a_network(tiny_llama: Path, tmp_path: Path) -> No
     assert found.value is not None and found.error is not None and found.samples == 12
     assert len(run.samples["basics"]) == 12 and set(run.samples["basics"]) <= {0.0, 1.0}
     assert found.value == pytest.approx(sum(run.samples["basics"]) / 12)
+
+
+@pytest.mark.skipif(llama_api.installed() != llama_api.VERSION, reason="xllamacpp is not installed")
+@pytest.mark.engine
+def test_a_gguf_file_is_asked_in_llama_cpp(tiny_llama: Path, tmp_path: Path) -> None:
+    store(MemorySource(tiny_llama), GGUF(), tmp_path / "f", GGML(type="f16", embedding_type="f16"), torch.float16)
+    torch.set_num_threads(1)  # llama.cpp's threads wait for each other, which takes long on a busy machine
+    found, scores = [], []
+    for subject in (Artifact(tmp_path / "f"), Artifact(tmp_path / "f", "it crashed")):
+        run = Run(subject, False, torch.device("cpu"), tmp_path, tiny_llama)
+        found += measure(AccuracyBench(limit=12), run)
+        scores.append(run.samples["basics"])
+    own, decoded = found
+    assert (own.engine, decoded.engine) == ("llama.cpp", "decoded weights")
+    assert own.settings["threads"] == torch.get_num_threads() and "without_engine" not in own.settings
+    assert decoded.settings["without_engine"] == "it crashed"
+    assert scores[0] == scores[1], "half-precision weights: no answer hangs on the last digit"
+
+
+def test_a_task_that_draws_its_answers_is_refused_by_name_and_the_others_go_on(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantkit.bench.accuracy.draws", lambda task: task.config.task == "arc_easy")
+    run = _run(tiny_llama, tmp_path)
+    session = run.quality()
+    monkeypatch.setattr(session, "model", None)
+    monkeypatch.setattr(session, "logits", lambda ids, last: torch.zeros(last, 384))
+    file = _rows(tmp_path / "arc.jsonl", ARC)
+    section = AccuracyBench(tasks=("arc_easy", "basics"), data={"arc_easy": str(file)}, limit=2)
+    refused, scored = measure(section, run)
+    assert refused.metric == "accuracy/arc_easy" and "decodes greedily here" in str(refused.missing)
+    assert scored.metric == "accuracy/basics" and scored.value is not None
 
 
 def test_rows_that_cannot_be_had_are_missing_with_the_way_out(

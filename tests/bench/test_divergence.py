@@ -15,6 +15,7 @@ from quantkit.bench.divergence import compare, ids_path, measure, standard_error
 from quantkit.bench.measurement import Measurement
 from quantkit.bench.run import Run
 from quantkit.bench.subject import Artifact, Baseline
+from quantkit.engines import llama_api
 from quantkit.formats import open_artifact
 from quantkit.formats.gguf import GGUF
 from quantkit.methods.ggml import GGML
@@ -71,6 +72,25 @@ def test_kl_and_agreement_are_those_of_a_plain_loop(tiny_llama: Path, tmp_path: 
     assert found["kl"].error == pytest.approx(float(kl.mean(1).std() / math.sqrt(3)), rel=1e-3)
     assert found["top1"].value == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-6)
     assert found["kl"].engine == "decoded weights"
+    assert found["kl"].settings["without_engine"] == "not used here"
+
+
+@pytest.mark.skipif(llama_api.installed() != llama_api.VERSION, reason="xllamacpp is not installed")
+@pytest.mark.engine
+def test_a_gguf_file_is_measured_by_the_logits_of_llama_cpp(tiny_llama: Path, tmp_path: Path) -> None:
+    path = _quantized(tiny_llama, tmp_path / "q")
+    _run(Baseline(open_source(str(tiny_llama))), tmp_path, tiny_llama)
+    torch.set_num_threads(1)  # llama.cpp's threads wait for each other, which takes long on a busy machine
+    own = _run(Artifact(path), tmp_path, tiny_llama)
+    decoded = _run(Artifact(path, "not used here"), tmp_path, tiny_llama)
+    for metric in ("perplexity", "kl", "top1"):
+        assert own[metric].engine == "llama.cpp" and decoded[metric].engine == "decoded weights"
+        assert own[metric].settings["repacking"] in (True, "off: crashes with AMX")
+        assert "without_engine" not in own[metric].settings
+    # activations in 8 bits: another number, by a little of what the rounding of the weights costs
+    assert own["kl"].value != decoded["kl"].value
+    assert own["kl"].value == pytest.approx(decoded["kl"].value, rel=0.1)
+    assert own["perplexity"].value == pytest.approx(decoded["perplexity"].value, rel=0.01)
 
 
 def test_a_model_does_not_diverge_from_itself(tiny_llama: Path, tmp_path: Path) -> None:

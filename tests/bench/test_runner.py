@@ -29,7 +29,7 @@ SECTIONS: tuple[AnyBench, ...] = (
     MemoryBench(),
 )
 METRICS = {"artifact", "bits_per_weight", "bits_per_weight_all", "loaded", "peak_rss", "peak_vram", "prefill", "decode"}
-METRICS |= {"first_token", "perplexity", "kl", "top1", "accuracy/basics"}
+METRICS |= {"load", "first_token", "perplexity", "kl", "top1", "accuracy/basics"}
 
 
 @pytest.fixture

@@ -34,11 +34,13 @@ class Clocked(Session):
         self.now = 0.0
         self._costs = itertools.count(1)
         self.prompts: list[tuple[int, ...]] = []
+        self.rooms: set[int] = set()
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, last: int | None = None) -> Tensor:
         raise AssertionError("not asked for")
 
-    def prefill(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: Tensor, room: int = 256) -> Tensor:
+        self.rooms.add(room)
         self.prompts.append(tuple(ids.shape))
         self.now += 2.0 ** next(self._costs)
         return ids[:, -1]
@@ -51,7 +53,7 @@ class Clocked(Session):
 
 
 def _by(found: list[Measurement]) -> dict[tuple[str, int], Measurement]:
-    return {(one.metric, one.settings["batch_size"]): one for one in found}
+    return {(one.metric, one.settings.get("batch_size", 1)): one for one in found}
 
 
 def test_rates_are_medians_behind_the_warm_up(
@@ -60,10 +62,13 @@ def test_rates_are_medians_behind_the_warm_up(
     run = Run(Baseline(open_source(str(tiny_llama))), True, CPU, tmp_path, tiny_llama)
     session = Clocked()
     monkeypatch.setattr(run, "speed", lambda: session)
+    run.load_s = 1.5
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: session.now)
     section = ThroughputBench(prompt_tokens=16, decode_tokens=4, batch_sizes=(1, 3), warmup=1, repetitions=3)
     found = _by(throughput.measure(section, run))
     assert session.prompts == [(1, 16)] * 4 + [(3, 16)] * 4
+    assert session.rooms == {4}
+    assert found["load", 1].value == 1.5 and found["load", 1].unit == "s"
     assert found["first_token", 1].value == 8.0  # of 4, 8 and 16 s; the 2 s of the warm-up are not counted
     assert found["first_token", 1].spread == 6.0
     assert found["prefill", 1].value == 2.0 and found["prefill", 1].samples == 3
@@ -78,7 +83,7 @@ def test_an_engine_that_is_absent_leaves_reasons_not_numbers(tiny_llama: Path, t
     store(MemorySource(tiny_llama), GGUF(), tmp_path / "q", GGML(type="q8_0"), torch.float16)
     run = Run(Artifact(tmp_path / "q", "pip install it"), False, CPU, tmp_path, tiny_llama)
     found = throughput.measure(ThroughputBench(), run)
-    assert {one.metric for one in found} == {"prefill", "decode", "first_token"}
+    assert {one.metric for one in found} == {"load", "prefill", "decode", "first_token"}
     assert all(one.value is None and one.missing == "pip install it" for one in found)
     kept = {one.metric: one for one in memory.measure(MemoryBench(), run)}
     assert kept["loaded"].missing == kept["peak_rss"].missing == "pip install it"

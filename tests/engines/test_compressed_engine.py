@@ -40,7 +40,7 @@ def test_when_it_is_absent_it_says_what_to_install(
     wanted = 'pip install "compressed-tensors==0.20.0"'
     assert CompressedTensors().available() == wanted
     subject = Artifact(_make(tiny_llama, tmp_path / "out", True))
-    session = subject.for_quality(CPU, model=False)
+    session = subject.for_quality(CPU)
     assert session.engine == DECODED.name
     with pytest.raises(Exception, match="compressed-tensors is not installed: " + wanted):
         subject.for_speed(CPU)
@@ -80,5 +80,5 @@ def test_what_the_reader_cannot_load_is_said_and_its_quality_measured(tiny_llama
     with pytest.raises(ModelError, match="transformers refuses it"):
         CompressedTensors().load(folder, CPU, torch.float32)
     subject = Artifact(folder)
-    session = subject.for_quality(CPU, model=False)
+    session = subject.for_quality(CPU)
     assert session.engine == DECODED.name and "transformers refuses it" in subject.notes[0]

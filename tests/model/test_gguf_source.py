@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.errors import ModelError
 from quantkit.model.gguf_families import FAMILIES
+from quantkit.model.gguf_file import TensorInfo
+from quantkit.model.gguf_losses import loss_notes
 from quantkit.model.gguf_names import deinterleave, interleave, to_gguf, to_hf
 from quantkit.model.gguf_rope import llama3_factors, rope_parameters
 from quantkit.model.gguf_source import GGUFSource
@@ -120,12 +122,26 @@ def test_config_is_that_of_the_model(tiny_llama: Path, tmp_path: Path) -> None:
 def test_notes_and_lineage_say_what_was_lost(tiny_llama: Path, tmp_path: Path) -> None:
     write_gguf(tiny_llama, tmp_path / "m.gguf", "Q4_1")
     source = GGUFSource(tmp_path / "m.gguf")
-    assert source.notes == ("dequantized Q4_1 baseline",)
+    assert source.notes[0] == "dequantized Q4_1 baseline"
+    # 14 linears of 73728 weights, embedding and head of 24576 each, 5 norms of 64: at 5, 8.5 and 32 bits
+    assert "Q4_1 59.8%, Q8_0 39.9%, F32 0.3% of the weights, 6.47 bits a weight; what that lost" in source.notes[1]
+    assert "every loss is counted against this file" in source.notes[1]
     lineage = source.lineage()
     assert lineage["types"] == {"F32": 5, "Q4_1": 14, "Q8_0": 2}
     assert lineage["files"][0]["bytes"] == (tmp_path / "m.gguf").stat().st_size
     write_gguf(tiny_llama, tmp_path / "f.gguf", "F16")
-    assert GGUFSource(tmp_path / "f.gguf").notes == ()
+    assert GGUFSource(tmp_path / "f.gguf").notes[0] == "partly dequantized Q8_0 baseline"  # embedding and head
+
+
+def test_losses_name_the_importance_matrix_and_a_quantized_embedding() -> None:
+    infos = [
+        TensorInfo("token_embd.weight", (1024, 32), "Q8_0", 0, 1024 * 34),
+        TensorInfo("blk.0.ffn_up.weight", (1024, 32), "F16", 0, 1024 * 64),
+    ]
+    first, second = loss_notes(infos, "F16", {"quantize.imatrix.dataset": "wiki.txt"})
+    assert first == "partly dequantized Q8_0 baseline"
+    assert "12.25 bits a weight; rounded with an importance matrix (wiki.txt); what" in second
+    assert loss_notes(infos[1:], "F16", {}) == ()
 
 
 def test_a_file_without_head_is_tied(tiny_llama: Path, tmp_path: Path) -> None:
