@@ -32,6 +32,7 @@ COMMANDS = (
     "run",
     "compare",
     "report",
+    "advise",
     "recipes",
     "recipes list",
     "recipes show",

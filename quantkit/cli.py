@@ -225,6 +225,29 @@ def report_(
 
 @app.command()
 @verb
+def advise(
+    memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="What there is, such as 6GB.")],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="DIR|FILE.gguf|HUB_ID", help="To count bytes.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option("--engine", metavar="NAME", help="Such as llama.cpp or vllm.")] = None,
+    problem: Annotated[
+        Literal["first-token", "per-token", "memory", "throughput"] | None,
+        typer.Option("--problem", help="What is wrong today; default: an answer to each."),
+    ] = None,
+    context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens of the KV cache; 4096.")] = None,
+    results: Annotated[Path | None, typer.Option("--results", metavar="DIR", help="With results.json files.")] = None,
+    as_json: Json = False,
+) -> Shown:
+    """Which recipe for a machine and a complaint, with reasons."""
+    from quantkit.advise import answers, text
+
+    advice = answers.advise(memory, model=model, engine=engine, problem=problem, context=context, results=results)
+    return Shown(advice.model_dump(mode="json"), text.text(advice), as_json)
+
+
+@app.command()
+@verb
 def inspect(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder or a .gguf, by quantkit or others.")],
     as_json: Json = False,
