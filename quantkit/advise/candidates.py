@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -118,7 +119,8 @@ def _unquantized(memory: int, rules: Rules, source: Source, context: int) -> Can
     )
 
 
-def _bytes(weights: int, memory: int, rules: Rules, source: Source, context: int) -> dict[str, int | bool | None]:
+def _bytes(weights: int, memory: int, rules: Rules, source: Source, context: int) -> dict[str, Any]:
+    """The fields of a candidate that need a model."""
     cache = cache_bytes(source.config, context, rules)
     need = int(needed(weights, cache or 0, rules))
     room = memory - needed(weights, 0, rules)

@@ -53,15 +53,14 @@ def _article(comparison: Comparison, place: int) -> str:
     parts = {part.title: part for part in document.parts}
     for title, part in parts.items():
         if isinstance(part, TextTable):
-            sections.append(_section(title, _table(part, place) + _below(title, document)))
+            more = _layers(comparison.lines, place) if title == "Layers" else _below(title, document)
+            sections.append(_section(title, _table(part, place) + more))
         elif title in FOLDED:
             sections.append(_folded(title, _listing(part, place)))
         else:
             sections.append(_section(title, _listing(part, place)))
         if title == "Summary":
             sections.append(_plots(comparison))
-        elif title == "Layers":
-            sections.append(_layers(comparison.lines, place))
     sections += _recipes(comparison.lines)
     return f'<article id="r{place}">\n' + "\n".join(filter(None, sections)) + "\n</article>"
 
@@ -193,7 +192,7 @@ def _plots(comparison: Comparison) -> str:
 
 def _layers(lines: Sequence[Line], place: int) -> str:
     maps = [drawn for line in lines for drawn in (noise_map(line), bits_map(line)) if drawn]
-    figures = f'<div class="plots">{"".join(f"<figure>{drawn}</figure>" for drawn in maps)}</div>' if maps else ""
+    figures = f'\n<div class="plots">{"".join(f"<figure>{drawn}</figure>" for drawn in maps)}</div>' if maps else ""
     reading = (
         '<p class="reading">The stronger the colour, the lower the number; every map has its own scale.</p>'
         if maps
