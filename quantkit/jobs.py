@@ -65,7 +65,8 @@ def run(
 ) -> Results:
     """Quantize every recipe of a suite, bench every artifact beside the baseline, write the report.
 
-    Artifacts go to OUT/artifacts/LABEL, results to OUT/results.json, the table to OUT/report.md.
+    Artifacts go to OUT/artifacts/LABEL, results to OUT/results.json, the report beside it: report.md, report.html and
+    report.json, and plots/.
     """
     from quantkit import report
     from quantkit.bench.runner import bench
