@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from quantkit.bench.measurement import Results
     from quantkit.model.source import Source
-    from quantkit.pipeline import Job
+    from quantkit.one_block import Job
     from quantkit.recipe import CalibrationSection, Recipe
 
 
@@ -124,8 +124,8 @@ def run_passes(
     import torch
 
     from quantkit.model.calibration import load_calibration
+    from quantkit.one_block import Job
     from quantkit.output import check_output, check_space
-    from quantkit.pipeline import Job
     from quantkit.pipeline import quantize as run_pass
     from quantkit.plan import check_plans, given_importance, plan_linears, predicted_bytes
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import write_tiny_llama
-from quantkit import pipeline
+from quantkit import one_block
 from quantkit.errors import ModelError, RecipeError, UsageError
 from quantkit.formats import open_artifact
 from quantkit.jobs import quantize
@@ -58,7 +58,7 @@ def plain_run(recipe: Recipe, model: Path) -> dict[str, torch.Tensor]:
         others = {name: source.read(name) for name in block.tensors if name.removesuffix(".weight") not in weights}
         work = recipe.method.begin(BlockWeights(block, weights, others, head_dim=head_dim(source.config)))
         # scales look at one sequence in so many; linears at all of them, behind everything that was rounded
-        work.fold(inputs_of(whole, block.groups, ids[:: pipeline._every(ids)] if quantized else ids))
+        work.fold(inputs_of(whole, block.groups, ids[:: one_block.looked_at(ids)] if quantized else ids))
         if not quantized:
             seen = inputs_of(whole, block.groups, ids)
             for group in block.groups:
