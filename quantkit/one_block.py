@@ -37,6 +37,10 @@ class Job:
     out: Path
     importance: Mapping[str, Importance] = field(default_factory=dict)
 
+    @property
+    def calibrated(self) -> bool:
+        return any(plan.method is not None and plan.method.calibrated for plan in self.plans)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -57,6 +61,7 @@ class JobState:
     methods: dict[str, Method]
     layout: Layout
     records: list[TensorRecord] = field(default_factory=list)
+    records_told: int = 0  # how many of them are in the journal
     hidden: HiddenStates | None = None  # its own hidden states, when quantized outputs are propagated
     own_s: float = 0.0
 

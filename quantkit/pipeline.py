@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkit import __version__
+from quantkit.checkpoint import Checkpoints
 from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
 from quantkit.manifest import Manifest, file_record, write_manifest
@@ -28,7 +29,7 @@ from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
 from quantkit.model.source import Source
 from quantkit.one_block import Job, JobState, Layout, ModelRun, quantize_block, quantize_staged, store
-from quantkit.output import no_space_explained, published
+from quantkit.output import no_space_explained
 from quantkit.progress import Progress
 from quantkit.recipe import recipe_sha256
 
@@ -39,42 +40,44 @@ def quantize(
     calibration: CalibrationSet | None,
     device: torch.device,
     progress: Progress,
+    checkpoints: Checkpoints,
     memory: MemoryLimit = NO_LIMIT,
 ) -> list[Manifest]:
     """Make every job's artifact in one pass over the model; each appears complete or not at all.
 
-    calibration: the token ids that calibrated methods need; None when no job has one. memory: how much may be held at
-    once; the artifact is the same whatever it says. Raises ModelError for a damaged or non-finite model, DataError for
-    a full disk; nothing is left behind then.
+    calibration: the token ids that calibrated methods need; None when no job has one. checkpoints: where the pass goes
+    on, and what it leaves to go on with. memory: how much may be held at once; the artifact is the same whatever it
+    says. Raises ModelError for a damaged or non-finite model, DataError for a full disk.
     """
     if memory.limit_bytes is not None:
         return_freed_memory()
     layout = Layout(architecture_of(source.config).norm_offset, head_dim(source.config))
     with ExitStack() as stack:
-        states = []
         for job in jobs:
             stack.enter_context(no_space_explained(job.out))
-            folder = stack.enter_context(published(job.out))
+        how = _arithmetic(jobs, source, device)
+        given = {"fingerprint": calibration and calibration.fingerprint, "arithmetic": how.label()}
+        folders = checkpoints.begin(len(blocks_of(source)), given)
+        states = []
+        for job, folder in zip(jobs, folders, strict=True):
             dtype = getattr(torch, job.recipe.model.dtype)
             writer = job.recipe.resolved_format.writer(folder, source, job.plans, dtype)
             methods = {plan.name: plan.method for plan in job.plans if plan.method is not None}
             states.append(JobState(job, writer, folder, dtype, methods, layout))
-        how = _arithmetic(states, source, device)
-        shared_s = _run(states, source, calibration, device, how, memory, progress)
-        manifests = []
+        shared_s = _run(states, source, calibration, device, how, memory, progress, checkpoints)
         for state in states:
             started = time.perf_counter()
             paths = state.writer.finish()
             state.own_s += time.perf_counter() - started
             manifest = _manifest(state, paths, source, calibration, device, how, state.own_s + shared_s)
             write_manifest(manifest, state.folder)
-            manifests.append(manifest)
-    return manifests
+        checkpoints.finish()
+        return checkpoints.publish()
 
 
-def _arithmetic(states: list[JobState], source: Source, device: torch.device) -> Arithmetic:
+def _arithmetic(jobs: Sequence[Job], source: Source, device: torch.device) -> Arithmetic:
     """What the calibration of a pass is computed in; its jobs share their calibration section."""
-    exact = any(state.calibrated and state.job.recipe.calibration.precision == "float32" for state in states)
+    exact = any(job.calibrated and job.recipe.calibration.precision == "float32" for job in jobs)
     return arithmetic(device, source.dtype(f"{blocks_of(source)[0].linears[0]}.weight"), exact=exact)
 
 
@@ -86,6 +89,7 @@ def _run(
     how: Arithmetic,
     memory: MemoryLimit,
     progress: Progress,
+    checkpoints: Checkpoints,
 ) -> float:
     """The loop. Returns the seconds spent for all jobs together: reading, and running the unquantized model."""
     started = time.perf_counter()
@@ -98,26 +102,36 @@ def _run(
     if calibrated:
         assert calibration is not None, "the caller builds the calibration set that its recipes ask for"
         run = _start(source, calibration, device, how, memory, states[0].folder)
+    checkpoints.restore(states, run)
+    if checkpoints.done:
+        progress.say(f"going on behind block {checkpoints.done} of {len(blocks)}")
+    own_s = sum(state.own_s for state in states)
+
+    def shared_s() -> float:
+        return checkpoints.seconds + time.perf_counter() - started - sum(state.own_s for state in states) + own_s
+
     title = "quantizing " + ", ".join(state.job.label for state in states)
     with progress.task(title, len(blocks) + 1) as tracker:
-        for name in outside:
+        tracker.advance(checkpoints.done)
+        for name in outside if not checkpoints.done else []:
             if name != f"{head}.weight":
                 tensor = source.read(name)
                 for state in states:
                     store(state, name, tensor)
                 del tensor
-        for block, tensors in _read(source, blocks, ahead=device.type == "cuda"):
+        for block, tensors in _read(source, blocks[checkpoints.done :], ahead=device.type == "cuda"):
             if run is None:
                 for state in states:
                     quantize_block(state, block, tensors, {})
             else:
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
             del tensors
+            checkpoints.after_block(block.index + 1, states, run, shared_s())
             tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
             _run_head(states, head, source.read(f"{head}.weight"), device)
         tracker.advance(note=head)
-    return time.perf_counter() - started - sum(state.own_s for state in states)
+    return shared_s()
 
 
 def _start(
@@ -143,7 +157,7 @@ def _read(source: Source, blocks: Sequence[Block], *, ahead: bool) -> Iterator[t
     def tensors(block: Block) -> dict[str, Tensor]:
         return {name: source.read(name) for name in block.tensors}
 
-    if not ahead:
+    if not ahead or not blocks:
         for block in blocks:
             yield block, tensors(block)
         return

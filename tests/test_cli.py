@@ -78,9 +78,9 @@ def test_every_verb_has_help(verb: str, capsys: Captured) -> None:
 
 def test_the_contracts_options_are_there(capsys: Captured) -> None:
     contract = {
-        "quantize": ["--model", "--out", "--set", "--device", "--force", "--json"],
+        "quantize": ["--model", "--out", "--set", "--device", "--force", "--restart", "--json"],
         "bench": ["--baseline", "--recipe", "--out", "--json"],
-        "run": ["--model", "--out", "--set", "--json"],
+        "run": ["--model", "--out", "--set", "--restart", "--json"],
         "report": ["--out"],
         "inspect": ["--json"],
         "doctor": ["--json"],
