@@ -20,8 +20,8 @@ from quantkit import checkpoint, one_block, pipeline
 from quantkit.checkpoint import Checkpoints
 from quantkit.errors import DataError, ModelError, UsageError
 from quantkit.formats import safetensors_shard
-from quantkit.jobs import quantize
-from quantkit.manifest import Manifest
+from quantkit.jobs import quantize, run
+from quantkit.manifest import Manifest, read_manifest
 from quantkit.model.safetensors_file import SafetensorsFile
 from quantkit.progress import Progress
 
@@ -330,3 +330,24 @@ def test_work_is_written_down_for_a_fiftieth_of_the_time(
     monkeypatch.setattr(Checkpoints, "after_block", after_block)
     make(model, tmp_path / "out")
     assert written == [1, 1, 1, 4, 4, 4]
+
+
+def test_a_suite_that_ended_while_it_measured_goes_on_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "schema_version: 1\nname: mine\nmodel: {id: a/b}\n"
+        "recipes: [{label: NF4, recipe: nf4}, {label: INT8, recipe: int8}]\nbench: [{name: memory}]\n"
+    )
+
+    def bench(paths: list[Path], **settings: Any) -> None:
+        assert [read_manifest(path) is not None for path in paths] == [True, True]
+        raise Ended
+
+    monkeypatch.setattr("quantkit.bench.runner.bench", bench)
+    settings: dict[str, Any] = {"settings": [], "device": "cpu", "force": False, "progress": Progress(quiet=True)}
+    for _ in range(2):
+        with pytest.raises(Ended):
+            run(str(suite), model=str(model), out=tmp_path / "out", **settings)
+        monkeypatch.setattr(pipeline, "quantize", None)  # what is made is not made again
