@@ -68,6 +68,7 @@ Settings = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to compute.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what quantkit made there before.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Drop what an unfinished run left, and begin again.")]
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 3GB: slower, on disk, but within it.")
 ]
@@ -92,6 +93,7 @@ def quantize(
     device: Device = "auto",
     max_memory: MaxMemory = None,
     force: Force = False,
+    restart: Restart = False,
     as_json: Json = False,
 ) -> Shown:
     """Make one artifact as a recipe says."""
@@ -105,6 +107,7 @@ def quantize(
         device=device,
         max_memory=max_memory,
         force=force,
+        restart=restart,
         progress=Progress(),
     )
     return Shown(manifest.model_dump(mode="json"), words.manifest(manifest), as_json)
@@ -143,6 +146,7 @@ def run(
     device: Device = "auto",
     max_memory: MaxMemory = None,
     force: Force = False,
+    restart: Restart = False,
     as_json: Json = False,
 ) -> Shown:
     """Quantize, bench and report a whole suite."""
@@ -156,6 +160,7 @@ def run(
         device=device,
         max_memory=max_memory,
         force=force,
+        restart=restart,
         progress=Progress(),
     )
     return Shown(results.model_dump(mode="json"), functools.partial(report.show, results), as_json)
@@ -360,4 +365,7 @@ def execute(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point of the `quantkit` command."""
-    sys.exit(execute(sys.argv[1:]))
+    from quantkit.interrupts import end, obey_signals
+
+    obey_signals(as_json="--json" in sys.argv)
+    end(execute(sys.argv[1:]))
