@@ -14,11 +14,11 @@ OUT ?= reports/demo
 RUNS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo model bench test test-slow lint format readme lock wheel clean
+.PHONY: help venv demo model bench test test-slow lint format readme docs lock wheel clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo "also: make lint, format, test-slow, readme, lock, wheel, clean"
+	@echo "also: make lint, format, test-slow, readme, docs, lock, wheel, clean"
 	@echo "make demo MODEL=... takes another model: a folder, a .gguf file or a hub id"
 
 venv: $(STAMP)
@@ -70,6 +70,16 @@ format: $(STAMP)
 # Fills the generated parts of README.md: the demo's table, the recipe reference, the help of every command.
 readme: $(STAMP)
 	$(BIN)/python docs/fill_readme.py
+
+# The documents as a site in build/site, to be opened from the disk; its tools have an environment of their own.
+docs: build/docs/.installed
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/python -m mkdocs build --strict --quiet
+	@echo build/site/index.html
+
+build/docs/.installed: docs/requirements.lock
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip --disable-pip-version-check install --quiet -r docs/requirements.lock
+	@touch $@
 
 wheel: $(STAMP)
 	$(PIP) wheel --no-build-isolation --no-deps -w dist .

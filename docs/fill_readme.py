@@ -4,7 +4,8 @@
     python docs/fill_readme.py --check    writes nothing, exits with 1 when something is out of date
 
 Between `<!-- NAME -->` and `<!-- /NAME -->` in README.md stand: demo-table, from reports/demo/report.md where that
-exists, and recipe-reference, from the JSON schema. docs/commands.md is the help page of every command.
+exists, and recipe-reference, from the JSON schema; the latter in docs/recipes.md too, with recipe-list, the recipes
+that ship. docs/commands.md is the help page of every command.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ COMMANDS = (
     "run",
     "compare",
     "report",
+    "advise",
     "recipes",
     "recipes list",
     "recipes show",
@@ -81,6 +83,16 @@ def recipe_reference(schema: dict[str, Any]) -> str:
             rows.append("| " + " | ".join(map(_cell, (f"`{key}`", _type(value, sections), default, meaning))) + " |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
+
+
+def recipe_list() -> str:
+    """A table of the recipes and suites that ship."""
+    from quantkit.shipped import list_recipes
+    from quantkit.words import first_sentence
+
+    rows = ["| name | kind | what |", "| --- | --- | --- |"]
+    rows += [f"| `{r.name}` | {r.kind} | {_cell(first_sentence(r.description))} |" for r in list_recipes()]
+    return "\n".join(rows)
 
 
 def _rank(title: str) -> int:
@@ -156,7 +168,7 @@ def help_pages() -> str:
 def put(text: str, name: str, content: str) -> str:
     """The text with what stands between a pair of marks replaced."""
     found = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    assert found.search(text), f"README.md: no <!-- {name} --> ... <!-- /{name} -->"
+    assert found.search(text), f"no <!-- {name} --> ... <!-- /{name} -->"
     return found.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
@@ -172,7 +184,14 @@ def wanted(*, demo: bool) -> dict[Path, str]:
     report = ROOT / "reports" / "demo" / "report.md"
     if demo and report.is_file():
         readme = put(readme, "demo-table", demo_table(report.read_text(encoding="utf-8")))
-    return {ROOT / "README.md": readme, ROOT / "docs" / "commands.md": help_pages()}
+    recipes = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    recipes = put(recipes, "recipe-list", recipe_list())
+    recipes = put(recipes, "recipe-reference", recipe_reference(json_schema()))
+    return {
+        ROOT / "README.md": readme,
+        ROOT / "docs" / "recipes.md": recipes,
+        ROOT / "docs" / "commands.md": help_pages(),
+    }
 
 
 def main() -> int:

@@ -68,6 +68,7 @@ Settings = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to compute.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what quantkit made there before.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Drop what an unfinished run left, and begin again.")]
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 3GB: slower, on disk, but within it.")
 ]
@@ -92,6 +93,7 @@ def quantize(
     device: Device = "auto",
     max_memory: MaxMemory = None,
     force: Force = False,
+    restart: Restart = False,
     as_json: Json = False,
 ) -> Shown:
     """Make one artifact as a recipe says."""
@@ -105,6 +107,7 @@ def quantize(
         device=device,
         max_memory=max_memory,
         force=force,
+        restart=restart,
         progress=Progress(),
     )
     return Shown(manifest.model_dump(mode="json"), words.manifest(manifest), as_json)
@@ -143,6 +146,7 @@ def run(
     device: Device = "auto",
     max_memory: MaxMemory = None,
     force: Force = False,
+    restart: Restart = False,
     as_json: Json = False,
 ) -> Shown:
     """Quantize, bench and report a whole suite."""
@@ -156,6 +160,7 @@ def run(
         device=device,
         max_memory=max_memory,
         force=force,
+        restart=restart,
         progress=Progress(),
     )
     return Shown(results.model_dump(mode="json"), functools.partial(report.show, results), as_json)
@@ -201,14 +206,49 @@ def compare(
 @app.command("report")
 @verb
 def report_(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.json", help="What bench and run wrote.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the report goes.")],
+    results: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="RESULTS.json...", help="What bench and run wrote.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Markdown, HTML, JSON, plots; default: this terminal.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price-per-hour", min=0, metavar="N", help="Of the machine: tokens get a cost.")
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of the report, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> Shown:
     """Rebuild the table without running anything."""
-    from quantkit import report
+    from quantkit.report import verb as reporting
 
-    paths = [str(path) for path in report.rebuild(results, out)]
-    return Shown(paths, "\n".join(paths))
+    if schema:
+        return Shown(reporting.schema(), "", as_json=True)
+    document, text = reporting.report(results or [], out=out, price_per_hour=price)
+    return Shown(document, text, as_json)
+
+
+@app.command()
+@verb
+def advise(
+    memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="What there is, such as 6GB.")],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="DIR|FILE.gguf|HUB_ID", help="To count bytes.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option("--engine", metavar="NAME", help="Such as llama.cpp or vllm.")] = None,
+    problem: Annotated[
+        Literal["first-token", "per-token", "memory", "throughput"] | None,
+        typer.Option("--problem", help="What is wrong today; default: an answer to each."),
+    ] = None,
+    context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens of the KV cache; 4096.")] = None,
+    results: Annotated[Path | None, typer.Option("--results", metavar="DIR", help="With results.json files.")] = None,
+    as_json: Json = False,
+) -> Shown:
+    """Which recipe for a machine and a complaint, with reasons."""
+    from quantkit.advise import answers, text
+
+    advice = answers.advise(memory, model=model, engine=engine, problem=problem, context=context, results=results)
+    return Shown(advice.model_dump(mode="json"), text.text(advice), as_json)
 
 
 @app.command()
@@ -325,4 +365,7 @@ def execute(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The entry point of the `quantkit` command."""
-    sys.exit(execute(sys.argv[1:]))
+    from quantkit.interrupts import end, obey_signals
+
+    obey_signals(as_json="--json" in sys.argv)
+    end(execute(sys.argv[1:]))

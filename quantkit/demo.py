@@ -146,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stdout_for_data():
             results = run(given.model, given.out, Progress())
         report.show(results)
-        written = ", ".join(str(given.out / name) for name in ("report.md", "report.json", "results.json"))
+        names = ("report.md", "report.html", "report.json", "results.json")
+        written = ", ".join(str(given.out / name) for name in names)
         print(f"\nwritten: {written}", file=sys.stderr)
     except BaseException as error:
         return report_failure(error, as_json=False)

@@ -1,7 +1,7 @@
 """The errors a user can cause, each with the exit code that scripts may rely on.
 
 Exit codes: 0 done, 2 usage or recipe, 3 model or data, 4 a missing engine or dependency, 5 a gate failed,
-6 verification failed, 130 interrupted.
+6 verification failed, 130 interrupted (143 by SIGTERM).
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ class GateError(QuantkitError):
     """A measured figure is outside the bar that was set for it."""
 
     exit_code = 5
+
+
+class Interrupted(QuantkitError):
+    """Someone outside ended the run; the message says what was kept."""
+
+    exit_code = 130
 
 
 class VerificationError(QuantkitError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from quantkit.bench.measurement import Results
     from quantkit.model.source import Source
-    from quantkit.pipeline import Job
+    from quantkit.one_block import Job
     from quantkit.recipe import CalibrationSection, Recipe
 
 
@@ -34,10 +34,12 @@ def quantize(
     force: bool,
     progress: Progress,
     max_memory: str | None = None,
+    restart: bool = False,
 ) -> Manifest:
     """Make one artifact. Everything cheap is checked first: the recipe, the output, the shapes, the disk.
 
-    max_memory: the most resident memory to take, such as "3GB"; the artifact does not depend on it.
+    max_memory: the most resident memory to take, such as "3GB"; the artifact does not depend on it. restart: begin
+    again where a run that did not end has left its work.
     """
     from quantkit.device import resolve_device
     from quantkit.memory import memory_limit
@@ -49,7 +51,7 @@ def quantize(
     source, model_name = open_model(model, loaded.model.id, loaded.model.revision, recipe)
     name = Path(recipe).stem
     folder = out or Path("artifacts") / f"{model_name}-{name}"
-    return run_passes([(name, loaded, folder)], source, target, force, progress, memory)[0]
+    return run_passes([(name, loaded, folder)], source, target, force, progress, memory, restart)[0]
 
 
 def run(
@@ -62,10 +64,13 @@ def run(
     force: bool,
     progress: Progress,
     max_memory: str | None = None,
+    restart: bool = False,
 ) -> Results:
     """Quantize every recipe of a suite, bench every artifact beside the baseline, write the report.
 
-    Artifacts go to OUT/artifacts/LABEL, results to OUT/results.json, the table to OUT/report.md.
+    A run that did not end is gone on with, unless `restart` is set; artifacts that it made are not made again.
+    Artifacts go to OUT/artifacts/LABEL, results to OUT/results.json, the report beside it: report.md, report.html and
+    report.json, and plots/.
     """
     from quantkit import report
     from quantkit.bench.runner import bench
@@ -80,18 +85,18 @@ def run(
     folder = out or Path("reports") / loaded.name
     pairs = suite_recipes(loaded)
     outs = [(label, recipe, folder / "artifacts" / _file_name(label)) for label, recipe in pairs]
-    run_passes(outs, source, target, force, progress, memory)
-    results = bench(
-        [path for _, _, path in outs],
-        baseline=model or str(loaded.model.id),
-        sections=loaded.bench,
-        name=loaded.name,
-        device=target.type,
-        progress=progress,
-        labels=[label for label, _, _ in outs],
-    )
-    write_atomic(folder / "results.json", (results.model_dump_json(indent=2) + "\n").encode())
-    report.rebuild([folder / "results.json"], folder)
+    with passes(outs, source, target, force, progress, memory, restart):
+        results = bench(
+            [path for _, _, path in outs],
+            baseline=model or str(loaded.model.id),
+            sections=loaded.bench,
+            name=loaded.name,
+            device=target.type,
+            progress=progress,
+            labels=[label for label, _, _ in outs],
+        )
+        write_atomic(folder / "results.json", (results.model_dump_json(indent=2) + "\n").encode())
+        report.rebuild([folder / "results.json"], folder)
     return results
 
 
@@ -119,15 +124,36 @@ def run_passes(
     force: bool,
     progress: Progress,
     memory: MemoryLimit = NO_LIMIT,
+    restart: bool = False,
 ) -> list[Manifest]:
     """Check every job, then make the artifacts: one pass over the model for each calibration set."""
+    with passes(wanted, source, device, force, progress, memory, restart) as manifests:
+        return manifests
+
+
+@contextmanager
+def passes(
+    wanted: Sequence[tuple[str, Recipe, Path]],
+    source: Source,
+    device: torch.device,
+    force: bool,
+    progress: Progress,
+    memory: MemoryLimit,
+    restart: bool,
+) -> Iterator[list[Manifest]]:
+    """The artifacts of all jobs for as long as the block runs: while it has not ended, the same command goes on."""
     import torch
 
+    from quantkit.checkpoint import Checkpoints
+    from quantkit.given import given
+    from quantkit.interrupts import may_be_left
     from quantkit.model.calibration import load_calibration
+    from quantkit.one_block import Job
     from quantkit.output import check_output, check_space
-    from quantkit.pipeline import Job
     from quantkit.pipeline import quantize as run_pass
+    from quantkit.place import partial_folder
     from quantkit.plan import check_plans, given_importance, plan_linears, predicted_bytes
+    from quantkit.unfinished import unfinished
 
     folders = [folder for _, _, folder in wanted]
     twice = {str(folder) for folder in folders if folders.count(folder) > 1}
@@ -139,7 +165,8 @@ def run_passes(
     problems: list[RecipeError] = []
     needed = 0
     for label, recipe, folder in wanted:
-        check_output(folder, force=force)
+        if not partial_folder(folder).is_dir():  # else what is there may be this command's own, see below
+            check_output(folder, force=force)
         plans = plan_linears(recipe, source)
         try:
             check_plans(label, recipe, source, plans)
@@ -151,22 +178,32 @@ def run_passes(
         jobs.append(Job(label, recipe, plans, folder, importance))
     if problems:
         raise RecipeError.from_problems([error.message for error in problems], problems[0].hint)
-    check_space(folders[0], needed)
-    for note in source.notes:
-        progress.say(f"source: {note}")
     Thread(target=_hash_ahead, args=(source,), daemon=True).start()
     made: dict[str, Manifest] = {}
-    passes = _passes(jobs)
-    for section, together in passes:
-        calibration = None
-        if section is not None:
-            progress.say(f"calibration: {section.set}, {section.sequences} x {section.length} tokens")
-            calibration = load_calibration(section, source.tokenizer_folder())
-        for job, manifest in zip(
-            together, run_pass(together, source, calibration, device, progress, memory), strict=True
-        ):
-            made[job.label] = manifest
-    return [made[job.label] for job in jobs]
+    with unfinished([job.out for job in jobs], given(jobs, source, device), restart=restart) as work:
+        places = {job.label: place for job, place in zip(jobs, work.places, strict=True)}
+        planned = []
+        for index, (section, together) in enumerate(_passes(jobs)):
+            checkpoints = Checkpoints(work, index, [places[job.label] for job in together])
+            planned.append((section, together, checkpoints))
+            if not checkpoints.finished:
+                for job in together:
+                    check_output(job.out, force=force)
+        check_space(folders[0], needed - work.held_bytes())
+        for note in source.notes:
+            progress.say(f"source: {note}")
+        with may_be_left(work.last_words):
+            for section, together, checkpoints in planned:
+                if checkpoints.finished:
+                    manifests = checkpoints.publish()
+                else:
+                    calibration = None
+                    if section is not None:
+                        progress.say(f"calibration: {section.set}, {section.sequences} x {section.length} tokens")
+                        calibration = load_calibration(section, source.tokenizer_folder())
+                    manifests = run_pass(together, source, calibration, device, progress, checkpoints, memory)
+                made |= {job.label: manifest for job, manifest in zip(together, manifests, strict=True)}
+        yield [made[job.label] for job in jobs]
 
 
 def _hash_ahead(source: Source) -> None:

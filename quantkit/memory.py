@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "--max-memory") -> int:
     """A size such as "3GB", "512 MiB" or "100000" in bytes. Raises UsageError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, flags=re.IGNORECASE)
     if not found:
-        raise UsageError(f'--max-memory: found "{text}", expected a size', hint="such as 3GB, 1.5GB or 512MiB")
+        raise UsageError(f'{option}: found "{text}", expected a size', hint="such as 3GB, 1.5GB or 512MiB")
     return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
 
 
-def return_freed_memory() -> None:
+def map_large_memory() -> None:
     """Have the C library give every large block back to the system at once, where it is glibc.
 
     Otherwise it keeps what was freed for later, in pieces: a third more memory than is in use. It costs a fifth of the
@@ -32,6 +32,17 @@ def return_freed_memory() -> None:
     threshold = -3  # M_MMAP_THRESHOLD of mallopt(3)
     try:
         ctypes.CDLL(None).mallopt(threshold, 2**20)
+    except (OSError, AttributeError):
+        return
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what the C library holds of freed memory, where it is glibc: malloc_trim(3).
+
+    The pieces that it keeps between the ones in use grow with every block of a model, though nothing more is in use.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return
 

@@ -11,77 +11,30 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit import __version__
+from quantkit.checkpoint import Checkpoints
 from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
-from quantkit.errors import ModelError
-from quantkit.formats.base import LinearPlan, Writer
-from quantkit.manifest import Manifest, TensorRecord, file_record, write_manifest
-from quantkit.maths.gram import Importance, InputStatistics
-from quantkit.maths.measure import sqnr_db
-from quantkit.memory import NO_LIMIT, MemoryLimit, return_freed_memory
-from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
+from quantkit.manifest import Manifest, file_record, write_manifest
+from quantkit.maths.gram import InputStatistics
+from quantkit.memory import NO_LIMIT, MemoryLimit, map_large_memory, return_freed_memory
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
-from quantkit.model.hidden import HiddenStates
 from quantkit.model.source import Source
-from quantkit.output import no_space_explained, published
+from quantkit.one_block import Job, JobState, Layout, ModelRun, quantize_block, quantize_staged, store
+from quantkit.output import no_space_explained
 from quantkit.progress import Progress
-from quantkit.recipe import Recipe, recipe_sha256
-from quantkit.tensors import on_cpu
+from quantkit.recipe import recipe_sha256
 
-
-@dataclass(frozen=True)
-class Job:
-    """One artifact to make: a recipe, its plan for this model and the folder it goes to.
-
-    importance: {linear module name: importance of its columns}, where the recipe names a file of it.
-    """
-
-    label: str
-    recipe: Recipe
-    plans: list[LinearPlan]
-    out: Path
-    importance: Mapping[str, Importance] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What folding scales needs to know of a model."""
-
-    norm_offset: float
-    head_dim: int | None
-
-
-@dataclass
-class _State:
-    """A job on its way through the model."""
-
-    job: Job
-    writer: Writer
-    folder: Path
-    dtype: torch.dtype
-    methods: dict[str, Method]
-    layout: _Layout
-    records: list[TensorRecord] = field(default_factory=list)
-    hidden: HiddenStates | None = None  # its own hidden states, when quantized outputs are propagated
-    own_s: float = 0.0
-
-    @property
-    def calibrated(self) -> bool:
-        return any(method.calibrated for method in self.methods.values())
-
-    @property
-    def propagates(self) -> bool:
-        return any(getattr(method, "propagate", None) == "quantized" for method in self.methods.values())
+RETURN_EVERY = 4
+"""Blocks after which freed memory goes back to the system: it takes a twentieth of a second or so to get it again."""
 
 
 def quantize(
@@ -90,53 +43,56 @@ def quantize(
     calibration: CalibrationSet | None,
     device: torch.device,
     progress: Progress,
+    checkpoints: Checkpoints,
     memory: MemoryLimit = NO_LIMIT,
 ) -> list[Manifest]:
     """Make every job's artifact in one pass over the model; each appears complete or not at all.
 
-    calibration: the token ids that calibrated methods need; None when no job has one. memory: how much may be held at
-    once; the artifact is the same whatever it says. Raises ModelError for a damaged or non-finite model, DataError for
-    a full disk; nothing is left behind then.
+    calibration: the token ids that calibrated methods need; None when no job has one. checkpoints: where the pass goes
+    on, and what it leaves to go on with. memory: how much may be held at once; the artifact is the same whatever it
+    says. Raises ModelError for a damaged or non-finite model, DataError for a full disk.
     """
     if memory.limit_bytes is not None:
-        return_freed_memory()
-    layout = _Layout(architecture_of(source.config).norm_offset, head_dim(source.config))
+        map_large_memory()
+    layout = Layout(architecture_of(source.config).norm_offset, head_dim(source.config))
     with ExitStack() as stack:
-        states = []
         for job in jobs:
             stack.enter_context(no_space_explained(job.out))
-            folder = stack.enter_context(published(job.out))
+        how = _arithmetic(jobs, source, device)
+        given = {"fingerprint": calibration and calibration.fingerprint, "arithmetic": how.label()}
+        folders = checkpoints.begin(len(blocks_of(source)), given)
+        states = []
+        for job, folder in zip(jobs, folders, strict=True):
             dtype = getattr(torch, job.recipe.model.dtype)
             writer = job.recipe.resolved_format.writer(folder, source, job.plans, dtype)
             methods = {plan.name: plan.method for plan in job.plans if plan.method is not None}
-            states.append(_State(job, writer, folder, dtype, methods, layout))
-        how = _arithmetic(states, source, device)
-        shared_s = _run(states, source, calibration, device, how, memory, progress)
-        manifests = []
+            states.append(JobState(job, writer, folder, dtype, methods, layout))
+        shared_s = _run(states, source, calibration, device, how, memory, progress, checkpoints)
         for state in states:
             started = time.perf_counter()
             paths = state.writer.finish()
             state.own_s += time.perf_counter() - started
             manifest = _manifest(state, paths, source, calibration, device, how, state.own_s + shared_s)
             write_manifest(manifest, state.folder)
-            manifests.append(manifest)
-    return manifests
+        checkpoints.finish()
+        return checkpoints.publish()
 
 
-def _arithmetic(states: list[_State], source: Source, device: torch.device) -> Arithmetic:
+def _arithmetic(jobs: Sequence[Job], source: Source, device: torch.device) -> Arithmetic:
     """What the calibration of a pass is computed in; its jobs share their calibration section."""
-    exact = any(state.calibrated and state.job.recipe.calibration.precision == "float32" for state in states)
+    exact = any(job.calibrated and job.recipe.calibration.precision == "float32" for job in jobs)
     return arithmetic(device, source.dtype(f"{blocks_of(source)[0].linears[0]}.weight"), exact=exact)
 
 
 def _run(
-    states: list[_State],
+    states: list[JobState],
     source: Source,
     calibration: CalibrationSet | None,
     device: torch.device,
     how: Arithmetic,
     memory: MemoryLimit,
     progress: Progress,
+    checkpoints: Checkpoints,
 ) -> float:
     """The loop. Returns the seconds spent for all jobs together: reading, and running the unquantized model."""
     started = time.perf_counter()
@@ -149,35 +105,38 @@ def _run(
     if calibrated:
         assert calibration is not None, "the caller builds the calibration set that its recipes ask for"
         run = _start(source, calibration, device, how, memory, states[0].folder)
+    checkpoints.restore(states, run)
+    if checkpoints.done:
+        progress.say(f"going on behind block {checkpoints.done} of {len(blocks)}")
+    own_s = sum(state.own_s for state in states)
+
+    def shared_s() -> float:
+        return checkpoints.seconds + time.perf_counter() - started - sum(state.own_s for state in states) + own_s
+
     title = "quantizing " + ", ".join(state.job.label for state in states)
     with progress.task(title, len(blocks) + 1) as tracker:
-        for name in outside:
+        tracker.advance(checkpoints.done)
+        for name in outside if not checkpoints.done else []:
             if name != f"{head}.weight":
                 tensor = source.read(name)
                 for state in states:
-                    _store(state, name, tensor)
+                    store(state, name, tensor)
                 del tensor
-        for block, tensors in _read(source, blocks, ahead=device.type == "cuda"):
+        for block, tensors in _read(source, blocks[checkpoints.done :], ahead=device.type == "cuda"):
             if run is None:
                 for state in states:
-                    _quantize_block(state, block, tensors, {})
+                    quantize_block(state, block, tensors, {})
             else:
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
             del tensors
+            checkpoints.after_block(block.index + 1, states, run, shared_s())
+            if block.index % RETURN_EVERY == 0:
+                return_freed_memory()
             tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
             _run_head(states, head, source.read(f"{head}.weight"), device)
         tracker.advance(note=head)
-    return time.perf_counter() - started - sum(state.own_s for state in states)
-
-
-@dataclass
-class _Run:
-    """The model on its way through its blocks. hidden: of the unquantized model, None once no job needs them."""
-
-    runner: BlockRunner
-    memory: MemoryLimit
-    hidden: HiddenStates | None
+    return shared_s()
 
 
 def _start(
@@ -187,13 +146,13 @@ def _start(
     how: Arithmetic,
     memory: MemoryLimit,
     scratch: Path,
-) -> _Run:
+) -> ModelRun:
     """Embed the calibration set; hidden states that would take over a quarter of the room go to a scratch file."""
     runner = BlockRunner(source, device, how)
     width = source.shape(f"{architecture_of(source.config).embedding}.weight")[1]
     size = calibration.ids.numel() * width * runner.dtype.itemsize
     spill = scratch if size > memory.room_bytes(torch.device("cpu")) // 4 else None
-    return _Run(runner, memory, runner.embed(calibration.ids, spill))
+    return ModelRun(runner, memory, runner.embed(calibration.ids, spill))
 
 
 def _read(source: Source, blocks: Sequence[Block], *, ahead: bool) -> Iterator[tuple[Block, dict[str, Tensor]]]:
@@ -203,7 +162,7 @@ def _read(source: Source, blocks: Sequence[Block], *, ahead: bool) -> Iterator[t
     def tensors(block: Block) -> dict[str, Tensor]:
         return {name: source.read(name) for name in block.tensors}
 
-    if not ahead:
+    if not ahead or not blocks:
         for block in blocks:
             yield block, tensors(block)
         return
@@ -216,7 +175,9 @@ def _read(source: Source, blocks: Sequence[Block], *, ahead: bool) -> Iterator[t
             yield block, found
 
 
-def _run_block(states: list[_State], run: _Run, block: Block, tensors: Mapping[str, Tensor], *, last: bool) -> None:
+def _run_block(
+    states: list[JobState], run: ModelRun, block: Block, tensors: Mapping[str, Tensor], *, last: bool
+) -> None:
     """One block for every job. Jobs that look at the unquantized model's inputs share them; others have their own."""
     runner = run.runner
     on_device = {name: tensor.to(runner.device) for name, tensor in tensors.items()}
@@ -236,144 +197,21 @@ def _run_block(states: list[_State], run: _Run, block: Block, tensors: Mapping[s
             run.hidden = None
         for state in states:
             if state in leaders:
-                _quantize_staged(state, run, module, block, on_device, last=last)
+                quantize_staged(state, run, module, block, on_device, last=last)
             else:
-                _quantize_block(state, block, on_device, statistics)
+                quantize_block(state, block, on_device, statistics)
 
 
-def _quantize_staged(
-    state: _State, run: _Run, module: nn.Module, block: Block, tensors: Mapping[str, Tensor], *, last: bool
-) -> None:
-    """Quantize one block for a job whose linears see inputs that passed everything rounded before them."""
-    started = time.perf_counter()
-    runner, hidden = run.runner, state.hidden
-    assert hidden is not None
-    now = dict(tensors)
-    results, works = [], []
-    for method, given in _shares(state, block, tensors):
-        work = method.begin(given)
-        if work is not None:
-            works.append(work)
-        else:
-            results.append(method.quantize_block(given, {}))
-            made = results[-1].quantized
-            now |= {f"{name}.weight": block.oriented(tensor.dequantize()) for name, tensor in made.items()}
-    if any(work.steps.exponents for work in works):
-        runner.assign(module, block, now)
-        seen = runner.statistics(module, block, hidden.copy(every=_every(hidden)), advance=False)
-        for work in works:
-            work.fold(seen)
-            now |= {f"{name}.weight": block.oriented(weight) for name, weight in work.weights.items()} | work.replaced
-
-    def rounder(group: LinearGroup, seen: InputStatistics) -> dict[str, Tensor]:
-        done: dict[str, Tensor] = {}
-        for work in works:
-            if work.ours(group):
-                done |= work.round(group, seen.gram)
-        return {f"{name}.weight": block.oriented(weight) for name, weight in done.items()}
-
-    runner.assign(module, block, now)
-    keep = runner.kept_bytes(block, hidden) < run.memory.room_bytes(runner.device)
-    runner.staged(module, block, hidden, rounder, keep=keep, advance=not last)
-    results += [work.result() for work in works]
-    _finish_block(state, block, tensors, merge(results))
-    state.own_s += time.perf_counter() - started
-
-
-def _every(hidden: HiddenStates) -> int:
-    """Of how many sequences one is looked at for the scales: an eighth, but 2048 tokens where there are as many."""
-    return max(1, min(8, hidden.shape[0] * hidden.shape[1] // 2048))
-
-
-def _shares(state: _State, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Method, BlockWeights]]:
-    """Each method of a job with the linears of the block that are its own."""
-    by_method: dict[Method, list[str]] = {}
-    for linear in block.linears:
-        if linear in state.methods:
-            by_method.setdefault(state.methods[linear].of_block(), []).append(linear)
-    others = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in state.methods}
-    for method, linears in by_method.items():
-        weights = {linear: block.oriented(tensors[f"{linear}.weight"]) for linear in linears}
-        layout, own = state.layout, {linear: state.methods[linear] for linear in linears}
-        yield (
-            method,
-            BlockWeights(block, weights, others, layout.norm_offset, layout.head_dim, state.job.importance, own),
-        )
-
-
-def _quantize_block(
-    state: _State, block: Block, tensors: Mapping[str, Tensor], statistics: Mapping[str, InputStatistics]
-) -> None:
-    """Quantize one block for one job by statistics that are there already."""
-    started = time.perf_counter()
-    results = [
-        method.quantize_block(given, statistics if method.calibrated else {})
-        for method, given in _shares(state, block, tensors)
-    ]
-    _finish_block(state, block, tensors, merge(results))
-    state.own_s += time.perf_counter() - started
-
-
-def _finish_block(state: _State, block: Block, tensors: Mapping[str, Tensor], merged: BlockResult) -> None:
-    """Write one block of one job, and record what was done to each linear."""
-    for name, tensor in tensors.items():
-        linear = name.removesuffix(".weight")
-        if name.endswith(".weight") and linear in merged.quantized:
-            _write_quantized(state, linear, block.oriented(tensor), merged)
-        else:
-            stored = _store(state, name, merged.replaced.get(name, tensor))
-            if name.endswith(".weight") and linear in block.linears:
-                _record_skipped(state, linear, stored, tensor.numel())
-
-
-def _run_head(states: Sequence[_State], head: str, weight: Tensor, device: torch.device) -> None:
+def _run_head(states: Sequence[JobState], head: str, weight: Tensor, device: torch.device) -> None:
     """The output projection of a model that does not tie it to the embedding."""
     name = f"{head}.weight"
     block = Block(-1, "", (head,), (LinearGroup((head,)),), (name,))
     for state in states:
-        _quantize_block(state, block, {name: weight.to(device) if head in state.methods else weight}, {})
-
-
-def _write_quantized(state: _State, linear: str, weight: Tensor, result: BlockResult) -> None:
-    tensor = result.quantized[linear]
-    stored = state.writer.add(f"{linear}.weight", on_cpu(tensor))
-    reference = result.reference.get(linear, weight)
-    state.records.append(
-        TensorRecord(
-            name=linear,
-            requested=state.methods[linear].label(),
-            applied=result.applied[linear],
-            bits_per_weight=stored * 8 / weight.numel(),
-            sqnr_db=sqnr_db(reference, tensor.dequantize()),
-            reason=result.notes.get(linear),
-        )
-    )
-
-
-def _record_skipped(state: _State, linear: str, stored: int, count: int) -> None:
-    state.records.append(
-        TensorRecord(name=linear, requested="skip", applied="unquantized", bits_per_weight=stored * 8 / count)
-    )
-
-
-def _store(state: _State, name: str, tensor: Tensor) -> int:
-    """Write a tensor that stays unquantized; the writer converts it. Raises ModelError when it is not finite or its
-    dtype is too narrow."""
-    if tensor.is_floating_point() and tensor.numel():
-        check_finite(name, tensor)
-        largest = torch.finfo(state.dtype).max
-        found = max(float(value.abs()) for value in tensor.aminmax())
-        if found > largest:
-            raise ModelError(
-                f"{name}: values up to {found:.3g} do not fit {state.job.recipe.model.dtype}, "
-                f"whose largest is {largest:.6g}",
-                hint="--set model.dtype=bfloat16",
-            )
-    return state.writer.add(name, tensor.cpu())
+        quantize_block(state, block, {name: weight.to(device) if head in state.methods else weight}, {})
 
 
 def _manifest(
-    state: _State,
+    state: JobState,
     paths: Sequence[Path],
     source: Source,
     calibration: CalibrationSet | None,

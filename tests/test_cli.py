@@ -78,9 +78,9 @@ def test_every_verb_has_help(verb: str, capsys: Captured) -> None:
 
 def test_the_contracts_options_are_there(capsys: Captured) -> None:
     contract = {
-        "quantize": ["--model", "--out", "--set", "--device", "--force", "--json"],
+        "quantize": ["--model", "--out", "--set", "--device", "--force", "--restart", "--json"],
         "bench": ["--baseline", "--recipe", "--out", "--json"],
-        "run": ["--model", "--out", "--set", "--json"],
+        "run": ["--model", "--out", "--set", "--restart", "--json"],
         "report": ["--out"],
         "inspect": ["--json"],
         "doctor": ["--json"],
@@ -202,7 +202,7 @@ def test_quantize_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(jobs, "quantize", record)
     monkeypatch.setattr("quantkit.words.manifest", lambda made: "made")
     arguments = ["quantize", "own.yaml", "--model", "m.gguf", "--out", "o", "--set", "a.b=1", "--set", "c=2"]
-    assert cli.execute([*arguments, "--device", "cpu", "--max-memory", "3GB", "--force", "--json"]) == 0
+    assert cli.execute([*arguments, "--device", "cpu", "--max-memory", "3GB", "--force", "--restart", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"mode": "json"}
     assert "a library prints" in captured.err
@@ -215,6 +215,7 @@ def test_quantize_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, capsys
         "device": "cpu",
         "max_memory": "3GB",
         "force": True,
+        "restart": True,
     }
     assert cli.execute(["quantize", "own.yaml"]) == 0
     assert capsys.readouterr().out == "made\n"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from quantkit.bench.measurement import Measurement, Results, Row
+from quantkit.bench.measurement import Layer, Measurement, Results, Row
 from quantkit.manifest import FileRecord, Manifest, TensorRecord
 from quantkit.methods.base import BlockWeights, Method
 from quantkit.model.blocks import Block
@@ -72,6 +73,21 @@ def test_every_example_command_parses(line: str) -> None:
     assert not hasattr(command, "resolve_command"), "the example stops at a group"
 
 
+def test_every_page_is_in_the_sites_navigation() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = [page for entry in site["nav"] for page in entry.values()]
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_site_names_what_it_cannot_link_to() -> None:
+    spec = importlib.util.spec_from_file_location("site_links", ROOT / "docs" / "site_links.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "see [the report](../reports/demo/report.md#x) and [files](files.md)"
+    assert module.on_page_markdown(text) == "see the report (`reports/demo/report.md`) and [files](files.md)"
+
+
 def test_every_verb_has_an_example() -> None:
     verbs = [command for command in load_script().COMMANDS if command not in ("", "recipes", "calibration")]
     readme = "\n".join(fenced(ROOT / "README.md", "sh"))
@@ -99,7 +115,7 @@ def test_the_example_recipe_is_valid(tmp_path: Path) -> None:
         assert validate_file(path) == []
 
 
-@pytest.mark.parametrize("record", [Manifest, TensorRecord, FileRecord, Results, Row, Measurement])
+@pytest.mark.parametrize("record", [Manifest, TensorRecord, FileRecord, Results, Row, Layer, Measurement])
 def test_every_key_of_a_file_is_explained(record: type[Frozen]) -> None:
     page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     assert [key for key in record.model_fields if f"`{key}`" not in page] == []

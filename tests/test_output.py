@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import DataError, UsageError
-from quantkit.output import check_output, check_space, published
+from quantkit.output import check_output, check_space
 
 
 def test_too_little_space_is_said_before_work_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,16 +33,6 @@ def test_a_disk_that_fills_up_ends_in_one_message_and_nothing_is_left(tiny_llama
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupted_run_leaves_what_was_there(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("x")
-    with pytest.raises(KeyboardInterrupt), published(out) as folder:
-        (folder / "half").write_text("y")
-        raise KeyboardInterrupt
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "mine").read_text() == "x"
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:

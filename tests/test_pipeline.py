@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import write_tiny_llama
-from quantkit import pipeline
+from quantkit import one_block, pipeline
 from quantkit.errors import ModelError, RecipeError, UsageError
 from quantkit.formats import open_artifact
 from quantkit.jobs import quantize
@@ -58,7 +58,7 @@ def plain_run(recipe: Recipe, model: Path) -> dict[str, torch.Tensor]:
         others = {name: source.read(name) for name in block.tensors if name.removesuffix(".weight") not in weights}
         work = recipe.method.begin(BlockWeights(block, weights, others, head_dim=head_dim(source.config)))
         # scales look at one sequence in so many; linears at all of them, behind everything that was rounded
-        work.fold(inputs_of(whole, block.groups, ids[:: pipeline._every(ids)] if quantized else ids))
+        work.fold(inputs_of(whole, block.groups, ids[:: one_block.looked_at(ids)] if quantized else ids))
         if not quantized:
             seen = inputs_of(whole, block.groups, ids)
             for group in block.groups:
@@ -248,7 +248,7 @@ def test_values_too_large_for_the_stored_dtype_are_refused(tmp_path: Path) -> No
     assert caught.value.hint is not None and "bfloat16" in caught.value.hint
 
 
-def test_output_rules(tiny_llama: Path, tmp_path: Path) -> None:
+def test_output_rules(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     rtn = ("rtn-4bit-g128", tiny_llama, out, "method.group_size=64")
     make(*rtn)
@@ -267,4 +267,7 @@ def test_output_rules(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not part of an artifact"):
         make("rtn-4bit-g128", tiny_llama, foreign, "method.group_size=64", force=True)
     assert (foreign / "config.json").read_text() == "{}"
+    (foreign / "config.json").unlink()
+    monkeypatch.setattr(pipeline, "quantize_block", None)  # nothing is computed anew
+    make("rtn-4bit-g128", tiny_llama, foreign, "method.group_size=64", force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "out"]

@@ -49,6 +49,15 @@ class Measurement(Frozen):
     metrics_version: int = METRICS_VERSION
 
 
+class Layer(Frozen):
+    """One linear of an artifact, as its manifest has it."""
+
+    name: str
+    applied: str = Field(description='what was done, or "unquantized"')
+    bits_per_weight: float
+    sqnr_db: float | None = Field(None, description="signal to quantization noise of the weight, in dB")
+
+
 class Row(Frozen):
     """All that is known of one artifact, or of the baseline."""
 
@@ -60,6 +69,8 @@ class Row(Frozen):
     quantize_s: float | None = None
     fallbacks: list[str] = Field(default_factory=list, description="layers that did not get what was asked, and why")
     notes: list[str] = Field(default_factory=list)
+    recipe: dict[str, Any] | None = Field(None, description="the whole recipe, from the manifest")
+    layers: list[Layer] = Field(default_factory=list, description="every linear, from the manifest")
     measurements: list[Measurement] = Field(default_factory=list)
     samples: dict[str, list[float]] = Field(
         default_factory=dict, description="per-question scores by task, for paired comparisons"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.bench.measurement import Results, Row
+from quantkit.bench.measurement import Layer, Results, Row
 from quantkit.bench.process import WorkerFailed, run_worker
 from quantkit.bench.unmeasured import missing
 from quantkit.bench.worker import Answer, Job
@@ -139,6 +139,10 @@ def _row(path: Path, label: str, answer: Answer) -> Row:
         quantize_s=manifest.quantize_s if manifest else None,
         fallbacks=manifest.fallbacks() if manifest else [],
         notes=answer.notes,
+        recipe=manifest.recipe if manifest else None,
+        layers=[Layer(**record.model_dump(include=set(Layer.model_fields))) for record in manifest.tensors]
+        if manifest
+        else [],
         measurements=answer.measurements,
         samples=answer.samples,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,6 +43,18 @@ class Writer(ABC):
     def finish(self) -> list[Path]:
         """Complete the files (headers, indexes, config, side files), fsync, and return every path written."""
 
+    @abstractmethod
+    def checkpoint(self) -> dict[str, Any]:
+        """Put on disk what was added since the last checkpoint, and tell what `restore` needs to know of it: JSON."""
+
+    @abstractmethod
+    def restore(self, checkpoints: Sequence[Mapping[str, Any]]) -> None:
+        """Go on behind all checkpoints of an earlier writer into the same folder, before anything is added.
+
+        What that one wrote later, finished files included, is dropped. Raises DataError when the folder does not hold
+        what had been written.
+        """
+
 
 class Format(Frozen, ABC):
     """The base of every format's settings; a subclass narrows `name` to a Literal and adds its fields."""
@@ -58,7 +70,10 @@ class Format(Frozen, ABC):
 
     @abstractmethod
     def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
-        """A writer into an existing empty folder. dtype: torch dtype of the tensors that stay unquantized."""
+        """A writer into a folder that is empty, or holds what the checkpoints for its `restore` tell of.
+
+        dtype: torch dtype of the tensors that stay unquantized.
+        """
 
     @classmethod
     @abstractmethod

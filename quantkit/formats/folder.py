@@ -55,6 +55,7 @@ class FolderWriter(Writer):
         self._quantization_config = quantization_config
         self._extra_files = extra_files or {}
         self._head = f"{architecture_of(source.config).head}.weight"
+        self._added: list[str] = []  # since the last checkpoint
         self._missing = {name for name in source.names() if not self._left_out(name)}
         linears = {f"{plan.name}.weight": plan.name for plan in plans if plan.method is not None}
         names = [name for name in self._missing if name not in linears]
@@ -69,10 +70,20 @@ class FolderWriter(Writer):
         if self._left_out(name):
             return 0
         self._missing.discard(name)
+        self._added.append(name)
         if not isinstance(value, Tensor):
             return self._stream.add(self._pack(name, on_cpu(value)))
         stored = value.to(self.dtype) if value.is_floating_point() else value
         return self._stream.add({name: stored})
+
+    def checkpoint(self) -> dict[str, Any]:
+        added, self._added = self._added, []
+        return {"added": added, **self._stream.checkpoint()}
+
+    def restore(self, checkpoints: Sequence[Mapping[str, Any]]) -> None:
+        for checkpoint in checkpoints:
+            self._missing.difference_update(checkpoint["added"])
+        self._stream.restore(checkpoints)
 
     def finish(self) -> list[Path]:
         assert not self._missing, f"never written: {', '.join(sorted(self._missing))}"

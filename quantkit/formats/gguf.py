@@ -5,9 +5,11 @@ Source: llama.cpp, docs of the GGUF format and convert_hf_to_gguf.py.
 
 from __future__ import annotations
 
+import base64
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal, cast
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from quantkit.formats.gguf_types import (
     written_names,
 )
 from quantkit.formats.imatrix import Imatrix, write_imatrix
+from quantkit.formats.safetensors_shard import lost
 from quantkit.maths.ggml import FLOAT_TYPES, block_layout, encode, type_size
 from quantkit.maths.gram import Importance
 from quantkit.model.blocks import architecture_of, is_buffer
@@ -67,6 +70,7 @@ class GGUFWriter(Writer):
         self._places: dict[str, TensorInfo] = {}
         self._file = self._begin(table, metadata)
         self._missing = set(table)
+        self._added: list[str] = []  # since the last checkpoint
         for name, values in factors.items():
             self._write(name, values)
 
@@ -74,11 +78,13 @@ class GGUFWriter(Writer):
         return shape[::-1] if is_transposed(name, len(shape), self.family) else shape
 
     def _begin(self, table: dict[str, tuple[str, tuple[int, ...], str]], metadata: dict[str, Any]) -> BinaryIO:
-        """Header, metadata and tensor table; the file, as long as it will be at the end."""
+        """Header, metadata and tensor table; the file, as long as it will be at the end. What tensors of an earlier
+        writer lie in it stays."""
         import gguf
         import numpy as np
 
-        writer = gguf.GGUFWriter(self.path, self.family.architecture)
+        beside = self.path.with_name(f".{self.path.name}.header")
+        writer = gguf.GGUFWriter(beside, self.family.architecture)
         for key, value in metadata.items():
             put(writer, key, value)
         offset = 0
@@ -94,8 +100,11 @@ class GGUFWriter(Writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        assert writer.fout is not None, "open since the header was written"
-        file = cast(BinaryIO, writer.fout[0])
+        writer.close()
+        self._found_bytes = self.path.stat().st_size if self.path.exists() else 0
+        file = self.path.open("r+b" if self._found_bytes else "w+b")
+        file.write(beside.read_bytes())
+        beside.unlink()
         self._base = -(-file.tell() // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
         file.truncate(self._base + offset)  # padding is zeros
         return file
@@ -137,12 +146,36 @@ class GGUFWriter(Writer):
         written = self._file.tell() - self._base - place.start
         assert written == place.size, f"{name}: wrote {written} of {place.size} bytes"
         self._missing.discard(name)
+        self._added.append(name)
         return written
+
+    def checkpoint(self) -> dict[str, Any]:
+        self._sync()
+        added, self._added = self._added, []
+        weighing = {}
+        for name in added:
+            entry = self._weighing.get(self._places[name].name)
+            if entry is not None:
+                squares = entry.squares.float().cpu().numpy().tobytes()
+                weighing[self._places[name].name] = [base64.b64encode(squares).decode(), entry.count]
+        return {"added": added, "weighing": weighing}
+
+    def restore(self, checkpoints: Sequence[Mapping[str, Any]]) -> None:
+        if self._found_bytes < self._file.seek(0, os.SEEK_END):
+            raise lost(self.path)
+        for checkpoint in checkpoints:
+            self._missing.difference_update(checkpoint["added"])
+            for name, (squares, count) in checkpoint["weighing"].items():
+                values = torch.frombuffer(bytearray(base64.b64decode(squares)), dtype=torch.float32)
+                self._weighing[name] = Importance(values, count)
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def finish(self) -> list[Path]:
         assert not self._missing, f"never written: {', '.join(sorted(self._missing))}"
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._sync()
         self._file.close()
         if not self._weighing:
             return [self.path]

@@ -6,55 +6,38 @@ Source: the format's own description: header length (8 bytes), JSON header, data
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
 import json
-import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import DataError
+from quantkit.formats.safetensors_shard import DTYPE_NAMES, METADATA, Shard, aligned
 from quantkit.manifest import fsync_folder, write_atomic
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-ALIGNMENT = 8
-"""The widest value has 8 bytes: data that begin at a multiple of it can be used where they are mapped."""
-
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
 _ENTRY_BYTES = len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 2 * 10 + 2 * 11
 """One header entry without its name: two sizes of 10 digits, two offsets of 11 (a shard has at most 10)."""
 
-_METADATA = {"format": "pt"}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
-_TAIL_IN_MEMORY = 16 << 20
-"""Bytes of small and odd-sized tensors that wait in memory; more of them wait in a file."""
-
-_COPY_BYTES = 1 << 20
+_FINAL_NAME = re.compile(r"model(?:-(\d{5})-of-\d{5})?\.safetensors")
 
 
 def header_bound(names: Iterable[str]) -> int:
     """Bytes that a header with these tensors will take, or a little more; tensors of up to two dimensions."""
     entries = sum(_ENTRY_BYTES + len(json.dumps(name, ensure_ascii=False).encode()) - 2 for name in names)
-    return entries + len(json.dumps({"__metadata__": _METADATA}))
+    return entries + len(json.dumps({"__metadata__": METADATA}))
 
 
 class SafetensorsStream:
@@ -62,35 +45,76 @@ class SafetensorsStream:
 
     names: tensors that will come; more or other ones are allowed and cost a copy of the file when the header outgrows
     its room. max_shard_bytes: data a file holds at most, unless a single group is larger. The same tensors in the same
-    order give the same bytes. Raises DataError when the disk is full or cannot be written.
+    order give the same bytes, whether one stream wrote them all or another went on behind a checkpoint. Raises
+    DataError when the disk is full or cannot be written.
     """
 
     def __init__(self, folder: Path, names: Iterable[str], max_shard_bytes: int = MAX_SHARD_BYTES):
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
-        self._room = _aligned(header_bound(names))
-        self._shards: list[_Shard] = []
+        self._room = aligned(header_bound(names))
+        self._shards: list[Shard] = []
         self._names: set[str] = set()
+        self._new: list[list[list[Any]]] = []  # name, dtype and shape of each group since the last checkpoint
 
     def add(self, tensors: Mapping[str, Tensor]) -> int:
         """Append tensors that belong together: they share a shard. Returns the bytes of their data."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with explained(self.folder, size):
+            self._begin_group(tensors, size)
+            for name, tensor in tensors.items():
+                self._shards[-1].append(name, tensor)
+        self._new.append([[name, DTYPE_NAMES[value.dtype], list(value.shape)] for name, value in tensors.items()])
+        return size
+
+    def _begin_group(self, tensors: Mapping[str, Tensor], size: int, *, again: bool = False) -> None:
+        """Choose the shard. again: the group was written before, by a stream that this one goes on behind."""
         twice = self._names & tensors.keys()
         assert not twice, f"written twice: {', '.join(sorted(twice))}"
         self._names |= tensors.keys()
-        with explained(self.folder, size):
-            held = self._shards[-1].data_bytes if self._shards else None
-            if held is None or (held > 0 and held + size > self.max_shard_bytes):
-                self._next_shard()
-            for name, tensor in tensors.items():
-                self._shards[-1].append(name, tensor)
-        return size
+        held = self._shards[-1].data_bytes if self._shards else None
+        if held is None or (held > 0 and held + size > self.max_shard_bytes):
+            if self._shards:
+                self._shards[-1].complete()
+            path = self.folder / _partial_name(len(self._shards) + 1)
+            self._shards.append(Shard(path, self._room, again=again))
 
-    def _next_shard(self) -> None:
-        if self._shards:
-            self._shards[-1].complete()
-        path = self.folder / f".model-{len(self._shards) + 1:05d}.partial"
-        self._shards.append(_Shard(path, self._room))
+    def checkpoint(self) -> dict[str, Any]:
+        """Put on disk what was added since the last checkpoint, and tell what `restore` needs to know of it: JSON."""
+        with explained(self.folder, 0):
+            if self._shards:
+                self._shards[-1].sync()
+            tail = b"".join(shard.new_tail() for shard in self._shards)
+        new, self._new = self._new, []
+        return {"groups": new, "tail": base64.b64encode(tail).decode()}
+
+    def restore(self, checkpoints: Sequence[Mapping[str, Any]]) -> None:
+        """Go on behind all checkpoints of an earlier stream with the same settings; what it added later is dropped.
+
+        Raises DataError when the folder does not hold what had been written.
+        """
+        assert not self._shards, "a stream goes on before anything is added"
+        with explained(self.folder, 0):
+            for path in list(self.folder.iterdir()):
+                if found := _FINAL_NAME.fullmatch(path.name):
+                    path.rename(self.folder / _partial_name(int(found[1] or 1)))
+            for checkpoint in checkpoints:
+                tail = io.BytesIO(base64.b64decode(checkpoint["tail"]))
+                for group in checkpoint["groups"]:
+                    tensors = {
+                        name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta") for name, dtype, shape in group
+                    }
+                    self._begin_group(tensors, sum(value.nbytes for value in tensors.values()), again=True)
+                    for name, tensor in tensors.items():
+                        self._shards[-1].append_again(name, tensor, tail)
+            for shard in self._shards:
+                shard.new_tail()  # the journal has it
+            if self._shards:
+                self._shards[-1].drop_rest()
+            used = {shard.path for shard in self._shards}
+            for path in list(self.folder.iterdir()):
+                if path not in used:
+                    path.unlink()
 
     def finish(self) -> list[Path]:
         """Complete the files, give them their names and fsync; returns every path."""
@@ -100,6 +124,7 @@ class SafetensorsStream:
             paths = [self.folder / name for name in _file_names(len(self._shards))]
             for shard, path in zip(self._shards, paths, strict=True):
                 shard.path.rename(path)
+                shard.forget()
             if len(paths) > 1:
                 files = zip(self._shards, paths, strict=True)
                 weight_map = {name: path.name for shard, path in files for name in shard.entries}
@@ -111,93 +136,8 @@ class SafetensorsStream:
         return paths
 
 
-class _Shard:
-    """One file. Tensors of a size that would leave the next one misaligned wait, and follow all others at the end."""
-
-    def __init__(self, path: Path, room: int):
-        self.path = path
-        self.room = room
-        self.entries: dict[str, dict[str, Any]] = {}
-        self.data_bytes = 0  # what waits included
-        self.tail_bytes = 0
-        self._file: IO[bytes] = path.open("wb", buffering=0)
-        self._file.seek(8 + room)
-        self._at = 0
-        self._tail = tempfile.SpooledTemporaryFile(max_size=_TAIL_IN_MEMORY, dir=str(path.parent))  # noqa: SIM115
-        self._waiting: list[tuple[str, Tensor, int]] = []  # name, a tensor without data, bytes
-
-    def append(self, name: str, tensor: Tensor) -> None:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self.data_bytes += len(data)
-        if len(data) % ALIGNMENT == 0:
-            self._enter(name, tensor, len(data))
-            _write(self._file, data)
-        else:
-            self.tail_bytes += len(data)
-            self._waiting.append((name, tensor.to("meta"), len(data)))
-            _write(self._tail, data)
-
-    def _enter(self, name: str, tensor: Tensor, size: int) -> None:
-        offsets = [self._at, self._at + size]
-        self.entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": offsets,
-        }
-        self._at = offsets[1]
-
-    def complete(self) -> None:
-        """Append what waits, the widest values first, write the header, fsync and close."""
-        starts, start = [], 0
-        for _, _, size in self._waiting:
-            starts.append(start)
-            start += size
-        order = sorted(range(len(self._waiting)), key=lambda index: -self._waiting[index][1].element_size())
-        for index in order:
-            name, tensor, size = self._waiting[index]
-            self._tail.seek(starts[index])
-            self._enter(name, tensor, size)
-            _copy(self._tail, self._file, size)
-        self._tail.close()
-        header = {"__metadata__": _METADATA, **self.entries}
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) > self.room:
-            self._make_room(_aligned(len(text)))
-        self._file.seek(0)
-        _write(self._file, memoryview(self.room.to_bytes(8, "little") + text.ljust(self.room)))
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def _make_room(self, room: int) -> None:
-        """Copy the data behind a wider gap for the header."""
-        wider = self.path.with_suffix(".wider")
-        made = wider.open("wb", buffering=0)
-        made.seek(8 + room)
-        with self.path.open("rb") as old:
-            old.seek(8 + self.room)
-            _copy(old, made, self._at)
-        self._file.close()
-        wider.replace(self.path)
-        self._file, self.room = made, room
-
-
-def _write(file: IO[bytes], data: memoryview) -> None:
-    """All of it: one call of the system writes 2 GB at most, and less when the disk fills up."""
-    done = 0
-    while done < len(data):
-        done += file.write(data[done:])
-
-
-def _copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
-    while count:
-        piece = source.read(min(count, _COPY_BYTES))
-        assert piece, "the data were written before"
-        _write(target, memoryview(piece))
-        count -= len(piece)
-
-
-def _aligned(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT
+def _partial_name(index: int) -> str:
+    return f".model-{index:05d}.partial"
 
 
 def _file_names(count: int) -> list[str]:

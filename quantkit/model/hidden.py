@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -54,6 +55,20 @@ class HiddenStates:
         done = 0
         while done < len(raw):
             done += os.pwrite(self._file.fileno(), memoryview(raw)[done:], start * self._sequence_bytes + done)
+
+    def write_to(self, stream: IO[bytes]) -> None:
+        """The states as bytes, sequence after sequence."""
+        for row in range(self.shape[0]):
+            stream.write(self[row : row + 1].contiguous().view(torch.uint8).numpy().data)
+
+    def read_from(self, stream: IO[bytes]) -> None:
+        """The states as `write_to` wrote them. Raises EOFError when there are fewer."""
+        for row in range(self.shape[0]):
+            data = stream.read(self._sequence_bytes)
+            if len(data) < self._sequence_bytes:
+                raise EOFError
+            values = torch.frombuffer(bytearray(data), dtype=self.dtype)
+            self[row : row + 1] = values.view(1, *self.shape[1:])
 
     def copy(self, every: int = 1) -> HiddenStates:
         """Other storage with the same values, of one sequence in `every`."""

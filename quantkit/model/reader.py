@@ -135,6 +135,9 @@ class SafetensorsSource(Source):
         stored = self._stored_name(name)
         return self._files[stored].read(stored)
 
+    def weight_paths(self) -> list[Path]:
+        return sorted({file.path for file in self._files.values()})
+
     def tokenizer_folder(self) -> Path:
         if not any((self.path / name).is_file() for name in TOKENIZER_FILES):
             raise ModelError(

@@ -55,6 +55,10 @@ class Source(ABC):
     def lineage(self) -> dict[str, Any]:
         """Where this came from: kind, id or path name, revision, and each weight file with bytes and sha256."""
 
+    def weight_paths(self) -> list[Path]:
+        """The files that the tensors are in."""
+        return [self.path]
+
     @property
     def tied_head(self) -> bool:
         """Whether lm_head is the embedding matrix and no tensor of its own is stored."""

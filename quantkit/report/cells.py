@@ -16,10 +16,19 @@ DECODED = "decoded weights"
 """The engine's name in a measurement when the engine that the artifact is for could not be used."""
 
 
-def row_cells(row: Row, baseline: Row) -> dict[str, Cell]:
-    """Every cell of a row by column key. The baseline itself, passed as both, is compared with nothing."""
+def row_cells(row: Row, baseline: Row, *, price_per_hour: float | None = None) -> dict[str, Cell]:
+    """Every cell of a row by column key. The baseline itself, passed as both, is compared with nothing.
+
+    price_per_hour: of the machine; every rate then has a cost beside it, such as "decode_cost".
+    """
     found = by_key(row)
     cells = {key: _measured(measurement) for key, measurement in found.items()}
+    if price_per_hour is not None:
+        for key, measurement in found.items():
+            if measurement.metric in RATES:
+                cells[key.replace(measurement.metric, f"{measurement.metric}_cost", 1)] = _cost(
+                    cells[key], price_per_hour
+                )
     if row is baseline:
         noise = found.get("kl_noise")
         return {key: cell for key, cell in cells.items() if key != "kl_noise"} | _noise(noise)
@@ -108,6 +117,15 @@ def _speedup(ours: Measurement, theirs: Measurement | None) -> Cell:
             f"run by {ours.engine}, the baseline by {theirs.engine}: the ratio holds the engines' difference too",
         )
     return Cell(value=ratio, spread=spread, engine=ours.engine, remarks=remarks)
+
+
+def _cost(rate: Cell, price_per_hour: float) -> Cell:
+    """What a million tokens cost at a rate in tokens a second; the relative spread is that of the rate."""
+    if not rate.value:
+        return Cell(missing=rate.missing or "the rate is 0")
+    cost = price_per_hour / 3600 * 1e6 / rate.value
+    spread = None if rate.spread is None else cost * rate.spread / rate.value
+    return Cell(value=cost, spread=spread, samples=rate.samples, engine=rate.engine, remarks=rate.remarks)
 
 
 def _accuracy_cells(row: Row, baseline: Row) -> dict[str, Cell]:

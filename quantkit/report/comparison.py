@@ -33,6 +33,8 @@ USUAL: dict[str, tuple[str, str, Group]] = {
     "energy": ("energy, decode", "J/tok", "speed"),
     "draft_speedup": ("baseline with this draft", "x", "speed"),
     "acceptance": ("drafted tokens accepted", "fraction", "speed"),
+    "prefill_cost": ("cost, prompt", "per M tokens", "speed"),
+    "decode_cost": ("cost, generated", "per M tokens", "speed"),
     "perplexity": ("perplexity", "", "quality"),
     "kl": ("KL to baseline", "nats", "quality"),
     "kl_p95": ("KL, 95th percentile", "nats", "quality"),
@@ -45,12 +47,29 @@ USUAL: dict[str, tuple[str, str, Group]] = {
 DERIVED = {"recovered": "recovered accuracy [95%]", "changed": "answers scored differently"}
 """Columns that stand behind the tasks they are made from."""
 
+LOWER_IS_BETTER = frozenset(
+    ("artifact", "bits_per_weight", "bits_per_weight_all", "loaded", "peak_rss", "peak_vram", "quantize", "first_token")
+    + ("token_time", "energy", "prefill_cost", "decode_cost")
+    + ("perplexity", "kl", "kl_p95", "kl_p99_9", "tv", "changed")
+)
+HIGHER_IS_BETTER = frozenset(
+    ("memory_saved", "prefill", "prefill_speedup", "decode", "decode_speedup", "top1", "recovered")
+    + ("draft_speedup", "acceptance")
+)
+"""Accuracy of a task besides. What stands in neither is never marked as the best."""
+
+EXACT = frozenset(("artifact", "memory_saved", "bits_per_weight", "bits_per_weight_all"))
+"""Counted, not measured: these numbers are certain without an interval."""
+
 SAME = 1e-9
 """Below this relative difference two baselines computed the same thing: what is left is the rounding of JSON."""
 
 
-def compare(results: Sequence[Results]) -> list[Comparison]:
-    """Results of one model, machine and baseline become one comparison, the others one each, in the given order."""
+def compare(results: Sequence[Results], *, price_per_hour: float | None = None) -> list[Comparison]:
+    """Results of one model, machine and baseline become one comparison, the others one each, in the given order.
+
+    price_per_hour: of the machine; every rate then has a cost beside it.
+    """
     groups: list[list[Results]] = []
     for result in results:
         home = next((group for group in groups if mergeable(group[0], result)), None)
@@ -58,7 +77,7 @@ def compare(results: Sequence[Results]) -> list[Comparison]:
             groups.append([result])
         else:
             home.append(result)
-    return [_comparison(group) for group in groups]
+    return [_comparison(group, price_per_hour) for group in groups]
 
 
 def mergeable(one: Results, other: Results) -> bool:
@@ -81,13 +100,14 @@ def _computed(row: Row) -> dict[str, float]:
     }
 
 
-def _comparison(group: Sequence[Results]) -> Comparison:
+def _comparison(group: Sequence[Results], price_per_hour: float | None) -> Comparison:
     first = group[0]
-    baseline = _line(first.baseline, first.baseline, first.baseline.label)
+    baseline = _line(first.baseline, first.baseline, first.baseline.label, price_per_hour)
     lines = [baseline]
     for result in group:
         for row in result.rows:
-            lines.append(_line(row, result.baseline, _label(row, result, {line.label for line in lines})))
+            label = _label(row, result, {line.label for line in lines})
+            lines.append(_line(row, result.baseline, label, price_per_hour))
     notes: list[str] = []
     if len(group) > 1:
         notes.append(
@@ -96,6 +116,8 @@ def _comparison(group: Sequence[Results]) -> Comparison:
         )
     if sum(line.cells["quantize"].value is not None for line in lines[1:]) > 1:
         notes.append("time to quantize: recipes that share a pass over the model each count the whole pass")
+    if price_per_hour is not None:
+        notes.append(f"costs: at {price_per_hour:g} an hour of a machine that does nothing else, in the same currency")
     rules = load_facts().rules
     verdicts = [
         verdict
@@ -111,6 +133,7 @@ def _comparison(group: Sequence[Results]) -> Comparison:
         lines=tuple(lines),
         verdicts=tuple(verdicts),
         notes=tuple(notes),
+        price_per_hour=price_per_hour,
         settings=first.settings,
         environment=first.environment,
     )
@@ -121,7 +144,7 @@ def _label(row: Row, result: Results, taken: set[str]) -> str:
     return next(label for label in candidates if label not in taken)
 
 
-def _line(row: Row, baseline: Row, label: str) -> Line:
+def _line(row: Row, baseline: Row, label: str, price_per_hour: float | None) -> Line:
     facts = load_facts()
     return Line(
         label=label,
@@ -132,9 +155,11 @@ def _line(row: Row, baseline: Row, label: str) -> Line:
         format=row.format,
         runs_on=facts.runs_on.get("baseline" if row is baseline else row.format or ""),
         fits_best=facts.fits_best.get(row.method_name or ""),
-        cells=row_cells(row, baseline),
+        cells=row_cells(row, baseline, price_per_hour=price_per_hour),
         fallbacks=tuple(row.fallbacks),
         notes=tuple(row.notes),
+        recipe=row.recipe,
+        layers=tuple(row.layers),
     )
 
 
@@ -170,19 +195,22 @@ def _of_length(metric: str) -> tuple[str, str]:
 def _column(key: str, unit: str | None) -> Column:
     metric, batch = _parts(key)
     base, length = _of_length(metric)
+    higher = base in HIGHER_IS_BETTER or task_of(metric) is not None
+    better: Literal["lower", "higher"] | None = "higher" if higher else "lower" if base in LOWER_IS_BETTER else None
     if base in USUAL:
         title, usual_unit, group = USUAL[base]
         title = f"{title}, {length} tokens" if length else title
         title = title if batch == 1 else f"{title}, batch {batch}"
-        return Column(key=key, title=title, unit=unit or usual_unit, group=group)
+        return Column(key=key, title=title, unit=unit or usual_unit, group=group, better=better)
     if metric in DERIVED:
-        return Column(key=key, title=DERIVED[metric], unit="fraction", group="quality")
-    return Column(key=key, title=task_of(metric) or metric, unit=unit or "", group="quality")
+        return Column(key=key, title=DERIVED[metric], unit="fraction", group="quality", better=better)
+    return Column(key=key, title=task_of(metric) or metric, unit=unit or "", group="quality", better=better)
 
 
 def _follows(key: str, line: Line) -> bool:
-    """Whether a ratio is missing only because the speed it is made from is missing, which is told already."""
-    speed = line.cells.get(key.replace("_speedup", "")) if "_speedup" in key else None
+    """Whether a ratio or cost is missing only because the speed it is made from is missing, which is told already."""
+    made_from = key.replace("_speedup", "").replace("_cost", "")
+    speed = line.cells.get(made_from) if made_from != key else None
     return speed is not None and speed.value is None
 
 

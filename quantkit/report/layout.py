@@ -1,12 +1,15 @@
-"""A comparison as words: tables of text, lists and footnotes, the same for the terminal and for Markdown."""
+"""A comparison as words: tables, lists and footnotes, the same for the terminal, for Markdown and for HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from quantkit.report.best import best_line
 from quantkit.report.comparison import missing_reasons
+from quantkit.report.entries import Entry, Footnotes, entries, shown_unit
+from quantkit.report.layers import layer_table
 from quantkit.report.model import Cell, Column, Comparison, Line, Quantity, Verdict
 
 SUMMARY = ("artifact", "memory_saved", "decode", "decode_speedup", "perplexity", "kl", "recovered", "quantize")
@@ -14,21 +17,27 @@ GROUPS = {"size": "Size and memory", "speed": "Speed", "quality": "Quality"}
 SHORT = {"decode_speedup": "vs baseline", "recovered": "recovered [95%]", "kl": "KL", "quantize": "quantize"}
 """Titles for the summary, where there is little room."""
 
-UNITS = {"bytes": "MB", "fraction": "%", "bits/weight": "bits", "x": "×"}
-"""Unit of a measurement -> unit it is shown in."""
-
-
 QUANTITIES: tuple[Quantity, ...] = ("accuracy kept", "memory saved", "faster")
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """headers and rows of one width; `left` names the columns that hold words."""
+    """headers and rows of one width; `left` names the columns that hold words; units: those at the headers' ends."""
 
     title: str
-    headers: list[str]
-    rows: list[list[str]]
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str | Entry]]
     left: frozenset[int] = frozenset({0})
+    units: Sequence[str] = ()
+
+    def column(self, place: int) -> list[Entry]:
+        """The entries of one column."""
+        cells = [row[place] for row in self.rows]
+        return [Entry(cell) if isinstance(cell, str) else cell for cell in cells]
+
+    @property
+    def has_best(self) -> bool:
+        return any(isinstance(cell, Entry) and cell.best for row in self.rows for cell in row)
 
 
 @dataclass(frozen=True)
@@ -43,19 +52,11 @@ class Document:
     lead: list[str]
     parts: list[TextTable | Listing]
 
-
-@dataclass
-class Footnotes:
-    """Numbered remarks; the same text keeps its number."""
-
-    texts: list[str] = field(default_factory=list)
-
-    def marks(self, texts: Sequence[str]) -> str:
-        for text in texts:
-            if text not in self.texts:
-                self.texts.append(text)
-        numbers = sorted(self.texts.index(text) + 1 for text in texts)
-        return f" [{','.join(map(str, numbers))}]" if numbers else ""
+    def best_note(self, mark: str) -> list[str]:
+        """What the mark on a best number means, as a line of its own where some number has it."""
+        if not any(isinstance(part, TextTable) and part.has_best for part in self.parts):
+            return []
+        return [f"{mark}: the best artifact of a column, when its interval is clear of every other's."]
 
 
 def lay_out(comparison: Comparison) -> Document:
@@ -68,6 +69,10 @@ def lay_out(comparison: Comparison) -> Document:
         chosen = [column for column in columns.values() if column.group == group]
         if chosen:
             parts.append(_table(title, comparison.lines, chosen, notes, engine=group != "size"))
+    layers = layer_table(comparison.lines)
+    if layers:
+        headers, rows, units = layers
+        parts.append(TextTable("Layers", headers, rows, frozenset({0, len(headers) - 1}), units))
     if comparison.verdicts:
         parts.append(_rule_table(comparison))
         parts += _partings(comparison.verdicts)
@@ -99,16 +104,20 @@ def _table(
     short: bool = False,
     engine: bool = False,
 ) -> TextTable:
-    headers = ["", *((SHORT.get(c.key, c.title) if short else c.title) + _unit(c) for c in columns)]
-    rows = []
-    for line in lines:
-        label = line.label + (notes.marks(_not_as_asked(line)) if short else "")
-        rows.append([label, *(show(line.cells.get(c.key), c, notes, brief=short) for c in columns)])
+    titles = [SHORT.get(column.key, column.title) if short else column.title for column in columns]
+    units = [_unit(column) for column in columns]
+    headers = ["", *(" ".join(filter(None, pair)) for pair in zip(titles, units, strict=True))]
+    labels = [Entry(line.label, marks=notes.marks(_not_as_asked(line)) if short else ()) for line in lines]
+    filled = [
+        entries([line.cells.get(c.key) for line in lines], c, notes, brief=short, best=best_line(lines, c))
+        for c in columns
+    ]
+    rows: list[list[str | Entry]] = [list(row) for row in zip(labels, *filled, strict=True)]
     if not engine:
-        return TextTable(title, headers, rows)
+        return TextTable(title, headers, rows, units=["", *units])
     for line, row in zip(lines, rows, strict=True):
         row.append(", ".join(dict.fromkeys(e for c in columns if (e := _engine(line.cells.get(c.key))))) or "–")
-    return TextTable(title, [*headers, "run by"], rows, frozenset({0, len(headers)}))
+    return TextTable(title, [*headers, "run by"], rows, frozenset({0, len(headers)}), ["", *units, ""])
 
 
 def _not_as_asked(line: Line) -> list[str]:
@@ -121,58 +130,16 @@ def _engine(cell: Cell | None) -> str | None:
     return cell.engine if cell is not None and cell.value is not None else None
 
 
-def _in_milliseconds(column: Column) -> bool:
-    return column.unit == "s" and column.key.startswith(("first_token", "token_time"))
-
-
 def _unit(column: Column) -> str:
-    if _in_milliseconds(column):
-        return " ms"
-    unit = UNITS.get(column.unit, column.unit)
-    return f" {unit}" if unit and "bits/weight" not in column.title else ""
-
-
-def show(cell: Cell | None, column: Column, notes: Footnotes, *, brief: bool = False) -> str:
-    """A cell as text: value, then ± standard error, (interquartile range) or [interval], then footnote marks."""
-    if cell is None:
-        return "–"
-    if cell.value is None:
-        return "n/a" + notes.marks([cell.missing or "no reason was recorded"])
-    scale = 1000 if _in_milliseconds(column) else 1
-
-    def text(value: float) -> str:
-        return number(value * scale, column.unit)
-
-    shown = text(cell.value)
-    if cell.low is not None and cell.high is not None:
-        shown += f" [{text(cell.low)}, {text(cell.high)}]"
-    elif cell.error is not None and not brief:
-        shown += f" ± {text(cell.error)}"
-    elif cell.spread is not None and not brief:
-        shown += f" ({text(cell.spread)})"
-    return shown + notes.marks(cell.remarks)
-
-
-def number(value: float, unit: str) -> str:
-    """A number in the unit it is shown in (see UNITS), with the digits that unit deserves, without the unit."""
-    if unit == "bytes":
-        megabytes = value / 1e6
-        return f"{megabytes:.0f}" if abs(megabytes) >= 100 else f"{megabytes:.1f}"
-    if unit == "fraction":
-        return f"{100 * value:.1f}"
-    if unit in ("tok/s", "s"):
-        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
-    if unit == "nats":
-        return f"{value:.4f}"
-    return f"{value:.2f}"
+    return "" if "bits/weight" in column.title else shown_unit(column)
 
 
 def _rule_table(comparison: Comparison) -> TextTable:
     found = {(verdict.label, verdict.quantity): verdict for verdict in comparison.verdicts}
     headers = ["", *(f"{quantity} %, {side}" for quantity in QUANTITIES for side in ("rule", "measured"))]
-    rows = []
+    rows: list[list[str | Entry]] = []
     for label in dict.fromkeys(verdict.label for verdict in comparison.verdicts):
-        row = [label]
+        row: list[str | Entry] = [label]
         for quantity in QUANTITIES:
             verdict = found[label, quantity]
             row += [_rule(verdict), _verdict_value(verdict)]
@@ -185,14 +152,16 @@ def _rule(verdict: Verdict) -> str:
     return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
 
 
-def _verdict_value(verdict: Verdict) -> str:
+def _verdict_value(verdict: Verdict) -> Entry:
     if verdict.measured is None:
-        return "n/a"
-    mark = {"agrees": "", "parts": " !", "cannot tell": " ?", "not measured": ""}[verdict.judgement]
+        return Entry("n/a")
+    mark = {"agrees": "", "parts": "!", "cannot tell": "?", "not measured": ""}[verdict.judgement]
     interval = ""
     if verdict.quantity == "accuracy kept" and verdict.low is not None and verdict.high is not None:
-        interval = f" [{100 * verdict.low:.1f}, {100 * verdict.high:.1f}]"
-    return f"{100 * verdict.measured:.1f}{interval}{mark}"
+        interval = f"[{100 * verdict.low:.1f}, {100 * verdict.high:.1f}]"
+    # a blank in place of a mark keeps intervals under each other
+    behind = f"{interval} {mark or ' '}".lstrip() if interval or mark else ""
+    return Entry(f"{100 * verdict.measured:.1f}", behind, order=verdict.measured)
 
 
 def _partings(verdicts: Sequence[Verdict]) -> list[Listing]:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from quantkit.report.entries import aligned
 from quantkit.report.layout import Document, Listing, TextTable, lay_out
 from quantkit.report.model import Comparison
 
 MARKUP = re.compile(r"[\\`*<>]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What Markdown would read as markup; an underscore inside a word is none."""
+
+
+BOLD = "\0\0"
+"""Stands for the two stars of a bold number while the rest is escaped."""
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
@@ -19,7 +24,8 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
 
 def document_markdown(document: Document) -> str:
     """One document, its title as the first heading."""
-    lines = [f"# {document.title}", "", *(f"{_text(line)}  " for line in document.lead), ""]
+    lines = [f"# {document.title}", "", *(f"{_text(line)}  " for line in document.lead)]
+    lines += [*document.best_note("**Bold**"), ""]
     for part in document.parts:
         lines += [f"## {part.title}", "", *(_table(part) if isinstance(part, TextTable) else _listing(part)), ""]
     return "\n".join(lines)
@@ -27,7 +33,13 @@ def document_markdown(document: Document) -> str:
 
 def _table(table: TextTable) -> list[str]:
     """Columns padded to one width, so that the file reads as a table without a viewer too."""
-    cells = [[_cell(text) for text in row] for row in (table.headers, *table.rows)]
+    columns = [
+        [_cell(str(entry)) for entry in table.column(place)]
+        if place in table.left
+        else [_bold(text) for text in aligned(table.column(place), (BOLD, BOLD))]
+        for place in range(len(table.headers))
+    ]
+    cells = [[_cell(text) for text in table.headers], *map(list, zip(*columns, strict=True))]
     widths = [max(3, *(len(row[place]) for row in cells)) for place in range(len(table.headers))]
 
     def line(row: Sequence[str]) -> str:
@@ -39,6 +51,10 @@ def _table(table: TextTable) -> list[str]:
 
     rule = ("-" * width if place in table.left else "-" * (width - 1) + ":" for place, width in enumerate(widths))
     return [line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])]
+
+
+def _bold(text: str) -> str:
+    return _cell(text).replace(BOLD, "**")
 
 
 def _listing(listing: Listing) -> list[str]:

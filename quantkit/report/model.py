@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from quantkit.bench.measurement import Layer
 from quantkit.schema import Frozen
 
 COMPARISON_SCHEMA_VERSION = 1
+REPORT_SCHEMA_VERSION = 1
 
 Judgement = Literal["agrees", "parts", "cannot tell", "not measured"]
 Quantity = Literal["accuracy kept", "memory saved", "faster"]
@@ -35,6 +37,7 @@ class Column(Frozen):
     title: str
     unit: str
     group: Literal["size", "speed", "quality"]
+    better: Literal["lower", "higher"] | None = Field(None, description="None where neither is better as such")
 
 
 class Line(Frozen):
@@ -51,6 +54,8 @@ class Line(Frozen):
     cells: dict[str, Cell]
     fallbacks: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    recipe: dict[str, Any] | None = None
+    layers: tuple[Layer, ...] = Field((), description="every linear; empty where no manifest told")
 
 
 class Verdict(Frozen):
@@ -78,5 +83,13 @@ class Comparison(Frozen):
     lines: tuple[Line, ...] = Field(description="the baseline first")
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...] = ()
+    price_per_hour: float | None = Field(None, description="of the machine, in the currency of the cost columns")
     settings: dict[str, Any]
     environment: dict[str, Any]
+
+
+class Report(Frozen):
+    """The file report.json, and what `report --json` prints."""
+
+    schema_version: int = REPORT_SCHEMA_VERSION
+    comparisons: tuple[Comparison, ...] = Field(description="one for each model, machine and baseline")

@@ -12,11 +12,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from quantkit.report.entries import aligned
 from quantkit.report.layout import Document, Listing, TextTable, lay_out
 from quantkit.report.model import Comparison
 
 PIPED_WIDTH = 100
 """Columns where there is no terminal that would say how many it has."""
+
+BEST = "*"
+"""Behind the best number of a column; a pipe has no bold."""
 
 LABEL_WIDTH = 28
 """Longer labels wrap, so that they leave room for numbers."""
@@ -32,7 +36,7 @@ def render_documents(documents: Sequence[Document]) -> RenderableType:
     parts: list[RenderableType] = []
     for document in documents:
         parts.append(Text(document.title, style="bold"))
-        parts += [Text(line) for line in document.lead]
+        parts += [Text(line) for line in (*document.lead, *document.best_note(BEST))]
         for part in document.parts:
             if isinstance(part, TextTable):
                 parts += [Text(), Text(part.title, style="bold"), _Fitted(part)]
@@ -68,9 +72,15 @@ class _Fitted:
             yield _table(self._table, columns)
 
 
+def _texts(table: TextTable, column: int) -> list[str]:
+    """The cells of a column, numbers padded to one width."""
+    entries = table.column(column)
+    return [str(entry) for entry in entries] if column in table.left else aligned(entries, ("", BEST))
+
+
 def _width(table: TextTable, column: int) -> int:
     """Columns of the screen that a column of numbers needs: its cells unbroken, its header broken between words."""
-    return max(len(piece) for piece in (*table.headers[column].split(), *(row[column] for row in table.rows), ""))
+    return max(len(piece) for piece in (*table.headers[column].split(), *_texts(table, column), ""))
 
 
 def _fitting(table: TextTable, width: int) -> list[list[int]]:
@@ -93,6 +103,7 @@ def _fitting(table: TextTable, width: int) -> list[list[int]]:
 def _table(table: TextTable, columns: Sequence[int]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
     words = len(table.left) == len(table.headers)
+    filled = []
     for column in columns:
         left = column in table.left
         width = None if words else min(_width(table, column), LABEL_WIDTH) if column == 0 else _width(table, column)
@@ -102,8 +113,10 @@ def _table(table: TextTable, columns: Sequence[int]) -> Table:
             width=width,
             overflow="fold",
         )
-    for row in table.rows:
-        shown.add_row(*(Text(row[column]) for column in columns))
+        styles = ["bold" if entry.best else "" for entry in table.column(column)]
+        filled.append([Text(text, style) for text, style in zip(_texts(table, column), styles, strict=True)])
+    for row in zip(*filled, strict=True):
+        shown.add_row(*row)
     return shown
 
 

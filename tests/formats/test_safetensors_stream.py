@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantkit.errors import DataError
-from quantkit.formats import safetensors_stream
+from quantkit.formats import safetensors_shard
 from quantkit.formats.safetensors_stream import DTYPE_NAMES, SafetensorsStream, header_bound
 from quantkit.model.safetensors_file import ALL_DTYPES, SafetensorsFile
 
@@ -92,7 +92,7 @@ def test_a_header_that_outgrows_its_room_costs_a_copy_only(tmp_path: Path) -> No
 
 def test_what_waits_for_the_end_may_wait_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (in_memory,) = write(tmp_path / "a", sample_tensors())
-    monkeypatch.setattr(safetensors_stream, "_TAIL_IN_MEMORY", 16)
+    monkeypatch.setattr(safetensors_shard, "_TAIL_IN_MEMORY", 16)
     (on_disk,) = write(tmp_path / "b", sample_tensors())
     assert in_memory.read_bytes() == on_disk.read_bytes()
 
@@ -141,7 +141,7 @@ def fail_with(number: int):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_told_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     stream = SafetensorsStream(tmp_path, ["a"])
-    monkeypatch.setattr(safetensors_stream, "_write", fail_with(number))
+    monkeypatch.setattr(safetensors_shard, "_write", fail_with(number))
     with pytest.raises(DataError, match=r"no space left: needed 4\.0 MB more, free [\d.]+ MB") as caught:
         stream.add({"a": torch.zeros(1_000_000)})
     assert caught.value.exit_code == 3
@@ -151,7 +151,7 @@ def test_a_full_disk_is_told_with_both_numbers(tmp_path: Path, monkeypatch: pyte
 def test_other_failures_of_writing_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = SafetensorsStream(tmp_path, ["a"])
     stream.add({"a": torch.zeros(4)})
-    monkeypatch.setattr(safetensors_stream, "_write", fail_with(errno.EIO))
+    monkeypatch.setattr(safetensors_shard, "_write", fail_with(errno.EIO))
     with pytest.raises(DataError, match="cannot be written: as the system says it"):
         stream.finish()
 
@@ -168,5 +168,49 @@ def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             return min(3, len(data))
 
     file = Short()
-    safetensors_stream._write(file, memoryview(b"0123456789"))  # type: ignore[arg-type]
+    safetensors_shard._write(file, memoryview(b"0123456789"))  # type: ignore[arg-type]
     assert file.content == b"0123456789"
+
+
+@pytest.mark.parametrize("room", ["planned", "outgrown"])
+@pytest.mark.parametrize("beyond", ["a few tensors", "finished"])
+def test_another_stream_goes_on_behind_any_checkpoint(tmp_path: Path, room: str, beyond: str) -> None:
+    tensors = sample_tensors()
+    items = [{name: tensor} for name, tensor in tensors.items()]
+    names = list(tensors) if room == "planned" else []
+    whole = write(tmp_path / "whole", tensors, names, max_shard_bytes=300)
+    assert len(whole) > 3
+    for behind in range(1, len(items)):
+        folder = tmp_path / str(behind)
+        folder.mkdir()
+        first = SafetensorsStream(folder, names, max_shard_bytes=300)
+        told = []
+        for number, item in enumerate(items[:behind], 1):
+            first.add(item)
+            if number % 5 == 0 or number == behind:
+                told.append(json.loads(json.dumps(first.checkpoint())))
+        for item in items[behind:] if beyond == "finished" else items[behind : behind + 4]:
+            first.add(item)
+        if beyond == "finished":
+            first.finish()
+        second = SafetensorsStream(folder, names, max_shard_bytes=300)
+        second.restore(told)
+        for item in items[behind:]:
+            second.add(item)
+        made = second.finish()
+        assert [path.name for path in made] == [path.name for path in whole]
+        assert [path.read_bytes() for path in made] == [path.read_bytes() for path in whole]
+        assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in made)
+
+
+def test_a_file_that_was_lost_is_named(tmp_path: Path) -> None:
+    first = SafetensorsStream(tmp_path, ["a"])
+    first.add({"a": torch.zeros(4000)})
+    told = [first.checkpoint()]
+    path = tmp_path / ".model-00001.partial"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"\.model-00001\.partial: does not hold what the journal"):
+        SafetensorsStream(tmp_path, ["a"]).restore(told)
+    path.unlink()
+    with pytest.raises(DataError, match=r"\.model-00001\.partial: does not hold what the journal"):
+        SafetensorsStream(tmp_path, ["a"]).restore(told)

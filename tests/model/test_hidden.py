@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,20 @@ def test_the_scratch_file_has_no_name(tmp_path: Path) -> None:
     states = HiddenStates((2, 2, 2), torch.float32, tmp_path)
     states[slice(0, 2)] = torch.ones(2, 2, 2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_states_come_back_from_their_bytes(on_disk: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    values = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    states = HiddenStates(values.shape, dtype, tmp_path if on_disk else None)
+    states[slice(0, 5)] = values
+    stream = io.BytesIO()
+    states.write_to(stream)
+    assert stream.tell() == states.nbytes
+    other = HiddenStates(values.shape, dtype, tmp_path if on_disk else None)
+    stream.seek(0)
+    other.read_from(stream)
+    assert torch.equal(other[slice(0, 5)], values)
+    with pytest.raises(EOFError):
+        other.read_from(io.BytesIO(stream.getvalue()[:-1]))

@@ -1,0 +1,206 @@
+"""What one block does for one job: its methods, what they replace, what is written, what is recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import ModelError
+from quantkit.formats.base import LinearPlan, Writer
+from quantkit.manifest import TensorRecord
+from quantkit.maths.gram import Importance, InputStatistics
+from quantkit.maths.measure import sqnr_db
+from quantkit.memory import MemoryLimit
+from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
+from quantkit.model.blocks import Block, LinearGroup
+from quantkit.model.forward import BlockRunner
+from quantkit.model.hidden import HiddenStates
+from quantkit.recipe import Recipe
+from quantkit.tensors import on_cpu
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to make: a recipe, its plan for this model and the folder it goes to.
+
+    importance: {linear module name: importance of its columns}, where the recipe names a file of it.
+    """
+
+    label: str
+    recipe: Recipe
+    plans: list[LinearPlan]
+    out: Path
+    importance: Mapping[str, Importance] = field(default_factory=dict)
+
+    @property
+    def calibrated(self) -> bool:
+        return any(plan.method is not None and plan.method.calibrated for plan in self.plans)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What folding scales needs to know of a model."""
+
+    norm_offset: float
+    head_dim: int | None
+
+
+@dataclass
+class JobState:
+    """A job on its way through the model."""
+
+    job: Job
+    writer: Writer
+    folder: Path
+    dtype: torch.dtype
+    methods: dict[str, Method]
+    layout: Layout
+    records: list[TensorRecord] = field(default_factory=list)
+    records_told: int = 0  # how many of them are in the journal
+    hidden: HiddenStates | None = None  # its own hidden states, when quantized outputs are propagated
+    own_s: float = 0.0
+
+    @property
+    def calibrated(self) -> bool:
+        return any(method.calibrated for method in self.methods.values())
+
+    @property
+    def propagates(self) -> bool:
+        return any(getattr(method, "propagate", None) == "quantized" for method in self.methods.values())
+
+
+@dataclass
+class ModelRun:
+    """The model on its way through its blocks. hidden: of the unquantized model, None once no job needs them."""
+
+    runner: BlockRunner
+    memory: MemoryLimit
+    hidden: HiddenStates | None
+
+
+def quantize_staged(
+    state: JobState, run: ModelRun, module: nn.Module, block: Block, tensors: Mapping[str, Tensor], *, last: bool
+) -> None:
+    """Quantize one block for a job whose linears see inputs that passed everything rounded before them."""
+    started = time.perf_counter()
+    runner, hidden = run.runner, state.hidden
+    assert hidden is not None
+    now = dict(tensors)
+    results, works = [], []
+    for method, given in _shares(state, block, tensors):
+        work = method.begin(given)
+        if work is not None:
+            works.append(work)
+        else:
+            results.append(method.quantize_block(given, {}))
+            made = results[-1].quantized
+            now |= {f"{name}.weight": block.oriented(tensor.dequantize()) for name, tensor in made.items()}
+    if any(work.steps.exponents for work in works):
+        runner.assign(module, block, now)
+        seen = runner.statistics(module, block, hidden.copy(every=looked_at(hidden)), advance=False)
+        for work in works:
+            work.fold(seen)
+            now |= {f"{name}.weight": block.oriented(weight) for name, weight in work.weights.items()} | work.replaced
+
+    def rounder(group: LinearGroup, seen: InputStatistics) -> dict[str, Tensor]:
+        done: dict[str, Tensor] = {}
+        for work in works:
+            if work.ours(group):
+                done |= work.round(group, seen.gram)
+        return {f"{name}.weight": block.oriented(weight) for name, weight in done.items()}
+
+    runner.assign(module, block, now)
+    keep = runner.kept_bytes(block, hidden) < run.memory.room_bytes(runner.device)
+    runner.staged(module, block, hidden, rounder, keep=keep, advance=not last)
+    results += [work.result() for work in works]
+    _finish_block(state, block, tensors, merge(results))
+    state.own_s += time.perf_counter() - started
+
+
+def looked_at(hidden: HiddenStates) -> int:
+    """Of how many sequences one is looked at for the scales: an eighth, but 2048 tokens where there are as many."""
+    return max(1, min(8, hidden.shape[0] * hidden.shape[1] // 2048))
+
+
+def _shares(state: JobState, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Method, BlockWeights]]:
+    """Each method of a job with the linears of the block that are its own."""
+    by_method: dict[Method, list[str]] = {}
+    for linear in block.linears:
+        if linear in state.methods:
+            by_method.setdefault(state.methods[linear].of_block(), []).append(linear)
+    others = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in state.methods}
+    for method, linears in by_method.items():
+        weights = {linear: block.oriented(tensors[f"{linear}.weight"]) for linear in linears}
+        layout, own = state.layout, {linear: state.methods[linear] for linear in linears}
+        yield (
+            method,
+            BlockWeights(block, weights, others, layout.norm_offset, layout.head_dim, state.job.importance, own),
+        )
+
+
+def quantize_block(
+    state: JobState, block: Block, tensors: Mapping[str, Tensor], statistics: Mapping[str, InputStatistics]
+) -> None:
+    """Quantize one block for one job by statistics that are there already."""
+    started = time.perf_counter()
+    results = [
+        method.quantize_block(given, statistics if method.calibrated else {})
+        for method, given in _shares(state, block, tensors)
+    ]
+    _finish_block(state, block, tensors, merge(results))
+    state.own_s += time.perf_counter() - started
+
+
+def _finish_block(state: JobState, block: Block, tensors: Mapping[str, Tensor], merged: BlockResult) -> None:
+    """Write one block of one job, and record what was done to each linear."""
+    for name, tensor in tensors.items():
+        linear = name.removesuffix(".weight")
+        if name.endswith(".weight") and linear in merged.quantized:
+            _write_quantized(state, linear, block.oriented(tensor), merged)
+        else:
+            stored = store(state, name, merged.replaced.get(name, tensor))
+            if name.endswith(".weight") and linear in block.linears:
+                _record_skipped(state, linear, stored, tensor.numel())
+
+
+def _write_quantized(state: JobState, linear: str, weight: Tensor, result: BlockResult) -> None:
+    tensor = result.quantized[linear]
+    stored = state.writer.add(f"{linear}.weight", on_cpu(tensor))
+    reference = result.reference.get(linear, weight)
+    state.records.append(
+        TensorRecord(
+            name=linear,
+            requested=state.methods[linear].label(),
+            applied=result.applied[linear],
+            bits_per_weight=stored * 8 / weight.numel(),
+            sqnr_db=sqnr_db(reference, tensor.dequantize()),
+            reason=result.notes.get(linear),
+        )
+    )
+
+
+def _record_skipped(state: JobState, linear: str, stored: int, count: int) -> None:
+    state.records.append(
+        TensorRecord(name=linear, requested="skip", applied="unquantized", bits_per_weight=stored * 8 / count)
+    )
+
+
+def store(state: JobState, name: str, tensor: Tensor) -> int:
+    """Write a tensor that stays unquantized; the writer converts it. Raises ModelError when it is not finite or its
+    dtype is too narrow."""
+    if tensor.is_floating_point() and tensor.numel():
+        check_finite(name, tensor)
+        largest = torch.finfo(state.dtype).max
+        found = max(float(value.abs()) for value in tensor.aminmax())
+        if found > largest:
+            raise ModelError(
+                f"{name}: values up to {found:.3g} do not fit {state.job.recipe.model.dtype}, "
+                f"whose largest is {largest:.6g}",
+                hint="--set model.dtype=bfloat16",
+            )
+    return state.writer.add(name, tensor.cpu())
