@@ -106,7 +106,7 @@ def test_the_contracts_options_are_there(capsys: Captured) -> None:
         (["quantize", "nf4", "--nope"], "No such option"),
         (["quantize", "nf4", "--device", "tpu"], "--device"),
         (["bench", "artifact"], "--baseline"),
-        (["report"], "no results"),
+        (["report"], "no results file"),
         (["advise"], "--memory"),
         (["calibration", "build", "pydoc", "--out", "x", "--model", "y", "--sequences", "0"], "--sequences"),
     ],
