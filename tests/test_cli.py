@@ -25,7 +25,7 @@ from quantkit.errors import (
     VerificationError,
 )
 
-VERBS = ("quantize", "bench", "run", "report", "recipes", "calibration", "inspect", "doctor")
+VERBS = ("quantize", "bench", "run", "report", "advise", "recipes", "calibration", "inspect", "doctor")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "bitsandbytes", "numpy", "yaml", "numba", "gguf")
 
 Captured = pytest.CaptureFixture[str]
@@ -106,7 +106,8 @@ def test_the_contracts_options_are_there(capsys: Captured) -> None:
         (["quantize", "nf4", "--nope"], "No such option"),
         (["quantize", "nf4", "--device", "tpu"], "--device"),
         (["bench", "artifact"], "--baseline"),
-        (["report", "x.json"], "--out"),
+        (["report"], "no results file"),
+        (["advise"], "--memory"),
         (["calibration", "build", "pydoc", "--out", "x", "--model", "y", "--sequences", "0"], "--sequences"),
     ],
 )
