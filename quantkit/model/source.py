@@ -55,6 +55,11 @@ class Source(ABC):
     def lineage(self) -> dict[str, Any]:
         """Where this came from: kind, id or path name, revision, and each weight file with bytes and sha256."""
 
+    def card(self) -> dict[str, Any]:
+        """What the source's own model card says of it, such as license and language, as the front matter on a hub;
+        base_model is the source's own id there. Empty when nothing is known."""
+        return {}
+
     @property
     def tied_head(self) -> bool:
         """Whether lm_head is the embedding matrix and no tensor of its own is stored."""
