@@ -88,6 +88,7 @@ def _comparison(group: Sequence[Results]) -> Comparison:
         )
     if sum(line.cells["quantize"].value is not None for line in lines[1:]) > 1:
         notes.append("time to quantize: recipes that share a pass over the model each count the whole pass")
+    notes += [f"gate {gate.verdict}: {gate.sentence}" for result in group for gate in result.gates]
     rules = load_facts().rules
     verdicts = [
         verdict
