@@ -32,6 +32,10 @@ COMMANDS = (
     "run",
     "compare",
     "report",
+    "gate",
+    "diff",
+    "card",
+    "push",
     "recipes",
     "recipes list",
     "recipes show",
@@ -44,7 +48,13 @@ COMMANDS = (
     "inspect",
     "doctor",
 )
-SHORT_NAMES = {"ModelSection": "model", "CalibrationSection": "calibration", "Recipe": "recipe", "Suite": "suite"}
+SHORT_NAMES = {
+    "ModelSection": "model",
+    "CalibrationSection": "calibration",
+    "Recipe": "recipe",
+    "Suite": "suite",
+    "GateSection": "gates",
+}
 
 
 def demo_table(report: str) -> str:
@@ -85,7 +95,7 @@ def recipe_reference(schema: dict[str, Any]) -> str:
 
 def _rank(title: str) -> int:
     first = re.split("[`:]", title)[1]
-    return ["recipe", "suite", "recipes", "model", "method", "format", "calibration", "bench"].index(first)
+    return ["recipe", "suite", "recipes", "model", "method", "format", "calibration", "bench", "gates"].index(first)
 
 
 def _title(name: str, section: dict[str, Any]) -> str:
