@@ -34,6 +34,10 @@ COMMANDS = (
     "compare",
     "report",
     "advise",
+    "gate",
+    "diff",
+    "card",
+    "push",
     "recipes",
     "recipes list",
     "recipes show",
@@ -46,7 +50,13 @@ COMMANDS = (
     "inspect",
     "doctor",
 )
-SHORT_NAMES = {"ModelSection": "model", "CalibrationSection": "calibration", "Recipe": "recipe", "Suite": "suite"}
+SHORT_NAMES = {
+    "ModelSection": "model",
+    "CalibrationSection": "calibration",
+    "Recipe": "recipe",
+    "Suite": "suite",
+    "GateSection": "gates",
+}
 
 
 def demo_table(report: str) -> str:
@@ -97,7 +107,7 @@ def recipe_list() -> str:
 
 def _rank(title: str) -> int:
     first = re.split("[`:]", title)[1]
-    return ["recipe", "suite", "recipes", "model", "method", "format", "calibration", "bench"].index(first)
+    return ["recipe", "suite", "recipes", "model", "method", "format", "calibration", "bench", "gates"].index(first)
 
 
 def _title(name: str, section: dict[str, Any]) -> str:

@@ -45,6 +45,7 @@ class Shown:
     document: Any
     text: str | Callable[[], None]
     as_json: bool = False
+    failure: Exception | None = None  # said after the result, with its exit code
 
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -151,6 +152,7 @@ def run(
 ) -> Shown:
     """Quantize, bench and report a whole suite."""
     from quantkit import jobs, report
+    from quantkit.gates.judge import failure
 
     results = jobs.run(
         suite,
@@ -163,7 +165,8 @@ def run(
         restart=restart,
         progress=Progress(),
     )
-    return Shown(results.model_dump(mode="json"), functools.partial(report.show, results), as_json)
+    shown = functools.partial(report.show, results)
+    return Shown(results.model_dump(mode="json"), shown, as_json, failure(results.gates))
 
 
 @app.command()
@@ -249,6 +252,88 @@ def advise(
 
     advice = answers.advise(memory, model=model, engine=engine, problem=problem, context=context, results=results)
     return Shown(advice.model_dump(mode="json"), text.text(advice), as_json)
+
+
+@app.command()
+@verb
+def gate(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS.json", help="What bench or run wrote.")],
+    min_recovery: Annotated[float | None, typer.Option(metavar="SHARE", help="Of the baseline's accuracy.")] = None,
+    max_kl: Annotated[float | None, typer.Option(metavar="NATS", help="To the baseline, a token.")] = None,
+    max_bytes: Annotated[str | None, typer.Option(metavar="SIZE", help="Of the weights, such as 90MB.")] = None,
+    min_speedup: Annotated[float | None, typer.Option(metavar="RATIO", help="Decode, to the baseline's.")] = None,
+    row: Annotated[str | None, typer.Option(metavar="NAME", help="Of one row; default: every row.")] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE.xml", help="JUnit XML, for a CI system.")] = None,
+    github_summary: Annotated[bool, typer.Option("--github-summary", help="Into the summary of the step.")] = False,
+    as_json: Json = False,
+) -> Shown:
+    """Hold results against bars: exit 5 when one is missed for certain.
+
+    A bar fails when the whole interval of the measurement is beyond it, or when nothing was measured; it warns when the
+    interval holds the bar. Without a bar: what the gates of the suite said when it ran.
+    """
+    from quantkit.gates import judge, outputs, run
+
+    bars = {"min_recovery": min_recovery, "max_kl": max_kl, "max_bytes": max_bytes, "min_speedup": min_speedup}
+    outcomes = run.gate(results, {"row": row, **bars}, junit=junit, github_summary=github_summary)
+    for line in judge.warnings(outcomes):
+        Progress().say(line)
+    shown = functools.partial(outputs.show, results.name, outcomes)
+    document = [outcome.model_dump(mode="json") for outcome in outcomes]
+    return Shown(document, shown, as_json, judge.failure(outcomes))
+
+
+@app.command()
+@verb
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE.json", help="Results of the last release.")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER.json", help="Results of this one.")],
+    fail_on_worse: Annotated[bool, typer.Option("--fail-on-worse", help="Exit 5 when a figure is worse.")] = False,
+    as_json: Json = False,
+) -> Shown:
+    """What got better or worse between two runs, as far as their intervals tell."""
+    from quantkit import report
+    from quantkit.report import difference
+
+    found = difference.compare_runs(report.load(before), report.load(after))
+    failure = difference.worse(found) if fail_on_worse else None
+    return Shown(found.model_dump(mode="json"), functools.partial(difference.show, found), as_json, failure)
+
+
+@app.command()
+@verb
+def card(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that quantize wrote.")],
+    results: Annotated[Path | None, typer.Option(metavar="RESULTS.json", help="Its row goes into the card.")] = None,
+    row: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the row of the folder's name.")] = None,
+) -> Shown:
+    """Put results into an artifact's model card, or take an edited card into the manifest."""
+    from quantkit import report
+    from quantkit.card import fill_card
+
+    return Shown(None, str(fill_card(artifact, None if results is None else report.load(results), row)))
+
+
+@app.command()
+@verb
+def push(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that quantize wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The model's id on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="When the repository is made.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Made when there is none.")] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    as_json: Json = False,
+) -> Shown:
+    """Verify an artifact and upload it to a hub, in one commit.
+
+    The token is that of HF_TOKEN or of `hf auth login`.
+    """
+    from dataclasses import asdict
+
+    from quantkit.push import push as upload
+
+    done = upload(artifact, repo_id, private=private, revision=revision, message=message, progress=Progress())
+    return Shown(asdict(done), f"{done.url}\ncommit {done.commit}", as_json)
 
 
 @app.command()
@@ -357,6 +442,8 @@ def execute(arguments: Sequence[str]) -> int:
         result = app(args=list(arguments), prog_name="quantkit", standalone_mode=False)
         if isinstance(result, Shown):
             show(result.document, result.text, as_json=result.as_json)
+            if result.failure is not None:
+                return report_failure(result.failure, as_json=False)
         code = result if isinstance(result, int) else 0
         return report_failure(KeyboardInterrupt(), as_json="--json" in arguments) if code == INTERRUPTED else code
     except BaseException as error:

@@ -74,7 +74,9 @@ def run(
     """
     from quantkit import report
     from quantkit.bench.runner import bench
+    from quantkit.card import fill_card
     from quantkit.device import resolve_device
+    from quantkit.gates.judge import judge, warnings
     from quantkit.memory import memory_limit
     from quantkit.recipe import load_suite, suite_recipes
 
@@ -95,8 +97,13 @@ def run(
             progress=progress,
             labels=[label for label, _, _ in outs],
         )
+        results = results.model_copy(update={"gates": judge(results, loaded.gates)})
         write_atomic(folder / "results.json", (results.model_dump_json(indent=2) + "\n").encode())
         report.rebuild([folder / "results.json"], folder)
+        for path in (path for _, _, path in outs):
+            fill_card(path, results)
+    for warning in warnings(results.gates):
+        progress.say(warning)
     return results
 
 

@@ -87,6 +87,22 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ModelError(f"{path}: not a manifest that this version reads: {first}") from error
 
 
+def check_files(manifest: Manifest, folder: Path) -> list[str]:
+    """Every way in which the files of an artifact are not those of its manifest, one line each; none when they are."""
+    problems = []
+    for record in manifest.files:
+        path = folder / record.name
+        if Path(record.name).is_absolute() or ".." in Path(record.name).parts:
+            problems.append(f"{record.name}: outside the artifact's folder")
+        elif not path.is_file():
+            problems.append(f"{record.name}: missing")
+        elif (found := file_record(path, folder)) != record:
+            what = f"{found.bytes} bytes" if found.bytes != record.bytes else f"sha256 {found.sha256[:16]}"
+            wanted = f"{record.bytes}" if found.bytes != record.bytes else record.sha256[:16]
+            problems.append(f"{record.name}: {what}, expected {wanted}")
+    return problems
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file's content at once: a reader sees the old or the new, never a part."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")

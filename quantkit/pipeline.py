@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkit import __version__
+from quantkit.card import with_card
 from quantkit.checkpoint import Checkpoints
 from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
@@ -73,6 +74,7 @@ def quantize(
             paths = state.writer.finish()
             state.own_s += time.perf_counter() - started
             manifest = _manifest(state, paths, source, calibration, device, how, state.own_s + shared_s)
+            manifest = with_card(manifest, source, state.folder)
             write_manifest(manifest, state.folder)
         checkpoints.finish()
         return checkpoints.publish()

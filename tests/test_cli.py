@@ -25,7 +25,8 @@ from quantkit.errors import (
     VerificationError,
 )
 
-VERBS = ("quantize", "bench", "run", "report", "advise", "recipes", "calibration", "inspect", "doctor")
+VERBS = ("quantize", "bench", "run", "report", "advise", "gate", "diff", "card", "push")
+VERBS += ("recipes", "calibration", "inspect", "doctor")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "bitsandbytes", "numpy", "yaml", "numba", "gguf")
 
 Captured = pytest.CaptureFixture[str]

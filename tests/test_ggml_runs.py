@@ -193,7 +193,7 @@ def test_a_given_imatrix_makes_the_same_weights(wide_llama: Path, tmp_path: Path
         assert (one.name, one.tensor_type) == (two.name, two.tensor_type)
         assert (one.data == two.data).all()
     assert made.calibration is None and made.fallbacks() == []
-    assert [file.name for file in made.files] == ["wide-IQ4_XS.gguf"]
+    assert [file.name for file in made.files] == ["README.md", "wide-IQ4_XS.gguf"]
     assert given.fields["quantize.imatrix.file"].contents() == str(path)
     assert given.fields["quantize.imatrix.chunks_count"].contents() == 6
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from quantkit.formats.gguf_vocabulary import tokenizer_metadata
@@ -39,7 +38,7 @@ def general_metadata(source: Source, file_type: str) -> dict[str, Any]:
         found = {f"general.{key}": source.file.metadata.get(f"general.{key}") for key in kept}
         values.update({key: value for key, value in found.items() if value})
     else:
-        licence = _card(source.path).get("license")
+        licence = source.card().get("license")
         if isinstance(licence, str):
             values["general.license"] = licence
     number = LlamaFileType.ALL_F32 if file_type == "F32" else LlamaFileType[f"MOSTLY_{file_type}"]
@@ -61,20 +60,3 @@ def model_name(source: Source) -> str:
             if name.upper().endswith(ending):
                 return name[: -len(ending)]
     return name
-
-
-def _card(folder: Path) -> dict[str, Any]:
-    """The front matter of a model card, empty when there is none."""
-    import yaml
-
-    path = folder / "README.md"
-    if not path.is_file():
-        return {}
-    parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        found = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -29,10 +29,19 @@ from quantkit.model.gguf_names import (
     to_hf,
 )
 from quantkit.model.gguf_tokenizer import write_tokenizer_files
+from quantkit.model.hub import HUB_ID
 from quantkit.model.source import Source
 
 TOKENIZER_VERSION = 1
 """Raised when `write_tokenizer_files` writes something else, so that files in the cache are made again."""
+
+_CARD_KEYS = {
+    "license": "license",
+    "license_name": "license.name",
+    "license_link": "license.link",
+    "language": "languages",
+}
+"""Key of a model card -> that of a GGUF file behind "general."."""
 
 _FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -160,6 +169,16 @@ class GGUFSource(Source):
 
     def side_files(self) -> list[Path]:
         return sorted(path for path in self.tokenizer_folder().iterdir() if path.is_file())
+
+    def card(self) -> dict[str, Any]:
+        metadata = self.file.metadata
+        said = {key: metadata.get(f"general.{name}") for key, name in _CARD_KEYS.items()}
+        found = {key: value for key, value in said.items() if value}
+        for key in ("general.source.huggingface.repository", "general.source.repo_url", "general.source.url"):
+            repository = str(metadata.get(key) or "").removeprefix("https://huggingface.co/").rstrip("/")
+            if HUB_ID.fullmatch(repository):
+                return {"base_model": repository, **found}
+        return found
 
     def lineage(self) -> dict[str, Any]:
         with self._hashing:  # a run hashes ahead in another thread

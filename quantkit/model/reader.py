@@ -15,6 +15,7 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.manifest import MANIFEST_NAME, file_record
 from quantkit.model.blocks import ARCHITECTURES
+from quantkit.model.front_matter import CARD, front_matter
 from quantkit.model.hub import HUB_ID, download_model
 from quantkit.model.safetensors_file import DTYPES, Entry, SafetensorsFile
 from quantkit.model.source import Source
@@ -64,7 +65,7 @@ def open_source(model: str, *, revision: str = "main", token: str | None = None)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     if HUB_ID.fullmatch(model) and not model.endswith((".gguf", ".safetensors", ".bin", ".pt")):
-        names = [*SIDE_FILES, "config.json", INDEX]
+        names = [*SIDE_FILES, CARD, "config.json", INDEX]
         names += [spelled for name in LICENCES for spelled in (name, name.upper(), name.capitalize())]
         folder, commit = download_model(model, revision, token, names, _needed_weights)
         return SafetensorsSource(folder, hub_id=model, commit=commit)
@@ -149,6 +150,10 @@ class SafetensorsSource(Source):
     def side_files(self) -> list[Path]:
         return sorted(path for path in self.path.iterdir() if path.is_file() and is_side_file(path.name))
 
+    def card(self) -> dict[str, Any]:
+        own = {key: value for key, value in front_matter(self.path).items() if key != "base_model"}
+        return {"base_model": self.hub_id, **own} if self.hub_id else own
+
     def lineage(self) -> dict[str, Any]:
         with self._hashing:  # a run hashes ahead in another thread
             if self._lineage is None:
@@ -199,7 +204,12 @@ def weight_files(folder: Path, files: Mapping[str, SafetensorsFile]) -> list[dic
 
 def is_side_file(name: str) -> bool:
     """Whether an artifact carries a file of this name on unaltered."""
-    return name in SIDE_FILES or any(fnmatchcase(name.lower(), pattern) for pattern in LICENCES)
+    return name in SIDE_FILES or is_licence_file(name)
+
+
+def is_licence_file(name: str) -> bool:
+    """Whether a file of this name holds a licence or what belongs to one: a notice, a use policy."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in LICENCES)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -59,6 +59,11 @@ class Source(ABC):
         """The files that the tensors are in."""
         return [self.path]
 
+    def card(self) -> dict[str, Any]:
+        """What the source's own model card says of it, such as license and language, as the front matter on a hub;
+        base_model is the source's own id there. Empty when nothing is known."""
+        return {}
+
     @property
     def tied_head(self) -> bool:
         """Whether lm_head is the embedding matrix and no tensor of its own is stored."""
