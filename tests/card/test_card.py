@@ -54,13 +54,29 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     return folder
 
 
+RECIPES = {
+    "nf4": ("nf4",),
+    "rtn": ("rtn-4bit-g128", "method.group_size=32", 'overrides={"q_proj$": {bits: 8}}'),
+    "gguf": ("gguf-q4_0",),
+}
+
+
+class Artifacts(dict[str, Path]):
+    """The artifacts of RECIPES by name, each made when a test first asks for it."""
+
+    def __init__(self, model: Path, folder: Path):
+        super().__init__()
+        self._model, self._folder = model, folder
+
+    def __missing__(self, name: str) -> Path:
+        recipe, *settings = RECIPES[name]
+        make(recipe, self._model, self._folder / name, *settings)
+        return self.setdefault(name, self._folder / name)
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("artifacts")
-    make("nf4", model, folder / "nf4")
-    make("rtn-4bit-g128", model, folder / "rtn", "method.group_size=32", 'overrides={"q_proj$": {bits: 8}}')
-    make("gguf-q4_0", model, folder / "gguf")
-    return {path.name: path for path in folder.iterdir()}
+def made(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Artifacts:
+    return Artifacts(model, tmp_path_factory.mktemp("artifacts"))
 
 
 def text_of(artifact: Path) -> str:
