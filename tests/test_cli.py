@@ -25,7 +25,7 @@ from quantkit.errors import (
     VerificationError,
 )
 
-VERBS = ("quantize", "bench", "run", "report", "recipes", "calibration", "inspect", "doctor")
+VERBS = ("quantize", "bench", "run", "report", "recipes", "calibration", "inspect", "export", "doctor")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "bitsandbytes", "numpy", "yaml", "numba", "gguf")
 
 Captured = pytest.CaptureFixture[str]
