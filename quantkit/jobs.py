@@ -127,7 +127,7 @@ def run_passes(
     from quantkit.output import check_output, check_space
     from quantkit.pipeline import Job
     from quantkit.pipeline import quantize as run_pass
-    from quantkit.plan import check_plans, given_importance, plan_linears, predicted_bytes
+    from quantkit.plan import check_plans, given_importance, importance_files, plan_linears, predicted_bytes
 
     folders = [folder for _, _, folder in wanted]
     twice = {str(folder) for folder in folders if folders.count(folder) > 1}
@@ -148,7 +148,7 @@ def run_passes(
             problems.append(error)
             continue
         needed += predicted_bytes(source, plans, torch.finfo(getattr(torch, recipe.model.dtype)).bits // 8)
-        jobs.append(Job(label, recipe, plans, folder, importance))
+        jobs.append(Job(label, recipe, plans, folder, importance, importance_files(plans)))
     if problems:
         raise RecipeError.from_problems([error.message for error in problems], problems[0].hint)
     check_space(folders[0], needed)

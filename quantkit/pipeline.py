@@ -43,7 +43,8 @@ from quantkit.tensors import on_cpu
 class Job:
     """One artifact to make: a recipe, its plan for this model and the folder it goes to.
 
-    importance: {linear module name: importance of its columns}, where the recipe names a file of it.
+    importance: {linear module name: importance of its columns}, where the recipe names a file of it. inputs: files of
+    that kind.
     """
 
     label: str
@@ -51,6 +52,7 @@ class Job:
     plans: list[LinearPlan]
     out: Path
     importance: Mapping[str, Importance] = field(default_factory=dict)
+    inputs: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ def _run_block(states: list[_State], run: _Run, block: Block, tensors: Mapping[s
     with runner.loaded(block, on_device) as module:
         if followers:
             assert run.hidden is not None
-            statistics = runner.statistics(module, block, run.hidden, advance=not last)
+            gram = any(method.needs_gram for state in followers for method in state.methods.values())
+            statistics = runner.statistics(module, block, run.hidden, advance=not last, gram=gram)
         else:
             run.hidden = None
         for state in states:
@@ -412,4 +415,5 @@ def _manifest(
         bits_per_weight_all=weight_bytes * 8 / source.parameter_count(),
         files=files,
         environment=environment(device.type),
+        inputs=[file_record(path, path.parent) for path in state.job.inputs],
     )
