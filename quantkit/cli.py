@@ -235,9 +235,10 @@ def export(
     force: Force = False,
     as_json: Json = False,
 ) -> Shown:
-    """Make a GGUF file of a GPTQ, AWQ, round-to-nearest or compressed-tensors artifact.
+    """Make a GGUF file of an artifact, its codes as they are.
 
-    Its codes go over as they are, so nothing is rounded a second time; what no GGUF type holds is refused.
+    For GPTQ, AWQ, round-to-nearest and compressed-tensors: nothing is rounded a second time, and what no GGUF type
+    holds is refused. Weights and logits are compared.
     """
     from quantkit import words
     from quantkit.export import export as make

@@ -55,7 +55,7 @@ def exported(made: Manifest) -> str:
     weights, logits = made.export["weights"], made.export["logits"]
     said = f"{weights['equal']} of {weights['tensors']} tensors decode to the same numbers"
     if weights["lowest_sqnr_db"] is not None:
-        said += f", the others differ by {weights['lowest_sqnr_db']:.1f} dB at most"
+        said += f", the others with an SQNR of {weights['lowest_sqnr_db']:.1f} dB or more"
     rows = [["weights", said]]
     for key, label in (("decoded", "logits, decoded"), ("llama_cpp", "logits, llama.cpp")):
         rows.append([label, _logits(logits[key])])

@@ -85,10 +85,9 @@ class SquaresAccumulator:
         """inputs: [..., in], any float dtype."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1])  # [tokens, in]
         self.tokens += rows.shape[0]
-        for part in rows.split(SUM_TOKENS):
-            wide = part.float()
-            self._squares += wide.square().sum(dim=0)
-            self._sum_abs += wide.abs().sum(dim=0)
+        wide = rows.float()
+        self._squares += wide.square().sum(dim=0)
+        self._sum_abs += wide.abs().sum(dim=0)
 
     def result(self) -> InputStatistics:
         """The statistics of everything added so far, without a Gram matrix."""

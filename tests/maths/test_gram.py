@@ -131,5 +131,5 @@ def test_squares_alone_are_the_diagonal(dtype: torch.dtype) -> None:
         accumulator.add(batch)
     seen, exact = accumulator.result(), inputs.double()
     assert seen.tokens == 300 and seen.gram.numel() == 0
-    torch.testing.assert_close(seen.importance.squares, exact.square().sum(dim=0).float(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(seen.mean_abs, exact.abs().mean(dim=0).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(seen.importance.squares, exact.square().sum(dim=0).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(seen.mean_abs, exact.abs().mean(dim=0).float(), rtol=1e-5, atol=0)
