@@ -48,6 +48,7 @@ COMMANDS = (
     "calibration show",
     "calibration build",
     "inspect",
+    "export",
     "doctor",
 )
 SHORT_NAMES = {

@@ -351,6 +351,29 @@ def inspect(
 
 @app.command()
 @verb
+def export(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder by quantkit or others.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="In a folder of its own; the manifest lies beside.")],
+    exact: Annotated[
+        bool, typer.Option("--exact/--no-exact", help="No: scales and minima rounded to float16; codes stay.")
+    ] = True,
+    force: Force = False,
+    as_json: Json = False,
+) -> Shown:
+    """Make a GGUF file of an artifact, its codes as they are.
+
+    For GPTQ, AWQ, round-to-nearest and compressed-tensors: nothing is rounded a second time, and what no GGUF type
+    holds is refused. Weights and logits are compared.
+    """
+    from quantkit import words
+    from quantkit.export import export as make
+
+    manifest = make(artifact, out, exact=exact, force=force, progress=Progress())
+    return Shown(manifest.model_dump(mode="json"), words.exported(manifest), as_json)
+
+
+@app.command()
+@verb
 def doctor(as_json: Json = False) -> Shown:
     """Versions, devices, engines, what is missing."""
     from quantkit import words

@@ -159,7 +159,7 @@ def passes(
     from quantkit.output import check_output, check_space
     from quantkit.pipeline import quantize as run_pass
     from quantkit.place import partial_folder
-    from quantkit.plan import check_plans, given_importance, plan_linears, predicted_bytes
+    from quantkit.plan import check_plans, given_importance, importance_files, plan_linears, predicted_bytes
     from quantkit.unfinished import unfinished
 
     folders = [folder for _, _, folder in wanted]
@@ -182,7 +182,7 @@ def passes(
             problems.append(error)
             continue
         needed += predicted_bytes(source, plans, torch.finfo(getattr(torch, recipe.model.dtype)).bits // 8)
-        jobs.append(Job(label, recipe, plans, folder, importance))
+        jobs.append(Job(label, recipe, plans, folder, importance, importance_files(plans)))
     if problems:
         raise RecipeError.from_problems([error.message for error in problems], problems[0].hint)
     Thread(target=_hash_ahead, args=(source,), daemon=True).start()

@@ -55,6 +55,13 @@ class Manifest(Frozen):
     bits_per_weight_all: float = Field(description="of all parameters, from the bytes of the weight files")
     files: list[FileRecord]
     environment: dict[str, Any]
+    inputs: list[FileRecord] = Field(
+        default_factory=list,
+        description="files beside model and text that numbers were taken from: importance matrices",
+    )
+    export: dict[str, Any] | None = Field(
+        None, description="of an exported artifact: what it was made from, and how far it is from that"
+    )
 
     def fallbacks(self) -> list[str]:
         """A line for each linear that did not get what was asked, and why."""
@@ -76,12 +83,16 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of an artifact, None when it has none. Raises ModelError when it is damaged."""
+    """The manifest of an artifact, None when it has none. Raises ModelError when it is damaged.
+
+    folder: that of the artifact, or its .gguf file, which the manifest has to name: others may lie beside it.
+    """
     path = (folder if folder.is_dir() else folder.parent) / MANIFEST_NAME
     if not path.is_file():
         return None
     try:
-        return Manifest.model_validate(json.loads(path.read_text()))
+        found = Manifest.model_validate(json.loads(path.read_text()))
+        return found if folder.is_dir() or folder.name in {record.name for record in found.files} else None
     except (ValueError, ValidationError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(f"{path}: not a manifest that this version reads: {first}") from error

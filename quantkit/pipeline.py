@@ -194,7 +194,8 @@ def _run_block(
     with runner.loaded(block, on_device) as module:
         if followers:
             assert run.hidden is not None
-            statistics = runner.statistics(module, block, run.hidden, advance=not last)
+            gram = any(method.needs_gram for state in followers for method in state.methods.values())
+            statistics = runner.statistics(module, block, run.hidden, advance=not last, gram=gram)
         else:
             run.hidden = None
         for state in states:
@@ -252,4 +253,5 @@ def _manifest(
         bits_per_weight_all=weight_bytes * 8 / source.parameter_count(),
         files=files,
         environment=environment(device.type),
+        inputs=[file_record(path, path.parent) for path in state.job.inputs],
     )

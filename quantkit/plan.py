@@ -112,6 +112,12 @@ def given_importance(label: str, source: Source, plans: Sequence[LinearPlan]) ->
     return found
 
 
+def importance_files(plans: Sequence[LinearPlan]) -> list[Path]:
+    """The imatrix files that a recipe names."""
+    named = {getattr(plan.method, "importance", None) for plan in plans}
+    return [Path(path) for path in sorted(path for path in named if isinstance(path, str))]
+
+
 def predicted_bytes(source: Source, plans: Sequence[LinearPlan], bytes_per_value: int) -> int:
     """About how many bytes the artifact's weights will take; formats add tables and alignment of a few per cent."""
     quantized = {f"{plan.name}.weight": plan for plan in plans if plan.method is not None}

@@ -26,7 +26,7 @@ from quantkit.errors import (
 )
 
 VERBS = ("quantize", "bench", "run", "report", "advise", "gate", "diff", "card", "push")
-VERBS += ("recipes", "calibration", "inspect", "doctor")
+VERBS += ("recipes", "calibration", "inspect", "export", "doctor")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "bitsandbytes", "numpy", "yaml", "numba", "gguf")
 
 Captured = pytest.CaptureFixture[str]

@@ -46,17 +46,28 @@ _ROWS_AT_ONCE = 4096
 
 
 class GGUFWriter(Writer):
-    """Writes header and tensor table at once, then each tensor at its place as it comes."""
+    """Writes header and tensor table at once, then each tensor at its place as it comes.
 
-    def __init__(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: torch.dtype):
+    types: ggml's type of every tensor that is written, by its Hugging Face name. file_type: that of most linears, or
+    the mix. plans: of the methods that choose the codes; empty where they were chosen before. name: of the file, else
+    it is called after the model and its type.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: Source,
+        types: Mapping[str, str],
+        file_type: str,
+        plans: list[LinearPlan],
+        name: str | None = None,
+    ):
         self.config = source.config
         self.family = family_of_config(source.config)
-        types = tensor_types(source, plans, dtype)
-        file_type = file_type_of(plans) or DTYPE_TYPES[dtype]
         embedding = f"{architecture_of(source.config).embedding}.weight"
         metadata = file_metadata(source, source.shape(embedding)[0], file_type)
         self.substitutes = substitutes_of(source, plans)
-        self.path = folder / f"{model_name(source)}-{file_type}.gguf"
+        self.path = folder / (name or f"{model_name(source)}-{file_type}.gguf")
         self._matrix_path = folder / f"{model_name(source)}.imatrix"
         self._weighing: dict[str, Importance] = {}
         self._weighed_by = [plan.method for plan in plans if plan.method is not None and plan.method.calibrated]
@@ -185,6 +196,17 @@ class GGUFWriter(Writer):
         return [self.path, self._matrix_path]
 
 
+def unwritable(source: Source) -> list[str]:
+    """Every reason why GGUF cannot say what a model is, whatever the types of its tensors; one line each."""
+    try:
+        metadata_of_config(source.config)
+    except ModelError as error:
+        return [error.message]
+    family = family_of_config(source.config)
+    unknown = [name for name in written_names(source) if to_gguf(name, family) is None]
+    return [f"{name}: has no name in GGUF for {source.config['architectures'][0]}" for name in unknown]
+
+
 def _gguf_name(name: str, family: Family) -> str:
     found = to_gguf(name, family)
     assert found is not None, f"{name} has no GGUF name: misfits() reports it"
@@ -232,15 +254,9 @@ class GGUF(Format):
             for plan in plans
             if plan.method is not None and plan.method.name != "ggml"
         ]
+        problems = problems or unwritable(source)
         if problems:
             return problems
-        try:
-            metadata_of_config(source.config)
-        except ModelError as error:
-            return [error.message]
-        family = family_of_config(source.config)
-        unknown = [name for name in written_names(source) if to_gguf(name, family) is None]
-        problems += [f"{name}: has no name in GGUF for {source.config['architectures'][0]}" for name in unknown]
         embedding = f"{architecture_of(source.config).embedding}.weight"
         methods = [plan.method for plan in plans if plan.method is not None]
         kinds = sorted({method.embedding_type for method in methods if method.embedding_type is not None})
@@ -268,7 +284,8 @@ class GGUF(Format):
         return problems
 
     def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
-        return GGUFWriter(folder, source, plans, dtype)
+        types = tensor_types(source, plans, dtype)
+        return GGUFWriter(folder, source, types, file_type_of(plans) or DTYPE_TYPES[dtype], plans)
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:

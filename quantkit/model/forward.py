@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
-from quantkit.maths.gram import GramAccumulator, InputStatistics
+from quantkit.maths.gram import GramAccumulator, InputStatistics, SquaresAccumulator
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, linear_shape
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.source import Source
@@ -140,13 +140,14 @@ class BlockRunner:
         module.load_state_dict(state, strict=False, assign=True)
 
     def statistics(
-        self, module: nn.Module, block: Block, hidden: HiddenStates, *, advance: bool
+        self, module: nn.Module, block: Block, hidden: HiddenStates, *, advance: bool, gram: bool = True
     ) -> dict[str, InputStatistics]:
         """Statistics of every linear's inputs, {linear module name: statistics}; those that share an input share them.
 
         advance: also write the block's outputs over `hidden`; else the run ends where the last input has been seen.
+        gram: whether the Gram matrix is wanted, or only its diagonal.
         """
-        seen = [self._accumulator(group) for group in block.groups]
+        seen = [self._accumulator(group) if gram else self._squares(group) for group in block.groups]
         last = len(block.groups) - 1
 
         def watch(position: int) -> Callable[[Tensor], None]:
@@ -242,6 +243,9 @@ class BlockRunner:
     def _accumulator(self, group: LinearGroup) -> GramAccumulator:
         columns = linear_shape(self.source, group.linears[0])[1]
         return GramAccumulator(columns, self.device, eight_bit=self.arithmetic.eight_bit_gram)
+
+    def _squares(self, group: LinearGroup) -> SquaresAccumulator:
+        return SquaresAccumulator(linear_shape(self.source, group.linears[0])[1], self.device)
 
     def _batches(self, hidden: HiddenStates) -> Iterator[slice]:
         size = max(1, BATCH_TOKENS[self.device.type] // hidden.shape[1])
