@@ -17,11 +17,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Repository:
-    """Files by name, at one commit that main points to. gated: everybody sees the list, nobody gets a file."""
+    """Files by name, at one commit that main points to. gated: everybody sees the list, nobody gets a file.
+
+    sizes: of files that are longer than what is there of them: only ranges of that can be had.
+    """
 
     files: dict[str, bytes]
     gated: bool = False
     kind: str = "models"
+    sizes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of_folder(cls, folder: Path, *, gated: bool = False) -> Repository:
@@ -36,6 +40,8 @@ class FakeHub:
     repositories: dict[str, Repository]
     requests: list[tuple[str, str]] = field(default_factory=list)
     broken: tuple[str, ...] = ()  # ids that are answered with status 500
+    ranges: bool = True  # whether parts of files can be asked for
+    sent_bytes: int = 0
     tokens: list[str | None] = field(default_factory=list)
 
     def __enter__(self) -> FakeHub:
@@ -77,11 +83,20 @@ class FakeHub:
         self.requests.append((handler.command, path))
         self.tokens.append(handler.headers.get("Authorization"))
         status, headers, content = self._find(path, posted, signed_in="Authorization" in handler.headers)
+        asked = handler.headers.get("Range", "")
+        if asked and status == 200 and self.ranges:
+            first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+            total = int(headers.get("Content-Length", len(content)))
+            content = content[first : last + 1]
+            status = 206
+            headers |= {"Content-Range": f"bytes {first}-{first + len(content) - 1}/{total}"}
+            headers |= {"Content-Length": str(len(content))}
         handler.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             handler.send_header(name, value)
         handler.end_headers()
         if body:
+            self.sent_bytes += len(content)
             handler.wfile.write(content)
 
     def _find(self, path: str, posted: bytes, *, signed_in: bool) -> tuple[int, dict[str, str], bytes]:
@@ -106,7 +121,12 @@ class FakeHub:
 
     def _api(self, name: str, repository: Repository, rest: list[str], posted: bytes) -> bytes:
         listing = [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            {
+                "type": "file",
+                "path": path,
+                "size": repository.sizes.get(path, len(content)),
+                "oid": hashlib.sha1(content).hexdigest(),
+            }
             for path, content in repository.files.items()
         ]
         if rest[:1] == ["tree"]:
@@ -125,4 +145,6 @@ class FakeHub:
             return 404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, b""
         content = repository.files[path]
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        if path in repository.sizes:
+            headers["Content-Length"] = str(repository.sizes[path])
         return 200, headers, content
