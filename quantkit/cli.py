@@ -45,6 +45,7 @@ class Shown:
     document: Any
     text: str | Callable[[], None]
     as_json: bool = False
+    code: int = 0
 
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -80,6 +81,36 @@ def root(version: Annotated[bool, typer.Option("--version", help="Show the versi
     if version:
         print(f"quantkit {__version__}")
         raise typer.Exit
+
+
+@app.command()
+@verb
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped name or a file.")],
+    model: Model = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    probe_again: Annotated[bool, typer.Option("--probe-again", help="Measure this machine's speed anew.")] = False,
+    as_json: Json = False,
+) -> Shown:
+    """What a run will cost, and which engines will take the result.
+
+    Reads the config and the headers of the shards only, of a hub id by ranged requests. Exit code 2 when quantize would
+    refuse. An engine to hold it against: --set target.engine=vllm --set target.tensor_parallel=2.
+    """
+    from quantkit.planning.run import plan as make_plan
+    from quantkit.planning.text import text
+
+    document = make_plan(
+        recipe,
+        model=model,
+        settings=settings or [],
+        device=device,
+        max_memory=max_memory,
+        probe_again=probe_again,
+    )
+    return Shown(document.model_dump(mode="json"), text(document), as_json, code=0 if document.fits else 2)
 
 
 @app.command()
@@ -317,6 +348,7 @@ def execute(arguments: Sequence[str]) -> int:
         result = app(args=list(arguments), prog_name="quantkit", standalone_mode=False)
         if isinstance(result, Shown):
             show(result.document, result.text, as_json=result.as_json)
+            return result.code
         code = result if isinstance(result, int) else 0
         return report_failure(KeyboardInterrupt(), as_json="--json" in arguments) if code == INTERRUPTED else code
     except BaseException as error:
