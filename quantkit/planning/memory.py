@@ -52,8 +52,7 @@ class MemoryForecast:
 def memory_of(work: Work, device: torch.device, room_bytes: int) -> MemoryForecast:
     """The peak of a run. room_bytes: what the run may take on the host as things stand; hidden states over a quarter of
     it go to a scratch file, and waiting rows over what is left are run again instead."""
-    kind = "calibrated" if work.calibrated else "gguf" if work.gguf else "plain"
-    host = {"libraries": LIBRARIES_BYTES[kind]}
+    host = {"libraries": LIBRARIES_BYTES[work.kind]}
     if device.type == "cuda":
         host["CUDA"] = CUDA_BYTES
     if not work.calibrated:

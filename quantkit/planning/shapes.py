@@ -42,6 +42,7 @@ class Work:
     block_bytes: int
     hidden: int
     attention: int
+    embedding_values: int
     largest_bytes: int
     source_bytes: int
     quantized_values: int
@@ -54,6 +55,11 @@ class Work:
     propagates: bool
     calibrated: bool
     gguf: bool
+
+    @property
+    def kind(self) -> str:
+        """Which libraries the run takes: "calibrated", "gguf" or "plain"."""
+        return "calibrated" if self.calibrated else "gguf" if self.gguf else "plain"
 
     @property
     def block_values(self) -> int:
@@ -87,6 +93,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         block_bytes=sum(sizes[name] for name in largest.tensors),
         hidden=source.shape(embedding)[1],
         attention=heads * (head_dim(source.config) or 0),
+        embedding_values=prod(source.shape(embedding)),
         largest_bytes=max(sizes.values()),
         source_bytes=sum(sizes.values()),
         quantized_values=sum(plan.out_features * plan.in_features for plan in plans if plan.method is not None),

@@ -26,19 +26,20 @@ from quantkit.planning.shapes import Work
 REFERENCE_FLOP_S = 190e9
 """Float32 rate of the machine that the constants below were measured on: two cores of an AMD EPYC with AVX-512."""
 
-START_S = {False: 1.8, True: 4.6}
-"""Until the first block on that machine, without and with calibration: imports, tokenizing."""
+START_S = {"plain": 1.8, "gguf": 3.0, "calibrated": 4.6}
+"""Until the first block on that machine: imports alone, with a GGUF file's tokenizer, or with a model to run and its
+text."""
 
-ATTENTION_SLOWDOWN = 2.5
-"""Attention runs at this fraction of the rate of products: softmax, and small matrices."""
+ATTENTION_SLOWDOWN = 8.0
+"""Attention and rotary positions against the same number of operations in large products."""
 
 LINEAR_SLOWDOWN = 1.2
 """Linears of a block against the square products of the probe."""
 
-GRAM_SLOWDOWN = 1.6
+GRAM_SLOWDOWN = 3.0
 """8-bit Gram matrices against such products: rounding, and the strips' shape."""
 
-ACTIVATION_FLOP = 330
+ACTIVATION_FLOP = 170
 FACTOR_FLOP = 8
 VALUE_FLOP = 4500
 
@@ -79,17 +80,24 @@ class TimeForecast:
 
 
 def time_of(work: Work, plans: Sequence[LinearPlan], probe: Probe, artifact_bytes: int) -> TimeForecast:
-    """The seconds of a whole `quantize`. artifact_bytes: that will be written."""
+    """The seconds of a whole `quantize`. artifact_bytes: that will be written.
+
+    The embedding of a GGUF file counts as a linear of the type that most linears have.
+    """
     slower = REFERENCE_FLOP_S / probe.float32_flop_s
     parts = {
-        "starting": START_S[work.calibrated] * slower,
+        "starting": START_S[work.kind] * slower,
         "reading": work.source_bytes / probe.read_bytes_s,
         "writing": artifact_bytes / probe.write_bytes_s,
     }
     quantized = [plan for plan in plans if plan.method is not None]
     nearest = [plan for plan in quantized if not _solved(plan)]
     if nearest:
-        parts["rounding"] = slower * 1e-9 * sum(encode_ns(plan) for plan in nearest)
+        each = [encode_ns(plan) for plan in nearest]
+        if work.gguf:
+            values = sum(plan.out_features * plan.in_features for plan in nearest)
+            each.append(sum(each) / values * work.embedding_values)
+        parts["rounding"] = slower * 1e-9 * sum(each)
     if work.calibrated:
         parts |= _passes(work, probe)
     solved = [plan for plan in quantized if _solved(plan)]
