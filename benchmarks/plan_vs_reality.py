@@ -1,6 +1,7 @@
 """What `quantkit plan` says beside what `quantkit quantize` then does: bytes, peak memory, time, for five recipes.
 
 usage: python benchmarks/plan_vs_reality.py MODEL OUT.json [--sequences 32]
+       python benchmarks/plan_vs_reality.py MODEL OUT.json --replan    after a change of a constant
 
 docs/fill_readme.py makes the table of docs/plan.md from benchmarks/results/plan.json.
 
@@ -41,23 +42,30 @@ def quantkit(*words: str, environment: dict[str, str] | None = None) -> tuple[di
         return json.load(out), seconds, usage.ru_maxrss * 1024
 
 
-def compare(model: Path, recipe: str, sequences: int, folder: Path) -> dict[str, Any]:
-    """One recipe: what was planned, what was found, and the ratio."""
+def words_of(model: Path, recipe: str, sequences: int) -> list[str]:
+    """The command line of a recipe, the same for both verbs."""
     words = [recipe, "--model", str(model)]
-    if recipe in CALIBRATED:
-        words += ["--set", f"calibration.sequences={sequences}"]
-    out = folder / recipe
+    return words + (["--set", f"calibration.sequences={sequences}"] if recipe in CALIBRATED else [])
+
+
+def find(model: Path, recipe: str, sequences: int, folder: Path) -> dict[str, float]:
+    """What a run takes and gives, after one that compiles its kernels."""
+    words, out = words_of(model, recipe, sequences), folder / recipe
     quick = ["--set", "calibration.sequences=2"] if recipe in CALIBRATED else []
     quantkit("quantize", *words, *quick, "--out", str(out))
-    planned, _, _ = quantkit("plan", *words)
-    manifest, seconds, peak = quantkit("quantize", *words, "--out", str(out), "--force")
+    _, seconds, peak = quantkit("quantize", *words, "--out", str(out), "--force")
     facts, _, _ = quantkit("inspect", str(out))
-    found = {
+    return {
         "tensor_bytes": sum(tensor["bytes"] for tensor in facts["tensors"]),
         "weight_file_bytes": facts["weight_bytes"],
         "peak_rss_bytes": peak,
         "seconds": seconds,
     }
+
+
+def compare(model: Path, recipe: str, sequences: int, found: dict[str, float]) -> dict[str, Any]:
+    """One recipe: what is planned beside what was found, and the ratio."""
+    planned, _, _ = quantkit("plan", *words_of(model, recipe, sequences))
     forecast = {
         "tensor_bytes": planned["artifact"]["tensor_bytes"],
         "weight_file_bytes": planned["artifact"]["weight_file_bytes"],
@@ -67,8 +75,8 @@ def compare(model: Path, recipe: str, sequences: int, folder: Path) -> dict[str,
     return {
         "model": model.name,
         "recipe": recipe,
-        "method": manifest["method"],
-        "tokens": sequences * 512 if recipe in CALIBRATED else 0,
+        "method": planned["method"],
+        "sequences": sequences,
         "planned": forecast,
         "found": found,
         "ratio": {key: round(forecast[key] / found[key], 4) for key in found},
@@ -101,18 +109,21 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--replan", action="store_true")
     given = parser.parse_args()
     results = json.loads(given.results.read_text()) if given.results.exists() else {"rows": []}
-    quantkit("plan", "int8", "--model", str(given.model), "--probe-again")
+    rows = {(row["model"], row["recipe"]): row for row in results["rows"]}
     with tempfile.TemporaryDirectory() as made:
+        if not given.replan:
+            quantkit("plan", "int8", "--model", str(given.model), "--probe-again")
+            results["hub"] = from_hub(Path(made))
         for recipe in given.recipes:
-            row = compare(given.model, recipe, given.sequences, Path(made))
-            same = (row["model"], row["recipe"])
-            results["rows"] = [old for old in results["rows"] if (old["model"], old["recipe"]) != same] + [row]
-            print(row["model"], recipe, row["ratio"], flush=True)
-        results["hub"] = from_hub(Path(made))
-        print(results["hub"])
-    given.results.write_text(json.dumps(results, indent=2) + "\n")
+            key = (given.model.name, recipe)
+            sequences = rows[key]["sequences"] if given.replan else given.sequences
+            found = rows[key]["found"] if given.replan else find(given.model, recipe, sequences, Path(made))
+            rows[key] = compare(given.model, recipe, sequences, found)
+            print(*key, rows[key]["ratio"], flush=True)
+            given.results.write_text(json.dumps({**results, "rows": list(rows.values())}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
