@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 from quantkit.planning.document import PlanDocument
 from quantkit.words import columns, megabytes
 
@@ -21,7 +24,7 @@ def text(plan: PlanDocument) -> str:
     ]
     blocks = [columns(rows)]
     if plan.problems:
-        said = "\n".join(f"- {problem}" for problem in plan.problems)
+        said = "\n".join(_together(plan.problems))
         hint = f"\nhint: {plan.hint}" if plan.hint else ""
         blocks.append(f"quantize would refuse this, {len(plan.problems)} problems:\n{said}{hint}")
     if plan.cautions:
@@ -33,6 +36,12 @@ def text(plan: PlanDocument) -> str:
             engines.append([engine.title, VERDICT_WORDS[engine.verdict], reason.text() if reason else ""])
         blocks.append(columns([["engine", "verdict", "why"], *engines]))
     return "\n\n".join(blocks)
+
+
+def _together(problems: list[str]) -> list[str]:
+    """The problems with those of the same kind in every block as one line; --json names each layer."""
+    counted = Counter(re.sub(r"\.\d+\.", ".*.", problem) for problem in problems)
+    return [f"- {problem}" + (f" ({count} layers)" if count > 1 else "") for problem, count in counted.items()]
 
 
 def _forecast_rows(plan: PlanDocument) -> list[list[str]]:

@@ -47,7 +47,11 @@ def test_every_layer_that_does_not_fit_is_listed_with_what_would(odd: Path) -> N
     assert len(found.problems) == 12  # all but the two down projections of 256 columns
     assert found.hint is not None and "method.group_size=64" in found.hint
     assert found.artifact is None and found.memory is None and found.time is None and found.engines == []
-    assert "quantize would refuse this, 12 problems:" in text(found)
+    shown = text(found)
+    assert "quantize would refuse this, 12 problems:" in shown
+    line = "model.layers.*.self_attn.q_proj: group_size 128 does not divide in_features 192 (2 layers)"
+    assert line in shown and "layers.1." not in shown
+    assert any("model.layers.1.self_attn.q_proj" in problem for problem in found.problems)
 
 
 def test_a_target_that_refuses_is_a_problem_with_the_forecasts_beside_it(odd: Path) -> None:
