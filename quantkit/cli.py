@@ -46,6 +46,7 @@ class Shown:
     text: str | Callable[[], None]
     as_json: bool = False
     failure: Exception | None = None  # said after the result, with its exit code
+    code: int = 0
 
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -82,6 +83,36 @@ def root(version: Annotated[bool, typer.Option("--version", help="Show the versi
     if version:
         print(f"quantkit {__version__}")
         raise typer.Exit
+
+
+@app.command()
+@verb
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped name or a file.")],
+    model: Model = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    probe_again: Annotated[bool, typer.Option("--probe-again", help="Measure this machine's speed anew.")] = False,
+    as_json: Json = False,
+) -> Shown:
+    """What a run will cost, and which engines will take the result.
+
+    Reads the config and the headers of the shards only, of a hub id by ranged requests. Exit code 2 when quantize would
+    refuse. An engine to hold it against: --set target.engine=vllm --set target.tensor_parallel=2.
+    """
+    from quantkit.planning.run import plan as make_plan
+    from quantkit.planning.text import text
+
+    document = make_plan(
+        recipe,
+        model=model,
+        settings=settings or [],
+        device=device,
+        max_memory=max_memory,
+        probe_again=probe_again,
+    )
+    return Shown(document.model_dump(mode="json"), text(document), as_json, code=0 if document.fits else 2)
 
 
 @app.command()
@@ -467,6 +498,7 @@ def execute(arguments: Sequence[str]) -> int:
             show(result.document, result.text, as_json=result.as_json)
             if result.failure is not None:
                 return report_failure(result.failure, as_json=False)
+            return result.code
         code = result if isinstance(result, int) else 0
         return report_failure(KeyboardInterrupt(), as_json="--json" in arguments) if code == INTERRUPTED else code
     except BaseException as error:

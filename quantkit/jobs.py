@@ -111,13 +111,19 @@ def open_model(given: str | None, recipe_model: str | None, revision: str, recip
     """The model that the command line or the recipe names, and a short name for it. Raises UsageError for neither."""
     from quantkit.model.reader import open_source
 
+    chosen = named_model(given, recipe_model, recipe)
+    return open_source(chosen, revision=revision), _file_name(Path(chosen.rstrip("/")).name.removesuffix(".gguf"))
+
+
+def named_model(given: str | None, recipe_model: str | None, recipe: str) -> str:
+    """The model that the command line or the recipe names. Raises UsageError for neither."""
     chosen = given or recipe_model
     if chosen is None:
         raise UsageError(
             f"{recipe}: no model: neither model.id in the recipe nor --model on the command line",
             hint="--model DIR, --model FILE.gguf or --model OWNER/NAME",
         )
-    return open_source(chosen, revision=revision), _file_name(Path(chosen.rstrip("/")).name.removesuffix(".gguf"))
+    return chosen
 
 
 def _file_name(label: str) -> str:
@@ -159,7 +165,8 @@ def passes(
     from quantkit.output import check_output, check_space
     from quantkit.pipeline import quantize as run_pass
     from quantkit.place import partial_folder
-    from quantkit.plan import check_plans, given_importance, importance_files, plan_linears, predicted_bytes
+    from quantkit.plan import check_plans, given_importance, importance_files, plan_linears
+    from quantkit.planning.verdicts import check_target
     from quantkit.unfinished import unfinished
 
     folders = [folder for _, _, folder in wanted]
@@ -177,11 +184,12 @@ def passes(
         plans = plan_linears(recipe, source)
         try:
             check_plans(label, recipe, source, plans)
+            check_target(label, recipe, source, plans)
             importance = given_importance(label, source, plans)
         except RecipeError as error:
             problems.append(error)
             continue
-        needed += predicted_bytes(source, plans, torch.finfo(getattr(torch, recipe.model.dtype)).bits // 8)
+        needed += recipe.resolved_format.layout(source, plans, getattr(torch, recipe.model.dtype)).total_bytes
         jobs.append(Job(label, recipe, plans, folder, importance, importance_files(plans)))
     if problems:
         raise RecipeError.from_problems([error.message for error in problems], problems[0].hint)

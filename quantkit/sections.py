@@ -53,6 +53,13 @@ class CalibrationSection(Frozen):
     )
 
 
+class TargetSection(Frozen):
+    """Which engine will run the artifact; what it would refuse is refused before the run."""
+
+    engine: Literal["vllm", "transformers", "sglang", "tgi", "tensorrt-llm", "llama.cpp", "deepspeed"]
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that each layer is split over")
+
+
 class MemoryBench(Frozen):
     """Bytes on disk, bits per weight, loaded and peak memory."""
 
@@ -143,6 +150,7 @@ class Recipe(Frozen):
         description='regex -> settings that replace those of method, or "skip"; the first found in a name counts',
     )
     skip: tuple[str, ...] = Field(("lm_head",), description="regexes of linears that stay as they are")
+    target: TargetSection | None = Field(None, description="null: no engine is asked")
     bench: tuple[AnyBench, ...] = ()
     seed: int = 0
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
-from quantkit.formats.group import float16_scale, grid_of, require_group_tensor
+from quantkit.formats.group import float16_scale, grid_of, require_grid, require_group_tensor
+from quantkit.formats.layout import ArtifactLayout, Shapes, folder_layout
 from quantkit.maths.packing import awq_deinterleave, awq_interleave, pack, unpack
 from quantkit.model.blocks import architecture_of
 from quantkit.model.source import Source
@@ -40,6 +41,17 @@ def pack_awq(name: str, value: QuantizedTensor) -> dict[str, Tensor]:
         f"{module}.qweight": pack(awq_interleave(codes), 4),
         f"{module}.qzeros": pack(awq_interleave(zeros), 4),
         f"{module}.scales": float16_scale(name, tensor.scale).T.contiguous(),
+    }
+
+
+def awq_layout(plan: LinearPlan) -> Shapes:
+    """What `pack_awq` will give for a linear."""
+    grid = require_grid(plan)
+    words, groups = plan.out_features // WORD, grid.groups(plan.in_features)
+    return {
+        f"{plan.name}.qweight": (torch.int32, (plan.in_features, words)),
+        f"{plan.name}.qzeros": (torch.int32, (groups, words)),
+        f"{plan.name}.scales": (torch.float16, (groups, plan.out_features)),
     }
 
 
@@ -99,7 +111,10 @@ class AutoAWQ(Format):
             # readers match these as substrings of module names
             "modules_to_not_convert": [plan.name for plan in plans if plan.method is None] or None,
         }
-        return FolderWriter(folder, source, plans, dtype, pack_awq, config)
+        return FolderWriter(folder, source, plans, dtype, pack_awq, awq_layout, config)
+
+    def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
+        return folder_layout(source, plans, dtype, awq_layout)
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:

@@ -22,8 +22,9 @@ from quantkit import __version__
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
-from quantkit.formats.group import float16_scale, grid_of, require_group_tensor
-from quantkit.maths.packing import pack, unpack
+from quantkit.formats.group import float16_scale, grid_of, require_grid, require_group_tensor
+from quantkit.formats.layout import ArtifactLayout, Shapes, folder_layout
+from quantkit.maths.packing import pack, unpack, words_for
 from quantkit.model.source import Source
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
 
@@ -47,6 +48,18 @@ def pack_gptq(name: str, value: QuantizedTensor, checkpoint_format: str) -> dict
         f"{module}.qzeros": pack(zeros, bits),
         f"{module}.scales": float16_scale(name, tensor.scale).T.contiguous(),
         f"{module}.g_idx": tensor.column_groups().to(torch.int32),
+    }
+
+
+def gptq_layout(plan: LinearPlan) -> Shapes:
+    """What `pack_gptq` will give for a linear, in either checkpoint format."""
+    grid = require_grid(plan)
+    groups, out_features = grid.groups(plan.in_features), plan.out_features
+    return {
+        f"{plan.name}.qweight": (torch.int32, (words_for(plan.in_features, grid.bits), out_features)),
+        f"{plan.name}.qzeros": (torch.int32, (groups, words_for(out_features, grid.bits))),
+        f"{plan.name}.scales": (torch.float16, (groups, out_features)),
+        f"{plan.name}.g_idx": (torch.int32, (plan.in_features,)),
     }
 
 
@@ -122,7 +135,10 @@ class AutoGPTQ(Format):
             return pack_gptq(name, value, version)
 
         extra = {"quantize_config.json": (json.dumps(config, indent=2) + "\n").encode()}
-        return FolderWriter(folder, source, plans, dtype, packed, config, extra)
+        return FolderWriter(folder, source, plans, dtype, packed, gptq_layout, config, extra)
+
+    def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
+        return folder_layout(source, plans, dtype, gptq_layout)
 
     def _version(self, plans: list[LinearPlan]) -> str:
         """The layout of the zeros: what the recipe says, else the one that every reader of such a file gets right."""

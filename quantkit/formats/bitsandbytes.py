@@ -19,6 +19,9 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
+from quantkit.formats.layout import ArtifactLayout, LayoutOf, Shapes, folder_layout
+from quantkit.maths.blockwise import NF4_VALUES
+from quantkit.methods.nf4 import NESTED_BLOCK_SIZE
 from quantkit.model.blocks import architecture_of
 from quantkit.model.source import Source
 from quantkit.tensors import CodebookBlocks, Int8Rows, QuantizedTensor, StoredTensors
@@ -28,6 +31,9 @@ ROW_LAYOUT = 0
 
 INT8_PARTS = ("SCB", "weight", "weight_format")
 TABLES = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
+
+_OFFSET_DIGITS = 22
+"""Of a float32 as Python writes it, at most: 17 digits of mantissa behind 0.000 or before e-45."""
 
 
 def state_part(quant_type: str) -> str:
@@ -62,12 +68,7 @@ def pack_nf4(weight_name: str, value: CodebookBlocks, dtype: torch.dtype) -> Sto
             f"{torch.finfo(dtype).max:.5g}",
             hint="--set model.dtype=bfloat16",
         )
-    state: dict[str, Any] = {
-        "quant_type": "nf4",
-        "blocksize": value.block_size,
-        "dtype": _name(dtype),
-        "shape": list(value.shape),
-    }
+    nested = None
     stored = {
         weight_name: value.packed,
         f"{weight_name}.absmax": value.absmax,
@@ -75,15 +76,71 @@ def pack_nf4(weight_name: str, value: CodebookBlocks, dtype: torch.dtype) -> Sto
     }
     if value.nested_absmax is not None:
         assert value.nested_codebook is not None
-        state["nested_blocksize"] = value.nested_block_size
-        state["nested_dtype"] = _name(value.nested_absmax.dtype)
-        state["nested_offset"] = value.nested_offset
+        assert value.nested_block_size is not None and value.nested_offset is not None
+        nested = (value.nested_block_size, value.nested_offset)
         stored[f"{weight_name}.nested_absmax"] = value.nested_absmax
         stored[f"{weight_name}.nested_quant_map"] = value.nested_codebook
-    text = json.dumps(state).encode()
+    text = state_text(value.block_size, dtype, value.shape, nested)
     module = weight_name.removesuffix(".weight")
     stored[f"{module}.{state_part('nf4')}"] = torch.tensor(list(text), dtype=torch.uint8)
     return stored
+
+
+def state_text(block_size: int, dtype: torch.dtype, shape: tuple[int, int], nested: tuple[int, float] | None) -> bytes:
+    """The JSON beside an NF4 weight. nested: block size and offset of double-quantized scales."""
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": block_size,
+        "dtype": _name(dtype),
+        "shape": list(shape),
+    }
+    if nested is None:
+        return json.dumps(state).encode()
+    size, offset = nested
+    state |= {"nested_blocksize": size, "nested_dtype": "float32", "nested_offset": offset}
+    # blanks after it, which JSON allows, so that the tensor's size is known before the offset is
+    return (json.dumps(state) + " " * (_OFFSET_DIGITS - len(json.dumps(offset)))).encode()
+
+
+def int8_layout(plan: LinearPlan) -> Shapes:
+    """What `pack_int8` will give for a linear."""
+    return {
+        f"{plan.name}.weight": (torch.int8, (plan.out_features, plan.in_features)),
+        f"{plan.name}.SCB": (torch.float32, (plan.out_features,)),
+        f"{plan.name}.weight_format": (torch.uint8, ()),
+    }
+
+
+def nf4_layout(plan: LinearPlan, dtype: torch.dtype) -> Shapes:
+    """What `pack_nf4` will give for a linear. dtype: what the reader decodes to."""
+    assert plan.method is not None
+    count = plan.out_features * plan.in_features
+    blocks = -(-count // plan.method.block_size)
+    double = plan.method.double_quant
+    name = f"{plan.name}.weight"
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        name: (torch.uint8, (-(-count // 2), 1)),
+        f"{name}.absmax": (torch.uint8 if double else torch.float32, (blocks,)),
+        f"{name}.quant_map": (torch.float32, (len(NF4_VALUES),)),
+    }
+    nested = None
+    if double:
+        nested = (NESTED_BLOCK_SIZE, 0.0)
+        shapes[f"{name}.nested_absmax"] = (torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),))
+        shapes[f"{name}.nested_quant_map"] = (torch.float32, (256,))
+    text = state_text(plan.method.block_size, dtype, (plan.out_features, plan.in_features), nested)
+    shapes[f"{plan.name}.{state_part('nf4')}"] = (torch.uint8, (len(text),))
+    return shapes
+
+
+def layout_of(dtype: torch.dtype) -> LayoutOf:
+    """What is stored for a linear of either method."""
+
+    def layout(plan: LinearPlan) -> Shapes:
+        assert plan.method is not None
+        return nf4_layout(plan, dtype) if plan.method.name == "nf4" else int8_layout(plan)
+
+    return layout
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -209,11 +266,11 @@ class BitsAndBytes(Format):
             assert isinstance(value, Int8Rows), f"{weight_name}: a {type(value).__name__} does not belong here"
             return pack_int8(weight_name, value)
 
-        parts = four_bit_parts("nf4") if method.name == "nf4" else INT8_PARTS
-        if method.name == "nf4" and not method.double_quant:
-            parts = tuple(part for part in parts if "nested" not in part)
         config = quantization_config(method, plans, source)
-        return FolderWriter(folder, source, plans, dtype, pack, config, parts=parts)
+        return FolderWriter(folder, source, plans, dtype, pack, layout_of(dtype), config)
+
+    def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
+        return folder_layout(source, plans, dtype, layout_of(dtype))
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:

@@ -19,7 +19,8 @@ from quantkit.errors import ModelError, RecipeError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.compressed_schemes import PACKED, read_schemes
 from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
-from quantkit.formats.group import float16_scale, grid_of, require_group_tensor
+from quantkit.formats.group import float16_scale, grid_of, require_grid, require_group_tensor
+from quantkit.formats.layout import ArtifactLayout, Shapes, folder_layout
 from quantkit.maths.packing import pack, unpack, words_for
 from quantkit.model.blocks import architecture_of
 from quantkit.model.source import Source
@@ -53,6 +54,21 @@ def pack_weight(name: str, value: QuantizedTensor) -> dict[str, Tensor]:
     if tensor.zero is not None:
         packed[f"{module}.weight_zero_point"] = pack(tensor.zero.T, bits).T.contiguous()  # [groups, words] turned
     return packed
+
+
+def packed_layout(plan: LinearPlan) -> Shapes:
+    """What `pack_weight` will give for a linear."""
+    grid = require_grid(plan)
+    groups = grid.groups(plan.in_features)
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{plan.name}.weight_packed": (torch.int32, (plan.out_features, words_for(plan.in_features, grid.bits))),
+        f"{plan.name}.weight_scale": (torch.float16, (plan.out_features, groups)),
+        f"{plan.name}.weight_shape": (torch.int64, (2,)),
+    }
+    if not grid.symmetric:
+        words = words_for(plan.out_features, grid.bits)
+        shapes[f"{plan.name}.weight_zero_point"] = (torch.int32, (words, groups))
+    return shapes
 
 
 def unpack_weight(where: str, parts: Mapping[str, Tensor], grid: Grid) -> GroupTensor:
@@ -115,7 +131,10 @@ class CompressedTensors(Format):
                 "expected float16 or float32",
                 hint="--set model.dtype=float16",
             )
-        return FolderWriter(folder, source, plans, dtype, pack_weight, _config(plans, source), parts=PARTS)
+        return FolderWriter(folder, source, plans, dtype, pack_weight, packed_layout, _config(plans, source))
+
+    def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
+        return folder_layout(source, plans, dtype, packed_layout)
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, LinearPlan, PackFunction, Writer
+from quantkit.formats.layout import LayoutOf, is_left_out, stored_shapes
 from quantkit.formats.safetensors_stream import MAX_SHARD_BYTES, SafetensorsStream, explained
 from quantkit.manifest import fsync_folder, write_atomic
-from quantkit.model.blocks import architecture_of
 from quantkit.model.reader import TOKENIZER_FILES, is_side_file, open_shards, read_json_object, weight_files
 from quantkit.model.safetensors_file import ALL_DTYPES, Entry
 from quantkit.model.source import Source
-from quantkit.tensors import QuantizedTensor, on_cpu
+from quantkit.tensors import QuantizedTensor, StoredTensors, on_cpu
 
 CONFIG = "config.json"
 GROUPED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -31,8 +31,8 @@ class FolderWriter(Writer):
 
     pack: (weight name, quantized tensor) to {full tensor name: tensor}. dtype: of floating-point tensors that stay
     unquantized; others are stored as they are. quantization_config: the entry of config.json. extra_files: {file name:
-    content} that the format's reader wants besides. parts: endings behind a module's name that `pack` will use, for the
-    size of the header; others cost a copy of the file. Raises DataError when the disk is full or cannot be written.
+    content} that the format's reader wants besides. layout_of: what `pack` will give for a linear; the header has room
+    for that, and anything else is a bug. Raises DataError when the disk is full or cannot be written.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class FolderWriter(Writer):
         plans: Sequence[LinearPlan],
         dtype: torch.dtype,
         pack: PackFunction,
+        layout_of: LayoutOf,
         quantization_config: Mapping[str, Any],
         extra_files: Mapping[str, bytes] | None = None,
         *,
-        parts: Sequence[str] = GROUPED_PARTS,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ):
         self.folder = folder
@@ -54,27 +54,24 @@ class FolderWriter(Writer):
         self._pack = pack
         self._quantization_config = quantization_config
         self._extra_files = extra_files or {}
-        self._head = f"{architecture_of(source.config).head}.weight"
+        self._shapes = stored_shapes(source, plans, dtype, layout_of)
+        self._missing = set(self._shapes)
         self._added: list[str] = []  # since the last checkpoint
-        self._missing = {name for name in source.names() if not self._left_out(name)}
-        linears = {f"{plan.name}.weight": plan.name for plan in plans if plan.method is not None}
-        names = [name for name in self._missing if name not in linears]
-        names += [f"{module}.{part}" for module in linears.values() for part in parts]
+        names = [name for shapes in self._shapes.values() for name in shapes]
         self._stream = SafetensorsStream(folder, names, max_shard_bytes)
 
-    def _left_out(self, name: str) -> bool:
-        """A tied head, and the tables that old checkpoints store and every reader computes."""
-        return (name == self._head and self.source.tied_head) or name.endswith("rotary_emb.inv_freq")
-
     def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
-        if self._left_out(name):
+        if is_left_out(self.source, name):
             return 0
         self._missing.discard(name)
         self._added.append(name)
-        if not isinstance(value, Tensor):
-            return self._stream.add(self._pack(name, on_cpu(value)))
-        stored = value.to(self.dtype) if value.is_floating_point() else value
-        return self._stream.add({name: stored})
+        if isinstance(value, Tensor):
+            stored: StoredTensors = {name: value.to(self.dtype) if value.is_floating_point() else value}
+        else:
+            stored = self._pack(name, on_cpu(value))
+        found = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in stored.items()}
+        assert found == self._shapes[name], f"{name}: planned as {self._shapes[name]}, got {found}"
+        return self._stream.add(stored)
 
     def checkpoint(self) -> dict[str, Any]:
         added, self._added = self._added, []

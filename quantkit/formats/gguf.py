@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
 
@@ -28,6 +30,7 @@ from quantkit.formats.gguf_types import (
     written_names,
 )
 from quantkit.formats.imatrix import Imatrix, write_imatrix
+from quantkit.formats.layout import ArtifactLayout
 from quantkit.formats.safetensors_shard import lost
 from quantkit.maths.ggml import FLOAT_TYPES, block_layout, encode, type_size
 from quantkit.maths.gram import Importance
@@ -72,23 +75,14 @@ class GGUFWriter(Writer):
         self._weighing: dict[str, Importance] = {}
         self._weighed_by = [plan.method for plan in plans if plan.method is not None and plan.method.calibrated]
         metadata |= imatrix_metadata(source, plans, self._matrix_path.name)
-        table = {
-            name: (_gguf_name(name, self.family), self._stored_shape(name, source.shape(name)), types[name])
-            for name in written_names(source)
-        }
-        factors = rope_tensors(source.config)
-        table |= {name: (name, tuple(values.shape), "F32") for name, values in factors.items()}
-        self._places: dict[str, TensorInfo] = {}
-        self._file = self._begin(table, metadata)
-        self._missing = set(table)
+        self._places = tensor_table(source, types)
+        self._file = self._begin(metadata)
+        self._missing = set(self._places)
         self._added: list[str] = []  # since the last checkpoint
-        for name, values in factors.items():
+        for name, values in rope_tensors(source.config).items():
             self._write(name, values)
 
-    def _stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[::-1] if is_transposed(name, len(shape), self.family) else shape
-
-    def _begin(self, table: dict[str, tuple[str, tuple[int, ...], str]], metadata: dict[str, Any]) -> BinaryIO:
+    def _begin(self, metadata: dict[str, Any]) -> BinaryIO:
         """Header, metadata and tensor table; the file, as long as it will be at the end. What tensors of an earlier
         writer lie in it stays."""
         import gguf
@@ -98,16 +92,12 @@ class GGUFWriter(Writer):
         writer = gguf.GGUFWriter(beside, self.family.architecture)
         for key, value in metadata.items():
             put(writer, key, value)
-        offset = 0
-        for name, (stored_name, shape, type_name) in table.items():
-            row_bytes = type_size(type_name, shape[-1])
-            size = row_bytes
-            for count in shape[:-1]:
-                size *= count
-            kind = gguf.GGMLQuantizationType[type_name]
-            writer.add_tensor_info(stored_name, (*shape[:-1], row_bytes), np.dtype(np.uint8), size, raw_dtype=kind)
-            self._places[name] = TensorInfo(stored_name, shape, type_name, offset, size)
-            offset += -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+        end = 0
+        for info in self._places.values():
+            stored = (*info.shape[:-1], type_size(info.type_name, info.shape[-1]))
+            kind = gguf.GGMLQuantizationType[info.type_name]
+            writer.add_tensor_info(info.name, stored, np.dtype(np.uint8), info.size, raw_dtype=kind)
+            end = info.start + _padded(info.size)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -117,7 +107,7 @@ class GGUFWriter(Writer):
         file.write(beside.read_bytes())
         beside.unlink()
         self._base = -(-file.tell() // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
-        file.truncate(self._base + offset)  # padding is zeros
+        file.truncate(self._base + end)  # padding is zeros
         return file
 
     def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
@@ -184,10 +174,14 @@ class GGUFWriter(Writer):
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def close(self) -> None:
+        """Let go of the file, complete or not."""
+        self._file.close()
+
     def finish(self) -> list[Path]:
         assert not self._missing, f"never written: {', '.join(sorted(self._missing))}"
         self._sync()
-        self._file.close()
+        self.close()
         if not self._weighing:
             return [self.path]
         chunks, dataset = self._weighed_by[0].chunks, self._weighed_by[0].dataset
@@ -205,6 +199,27 @@ def unwritable(source: Source) -> list[str]:
     family = family_of_config(source.config)
     unknown = [name for name in written_names(source) if to_gguf(name, family) is None]
     return [f"{name}: has no name in GGUF for {source.config['architectures'][0]}" for name in unknown]
+
+
+def tensor_table(source: Source, types: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """Where each tensor will lie behind the header, by its name in the source, in the order of the file."""
+    family = family_of_config(source.config)
+    table: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    for name in written_names(source):
+        shape = source.shape(name)
+        turned = is_transposed(name, len(shape), family)
+        table[name] = (_gguf_name(name, family), shape[::-1] if turned else shape, types[name])
+    table |= {name: (name, tuple(values.shape), "F32") for name, values in rope_tensors(source.config).items()}
+    places, start = {}, 0
+    for name, (stored_name, shape, type_name) in table.items():
+        size = prod(shape[:-1]) * type_size(type_name, shape[-1])
+        places[name] = TensorInfo(stored_name, shape, type_name, start, size)
+        start += _padded(size)
+    return places
+
+
+def _padded(size: int) -> int:
+    return -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 
 
 def _gguf_name(name: str, family: Family) -> str:
@@ -287,6 +302,10 @@ class GGUF(Format):
         types = tensor_types(source, plans, dtype)
         return GGUFWriter(folder, source, types, file_type_of(plans) or DTYPE_TYPES[dtype], plans)
 
+    def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
+        sizes = {name: info.size for name, info in tensor_table(source, tensor_types(source, plans, dtype)).items()}
+        return ArtifactLayout(sizes, lambda: _file_bytes(source, plans, dtype))
+
     @classmethod
     def recognizes(cls, path: Path) -> bool:
         file = _the_file(path)
@@ -301,6 +320,20 @@ class GGUF(Format):
         if file is None:
             raise ModelError(f"{path}: expected a .gguf file, or a folder with exactly one")
         return GGUFArtifact(file)
+
+
+def _file_bytes(source: Source, plans: list[LinearPlan], dtype: torch.dtype) -> int | None:
+    """Of the whole file, which its writer makes as long as it will be before the first tensor comes; None for a model
+    whose tokenizer is not at hand."""
+    try:
+        source.tokenizer_folder()
+    except ModelError:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        types = tensor_types(source, plans, dtype)
+        writer = GGUFWriter(Path(folder), source, types, file_type_of(plans) or DTYPE_TYPES[dtype], plans)
+        writer.close()
+        return writer.path.stat().st_size
 
 
 def _the_file(path: Path) -> Path | None:

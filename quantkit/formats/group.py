@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
+from quantkit.formats.base import LinearPlan
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
 
 
@@ -15,6 +16,13 @@ def grid_of(method: Any) -> Grid | None:
     """The affine grid of a method's settings; None when the method has none."""
     grid = getattr(method, "grid", None)
     return grid if isinstance(grid, Grid) else None
+
+
+def require_grid(plan: LinearPlan) -> Grid:
+    """The grid of a linear that is quantized; one without means that `misfits` was not asked."""
+    grid = grid_of(plan.method)
+    assert grid is not None, f"{plan.name}: {plan.method} has no grid"
+    return grid
 
 
 def require_group_tensor(name: str, value: QuantizedTensor) -> GroupTensor:

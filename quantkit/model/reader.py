@@ -107,9 +107,9 @@ class SafetensorsSource(Source):
         self.path = folder
         self.hub_id = hub_id
         self.commit = commit
-        self.config = _config(folder)
+        self.config = read_config(folder)
         self._files = open_shards(folder)
-        self._stored_names = _full_names(self.config, self._files)
+        self._stored_names = full_names(self.config, self._files)
         self._lineage: dict[str, Any] | None = None
         self._hashing = Lock()
 
@@ -166,7 +166,7 @@ class SafetensorsSource(Source):
             return self._lineage
 
 
-def _full_names(config: dict[str, Any], stored: Iterable[str]) -> dict[str, str]:
+def full_names(config: dict[str, Any], stored: Iterable[str]) -> dict[str, str]:
     """Each tensor's name in the whole model and the stored one, which lacks the trunk's name where a checkpoint was
     saved from the trunk alone, as that of GPT-2 was."""
     names = list(stored)
@@ -182,7 +182,7 @@ def open_shards(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dic
 
     dtypes: names of those that are accepted. Raises ModelError when a file is missing or damaged.
     """
-    wanted = _weight_map(folder)
+    wanted = weight_map_of(folder)
     if wanted is None:
         if not (folder / WEIGHTS).is_file():
             raise _no_weights(folder)
@@ -212,7 +212,8 @@ def is_licence_file(name: str) -> bool:
     return any(fnmatchcase(name.lower(), pattern) for pattern in LICENCES)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model that is not quantized yet. Raises ModelError."""
     path = folder / "config.json"
     if not path.is_file():
         inside = any(fnmatchcase(entry.name, "*.safetensors") for entry in folder.iterdir())
@@ -249,7 +250,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def weight_map_of(folder: Path) -> dict[str, str] | None:
     """Tensor name to shard, None when all weights are (or would be) in one file."""
     path = folder / INDEX
     if (folder / WEIGHTS).is_file() or not path.is_file():
@@ -277,8 +278,8 @@ def _is_shard_name(name: Any) -> bool:
 
 def _needed_weights(folder: Path) -> list[str]:
     """The weight files that a repository with these small files must have. Raises ModelError for a quantized model."""
-    _config(folder)
-    return [WEIGHTS, *sorted(set((_weight_map(folder) or {}).values()))]
+    read_config(folder)
+    return [WEIGHTS, *sorted(set((weight_map_of(folder) or {}).values()))]
 
 
 def _shards(folder: Path, weight_map: dict[str, str], dtypes: Mapping[str, torch.dtype]) -> list[SafetensorsFile]:

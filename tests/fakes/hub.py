@@ -20,7 +20,7 @@ class Repository:
     """Files by name, at one commit that main points to; `branches` have files of their own.
 
     gated: everybody sees the list, only who sends one of `readers` as a token gets a file. private: nobody else sees
-    it.
+    it. sizes: of files that are longer than what is there of them: only ranges of that can be had.
     """
 
     files: dict[str, bytes]
@@ -29,6 +29,7 @@ class Repository:
     private: bool = False
     readers: tuple[str, ...] = ()
     branches: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def at(self, revision: str) -> dict[str, bytes] | None:
         """The files of a branch or of the commit, None when there is no such revision."""
@@ -47,6 +48,8 @@ class FakeHub:
     repositories: dict[str, Repository]
     requests: list[tuple[str, str]] = field(default_factory=list)
     broken: tuple[str, ...] = ()  # ids that are answered with status 500
+    ranges: bool = True  # whether parts of files can be asked for
+    sent_bytes: int = 0
     tokens: list[str | None] = field(default_factory=list)
 
     def __enter__(self) -> FakeHub:
@@ -92,11 +95,20 @@ class FakeHub:
         self.tokens.append(handler.headers.get("Authorization"))
         token = (handler.headers.get("Authorization") or "").removeprefix("Bearer ")
         status, headers, content = self._find(handler.command, path, posted, token)
+        asked = handler.headers.get("Range", "")
+        if asked and status == 200 and self.ranges:
+            first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+            total = int(headers.get("Content-Length", len(content)))
+            content = content[first : last + 1]
+            status = 206
+            headers |= {"Content-Range": f"bytes {first}-{first + len(content) - 1}/{total}"}
+            headers |= {"Content-Length": str(len(content))}
         handler.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             handler.send_header(name, value)
         handler.end_headers()
         if body:
+            self.sent_bytes += len(content)
             handler.wfile.write(content)
 
     def _find(self, method: str, path: str, posted: bytes, token: str) -> tuple[int, dict[str, str], bytes]:
@@ -122,7 +134,8 @@ class FakeHub:
             return 200, {"Content-Type": "application/json"}, content
         if repository.gated and token not in repository.readers:
             return 403 if token else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, b""
-        return self._file(files, commit, "/".join(rest[2:]))
+        path = "/".join(rest[2:])
+        return self._file(files, commit, path, repository.sizes.get(path))
 
     def _api(
         self,
@@ -134,7 +147,12 @@ class FakeHub:
         posted: bytes,
     ) -> bytes:
         listing = [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            {
+                "type": "file",
+                "path": path,
+                "size": repository.sizes.get(path, len(content)),
+                "oid": hashlib.sha1(content).hexdigest(),
+            }
             for path, content in files.items()
         ]
         if rest[:1] == ["tree"]:
@@ -147,9 +165,13 @@ class FakeHub:
         answer = {"id": name, "sha": commit, "siblings": siblings, "tags": [], "private": repository.private}
         return json.dumps(answer).encode()
 
-    def _file(self, files: dict[str, bytes], commit: str, path: str) -> tuple[int, dict[str, str], bytes]:
+    def _file(
+        self, files: dict[str, bytes], commit: str, path: str, size: int | None
+    ) -> tuple[int, dict[str, str], bytes]:
         if path not in files:
             return 404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, b""
         content = files[path]
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}
+        if size is not None:
+            headers["Content-Length"] = str(size)
         return 200, headers, content

@@ -110,7 +110,10 @@ def test_words_and_logits_are_those_of_transformers(
     assert our_words.keys() == their_words.keys()
     for key, tensor in their_words.items():
         assert our_words[key].dtype == tensor.dtype, key
-        assert torch.equal(our_words[key], tensor), key
+        if key.endswith("bitsandbytes__nf4"):  # a text, which ours fills up to one length with blanks
+            assert bytes(our_words[key].tolist()).rstrip() == bytes(tensor.tolist()), key
+        else:
+            assert torch.equal(our_words[key], tensor), key
 
     ours = load(tmp_path / "ours")
     assert ours.dtype == torch.float16
