@@ -118,8 +118,7 @@ def quantize(
             paths = state.writer.finish()
             state.own_s += time.perf_counter() - started
             manifest = _manifest(state, paths, source, calibration, device, how, state.own_s + shared_s)
-            write_manifest(manifest, state.folder)
-            manifests.append(manifest)
+            manifests.append(write_manifest(manifest, state.folder))
     return manifests
 
 
