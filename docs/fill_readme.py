@@ -42,6 +42,7 @@ COMMANDS = (
     "calibration show",
     "calibration build",
     "inspect",
+    "verify",
     "doctor",
 )
 SHORT_NAMES = {"ModelSection": "model", "CalibrationSection": "calibration", "Recipe": "recipe", "Suite": "suite"}

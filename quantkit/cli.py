@@ -45,6 +45,7 @@ class Shown:
     document: Any
     text: str | Callable[[], None]
     as_json: bool = False
+    exit_code: int = 0
 
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -71,6 +72,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what quantkit made
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 3GB: slower, on disk, but within it.")
 ]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run a tokenizer's own code from the model's folder.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT", help="Folders that quantize wrote, or .gguf.")]
 
@@ -91,6 +95,7 @@ def quantize(
     settings: Settings = None,
     device: Device = "auto",
     max_memory: MaxMemory = None,
+    trust_remote_code: TrustCode = False,
     force: Force = False,
     as_json: Json = False,
 ) -> Shown:
@@ -104,6 +109,7 @@ def quantize(
         settings=settings or [],
         device=device,
         max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
         force=force,
         progress=Progress(),
     )
@@ -226,6 +232,24 @@ def inspect(
 
 @app.command()
 @verb
+def verify(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder or a .gguf, by quantkit or others.")],
+    source: Annotated[str | None, typer.Option("--source", metavar="MODEL", help="What it was made from.")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Make sampled blocks again from --source.")] = False,
+    as_json: Json = False,
+) -> Shown:
+    """Check every byte, tensor and side file, and what it was made from.
+
+    Exit code 6 when something is wrong; what could not be checked is said.
+    """
+    from quantkit.verification import verify as check
+
+    report = check(artifact, source=source, deep=deep)
+    return Shown(report.document(), report.text(), as_json, report.exit_code)
+
+
+@app.command()
+@verb
 def doctor(as_json: Json = False) -> Shown:
     """Versions, devices, engines, what is missing."""
     from quantkit import words
@@ -317,6 +341,7 @@ def execute(arguments: Sequence[str]) -> int:
         result = app(args=list(arguments), prog_name="quantkit", standalone_mode=False)
         if isinstance(result, Shown):
             show(result.document, result.text, as_json=result.as_json)
+            return result.exit_code
         code = result if isinstance(result, int) else 0
         return report_failure(KeyboardInterrupt(), as_json="--json" in arguments) if code == INTERRUPTED else code
     except BaseException as error:

@@ -34,10 +34,12 @@ def quantize(
     force: bool,
     progress: Progress,
     max_memory: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Manifest:
     """Make one artifact. Everything cheap is checked first: the recipe, the output, the shapes, the disk.
 
     max_memory: the most resident memory to take, such as "3GB"; the artifact does not depend on it.
+    trust_remote_code: a tokenizer that is code in the model's folder is run; the manifest's source says so.
     """
     from quantkit.device import resolve_device
     from quantkit.memory import memory_limit
@@ -46,7 +48,9 @@ def quantize(
     loaded = load_recipe(recipe, settings)
     memory = memory_limit(max_memory)
     target = resolve_device(device)
-    source, model_name = open_model(model, loaded.model.id, loaded.model.revision, recipe)
+    source, model_name = open_model(
+        model, loaded.model.id, loaded.model.revision, recipe, trust_remote_code=trust_remote_code
+    )
     name = Path(recipe).stem
     folder = out or Path("artifacts") / f"{model_name}-{name}"
     return run_passes([(name, loaded, folder)], source, target, force, progress, memory)[0]
@@ -95,7 +99,9 @@ def run(
     return results
 
 
-def open_model(given: str | None, recipe_model: str | None, revision: str, recipe: str) -> tuple[Source, str]:
+def open_model(
+    given: str | None, recipe_model: str | None, revision: str, recipe: str, *, trust_remote_code: bool = False
+) -> tuple[Source, str]:
     """The model that the command line or the recipe names, and a short name for it. Raises UsageError for neither."""
     from quantkit.model.reader import open_source
 
@@ -105,7 +111,8 @@ def open_model(given: str | None, recipe_model: str | None, revision: str, recip
             f"{recipe}: no model: neither model.id in the recipe nor --model on the command line",
             hint="--model DIR, --model FILE.gguf or --model OWNER/NAME",
         )
-    return open_source(chosen, revision=revision), _file_name(Path(chosen.rstrip("/")).name.removesuffix(".gguf"))
+    source = open_source(chosen, revision=revision, trust_remote_code=trust_remote_code)
+    return source, _file_name(Path(chosen.rstrip("/")).name.removesuffix(".gguf"))
 
 
 def _file_name(label: str) -> str:
@@ -159,7 +166,9 @@ def run_passes(
         calibration = None
         if section is not None:
             progress.say(f"calibration: {section.set}, {section.sequences} x {section.length} tokens")
-            calibration = load_calibration(section, source.tokenizer_folder())
+            calibration = load_calibration(
+                section, source.tokenizer_folder(), trust_remote_code=source.trust_remote_code
+            )
         for job, manifest in zip(
             together, run_pass(together, source, calibration, device, progress, memory), strict=True
         ):

@@ -22,6 +22,7 @@ from quantkit.formats import DEFAULT_FORMAT, FORMATS, SUITABLE_FORMATS, AnyForma
 from quantkit.formats.base import Format
 from quantkit.methods import AnyMethod
 from quantkit.methods.base import Method
+from quantkit.patterns import regex_problem
 from quantkit.schema import Frozen
 from quantkit.settings import Change
 from quantkit.validation import Problem, Problems, found, problems_of
@@ -197,11 +198,8 @@ def _require_suitable(format_name: str, method: Method, remedy: str) -> None:
 
 
 def _regex_problem(pattern: str) -> str | None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return f"found {found(pattern)}, expected a regular expression: {error}"
-    return None
+    problem = regex_problem(pattern)
+    return None if problem is None else f"found {found(pattern)}, {problem}"
 
 
 class SuiteEntry(Frozen):
