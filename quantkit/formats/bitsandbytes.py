@@ -27,6 +27,8 @@ from quantkit.tensors import CodebookBlocks, Int8Rows, QuantizedTensor, StoredTe
 ROW_LAYOUT = 0
 """weight_format of the plain order of rows, the only one since the library dropped those of old GPUs."""
 
+MAX_STATE_BYTES = 10_000  # of the JSON text beside a 4-bit weight, which has 200
+
 INT8_PARTS = ("SCB", "weight", "weight_format")
 TABLES = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
 
@@ -193,13 +195,16 @@ class BitsAndBytesArtifact(FolderArtifact):
         """The JSON text beside a 4-bit weight, its keys checked."""
         if weight_name not in self._states:
             name = f"{weight_name.removesuffix('.weight')}.{self.parts[0]}"
+            place = self.entry(name)
+            if place.end - place.start > MAX_STATE_BYTES:
+                raise self._damaged(name, f"{place.end - place.start} bytes, expected {MAX_STATE_BYTES} or fewer")
             try:
                 state = json.loads(bytes(self.stored(name).tolist()))
                 whole = [state["blocksize"], state.get("nested_blocksize", 1), *state["shape"]]
                 usable = all(type(size) is int and size > 0 for size in whole) and len(state["shape"]) == 2
                 usable = usable and state["dtype"] in ("float16", "bfloat16", "float32")
                 usable = usable and ("nested_blocksize" not in state or type(state["nested_offset"]) is float)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise self._damaged(name, f"not the JSON of a quantized weight: {error!r}") from error
             if not usable:
                 raise self._damaged(name, f"{str(state)[:200]}, expected blocksize, dtype and shape [out, in]")
