@@ -27,18 +27,19 @@ def check_source(artifact: ArtifactSource, manifest: Manifest, model: str, repor
 
 def _check_hashes(source: Source, manifest: Manifest, report: Report) -> bool:
     """Whether the weight files are those of the manifest, by their order of names: copies may be renamed."""
-    found = sorted((file["sha256"], file["bytes"]) for file in source.lineage()["files"])
+    files = source.lineage()["files"]
+    found = sorted((file["sha256"], str(file["bytes"])) for file in files)
     recorded = manifest.source.get("files")
     if not isinstance(recorded, list) or not all(isinstance(file, dict) for file in recorded):
         report.skip("the source's hashes: the manifest has none")
         return False
-    expected = sorted((str(file.get("sha256")), file.get("bytes")) for file in recorded)
+    expected = sorted((str(file.get("sha256")), str(file.get("bytes"))) for file in recorded)
     if found == expected:
         report.count("source files", len(found))
         return True
     by_name = {str(file.get("name")): file for file in recorded}
-    for file in source.lineage()["files"]:
-        if (file["sha256"], file["bytes"]) not in expected:
+    for file in files:
+        if (file["sha256"], str(file["bytes"])) not in expected:
             wanted = by_name.get(file["name"], {}).get("sha256", "no file of this name")
             report.find(f"{source.path}: {file['name']}: found sha256 {file['sha256']}, expected {wanted}")
     if len(found) != len(expected):

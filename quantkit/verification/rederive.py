@@ -162,10 +162,10 @@ def _made_elsewhere(manifest: Manifest) -> str:
     here = environment()
     keys = ("python", "platform", "cpu", "device")
     found = [f"{key} {manifest.environment.get(key)}" for key in keys if manifest.environment.get(key) != here[key]]
-    packages = manifest.environment.get("packages") or {}
+    packages = manifest.environment.get("packages")
     for name in ("torch", "numba", "transformers"):
-        if packages.get(name) != here["packages"].get(name):
-            found.append(f"{name} {packages.get(name)}")
+        if not isinstance(packages, dict) or packages.get(name) != here["packages"].get(name):
+            found.append(f"another {name}")
     return ", ".join(found)
 
 

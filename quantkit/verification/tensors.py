@@ -63,7 +63,8 @@ def _check_names(artifact: ArtifactSource, report: Report) -> None:
 
 def _check_folder(artifact: FolderArtifact, manifest: Manifest | None, report: Report) -> None:
     """Dtypes of what is not quantized, and the files beside the weights."""
-    dtype = manifest.recipe.get("model", {}).get("dtype") if manifest else None
+    model = manifest.recipe.get("model") if manifest else None
+    dtype = model.get("dtype") if isinstance(model, dict) else None
     wanted = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}.get(str(dtype))
     for name in artifact.names():
         if artifact.is_quantized(name) or is_buffer(name):
