@@ -51,6 +51,7 @@ COMMANDS = (
     "calibration build",
     "inspect",
     "export",
+    "verify",
     "doctor",
 )
 SHORT_NAMES = {

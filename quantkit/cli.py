@@ -74,6 +74,9 @@ Restart = Annotated[bool, typer.Option("--restart", help="Drop what an unfinishe
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 3GB: slower, on disk, but within it.")
 ]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run a tokenizer's own code from the model's folder.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT", help="Folders that quantize wrote, or .gguf.")]
 
@@ -124,6 +127,7 @@ def quantize(
     settings: Settings = None,
     device: Device = "auto",
     max_memory: MaxMemory = None,
+    trust_remote_code: TrustCode = False,
     force: Force = False,
     restart: Restart = False,
     as_json: Json = False,
@@ -138,6 +142,7 @@ def quantize(
         settings=settings or [],
         device=device,
         max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
         force=force,
         restart=restart,
         progress=Progress(),
@@ -401,6 +406,24 @@ def export(
 
     manifest = make(artifact, out, exact=exact, force=force, progress=Progress())
     return Shown(manifest.model_dump(mode="json"), words.exported(manifest), as_json)
+
+
+@app.command()
+@verb
+def verify(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder or a .gguf, by quantkit or others.")],
+    source: Annotated[str | None, typer.Option("--source", metavar="MODEL", help="What it was made from.")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Make sampled blocks again from --source.")] = False,
+    as_json: Json = False,
+) -> Shown:
+    """Check every byte, tensor and side file, and what it was made from.
+
+    Exit code 6 when something is wrong; what could not be checked is said.
+    """
+    from quantkit.verification import verify as check
+
+    report = check(artifact, source=source, deep=deep)
+    return Shown(report.document(), report.text(), as_json, code=report.exit_code)
 
 
 @app.command()

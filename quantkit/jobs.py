@@ -35,11 +35,13 @@ def quantize(
     progress: Progress,
     max_memory: str | None = None,
     restart: bool = False,
+    trust_remote_code: bool = False,
 ) -> Manifest:
     """Make one artifact. Everything cheap is checked first: the recipe, the output, the shapes, the disk.
 
     max_memory: the most resident memory to take, such as "3GB"; the artifact does not depend on it. restart: begin
-    again where a run that did not end has left its work.
+    again where a run that did not end has left its work. trust_remote_code: a tokenizer that is code in the model's
+    folder is run; the manifest's source says so.
     """
     from quantkit.device import resolve_device
     from quantkit.memory import memory_limit
@@ -48,7 +50,9 @@ def quantize(
     loaded = load_recipe(recipe, settings)
     memory = memory_limit(max_memory)
     target = resolve_device(device)
-    source, model_name = open_model(model, loaded.model.id, loaded.model.revision, recipe)
+    source, model_name = open_model(
+        model, loaded.model.id, loaded.model.revision, recipe, trust_remote_code=trust_remote_code
+    )
     name = Path(recipe).stem
     folder = out or Path("artifacts") / f"{model_name}-{name}"
     return run_passes([(name, loaded, folder)], source, target, force, progress, memory, restart)[0]
@@ -107,12 +111,15 @@ def run(
     return results
 
 
-def open_model(given: str | None, recipe_model: str | None, revision: str, recipe: str) -> tuple[Source, str]:
+def open_model(
+    given: str | None, recipe_model: str | None, revision: str, recipe: str, *, trust_remote_code: bool = False
+) -> tuple[Source, str]:
     """The model that the command line or the recipe names, and a short name for it. Raises UsageError for neither."""
     from quantkit.model.reader import open_source
 
     chosen = named_model(given, recipe_model, recipe)
-    return open_source(chosen, revision=revision), _file_name(Path(chosen.rstrip("/")).name.removesuffix(".gguf"))
+    source = open_source(chosen, revision=revision, trust_remote_code=trust_remote_code)
+    return source, _file_name(Path(chosen.rstrip("/")).name.removesuffix(".gguf"))
 
 
 def named_model(given: str | None, recipe_model: str | None, recipe: str) -> str:
@@ -215,7 +222,9 @@ def passes(
                     calibration = None
                     if section is not None:
                         progress.say(f"calibration: {section.set}, {section.sequences} x {section.length} tokens")
-                        calibration = load_calibration(section, source.tokenizer_folder())
+                        calibration = load_calibration(
+                            section, source.tokenizer_folder(), trust_remote_code=source.trust_remote_code
+                        )
                     manifests = run_pass(together, source, calibration, device, progress, checkpoints, memory)
                 made |= {job.label: manifest for job, manifest in zip(together, manifests, strict=True)}
         yield [made[job.label] for job in jobs]

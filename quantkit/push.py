@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import DataError, HubError, UsageError, VerificationError
-from quantkit.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest
+from quantkit.manifest import MANIFEST_NAME, Manifest, read_manifest
+from quantkit.model.front_matter import CARD
 from quantkit.model.hub import HUB_ID
 from quantkit.progress import Progress
+from quantkit.verification import verify
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -89,11 +91,11 @@ def _verified(artifact: Path, progress: Progress) -> Manifest:
             hint="only artifacts that quantkit made can be verified: quantkit quantize",
         )
     progress.say(f"verifying {len(manifest.files)} files")
-    problems = check_files(manifest, artifact)
-    if problems:
-        edited = all(problem.startswith("README.md:") for problem in problems)
+    findings = verify(artifact).findings
+    if findings:
+        edited = all(finding.startswith(str(artifact / CARD)) for finding in findings)
         raise VerificationError(
-            "\n".join(f"{artifact}: {problem}" for problem in problems),
+            "\n".join(findings),
             hint=f"quantkit card {artifact} takes an edited card over"
             if edited
             else "not pushed: make the artifact again",

@@ -26,6 +26,7 @@ from quantkit.gates.outcome import BarName
 from quantkit.memory import parse_bytes
 from quantkit.methods import AnyMethod
 from quantkit.methods.base import Method
+from quantkit.patterns import regex_problem
 from quantkit.schema import Frozen
 from quantkit.settings import Change
 from quantkit.validation import Problem, Problems, found, problems_of
@@ -239,11 +240,8 @@ def _require_suitable(format_name: str, method: Method, remedy: str) -> None:
 
 
 def _regex_problem(pattern: str) -> str | None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return f"found {found(pattern)}, expected a regular expression: {error}"
-    return None
+    problem = regex_problem(pattern)
+    return None if problem is None else f"found {found(pattern)}, {problem}"
 
 
 class SuiteEntry(Frozen):

@@ -94,8 +94,8 @@ def inspection(facts: dict[str, Any]) -> str:
         if lineage["recipe_sha256"]:
             rows.append(["recipe", f"sha256 {lineage['recipe_sha256']}"])
         if calibration:
-            said = f"{calibration['set']}, {calibration['sequences']} x {calibration['length']}"
-            rows.append(["calibration", f"{said}, ids {calibration['fingerprint'][:16]}"])
+            said = f"{calibration.get('set')}, {calibration.get('sequences')} x {calibration.get('length')}"
+            rows.append(["calibration", f"{said}, ids {str(calibration.get('fingerprint'))[:16]}"])
         rows.append(["made", f"{lineage['created']} by quantkit {lineage['quantkit_version']}"])
     reasons = [f"{tensor['name']}: {tensor['reason']}" for tensor in facts["tensors"] if tensor.get("reason")]
     return "\n".join([columns(rows), "", _tensor_table(facts["tensors"]), *_first(reasons, "note: ")])

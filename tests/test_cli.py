@@ -204,7 +204,8 @@ def test_quantize_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(jobs, "quantize", record)
     monkeypatch.setattr("quantkit.words.manifest", lambda made: "made")
     arguments = ["quantize", "own.yaml", "--model", "m.gguf", "--out", "o", "--set", "a.b=1", "--set", "c=2"]
-    assert cli.execute([*arguments, "--device", "cpu", "--max-memory", "3GB", "--force", "--restart", "--json"]) == 0
+    arguments += ["--device", "cpu", "--max-memory", "3GB", "--trust-remote-code", "--force", "--restart", "--json"]
+    assert cli.execute(arguments) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"mode": "json"}
     assert "a library prints" in captured.err
@@ -216,6 +217,7 @@ def test_quantize_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, capsys
         "settings": ["a.b=1", "c=2"],
         "device": "cpu",
         "max_memory": "3GB",
+        "trust_remote_code": True,
         "force": True,
         "restart": True,
     }

@@ -21,8 +21,8 @@ from torch import Tensor
 from quantkit import __version__
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
-from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
-from quantkit.formats.group import float16_scale, grid_of, require_grid, require_group_tensor
+from quantkit.formats.folder import HALVES, FolderArtifact, FolderWriter, Part, read_quantization_config
+from quantkit.formats.group import float16_scale, grid_of, group_problems, require_grid, require_group_tensor
 from quantkit.formats.layout import ArtifactLayout, Shapes, folder_layout
 from quantkit.maths.packing import pack, unpack, words_for
 from quantkit.model.source import Source
@@ -230,14 +230,41 @@ class GPTQArtifact(FolderArtifact):
 
     def unpacked_shape(self, weight_name: str) -> tuple[int, int]:
         module = weight_name.removesuffix(".weight")
-        words, out_features = self.entry(f"{module}.qweight").shape
+        words, out_features = self.matrix(f"{module}.qweight")
         return (out_features, words * 32 // self._bits(module))
+
+    def _group_size(self, module: str, in_features: int) -> int:
+        size = self.settings_of(module)["group_size"] or -1
+        return in_features if size == -1 else int(size)
+
+    def layout(self, weight_name: str) -> dict[str, Part]:
+        module = weight_name.removesuffix(".weight")
+        out_features, in_features = self.unpacked_shape(weight_name)
+        bits, groups = self._bits(module), -(-in_features // self._group_size(module, in_features))
+        return {
+            "qweight": Part(("I32",), (in_features * bits // 32, out_features)),
+            "qzeros": Part(("I32",), (groups, out_features * bits // 32)),
+            "scales": Part(HALVES, (groups, out_features)),
+            "g_idx": Part(("I32",), (in_features,), required=False),
+        }
+
+    def odd_values(self, weight_name: str) -> list[str]:
+        module = weight_name.removesuffix(".weight")
+        found = self.finite(f"{module}.scales")
+        if f"{module}.g_idx" in self._stored[weight_name]:
+            groups = self.entry(f"{module}.scales").shape[0]
+            found += group_problems(f"{module}.g_idx", self.stored(f"{module}.g_idx"), groups)
+        return found
 
     def unpack(self, weight_name: str, get: Callable[[str], Tensor]) -> QuantizedTensor | None:
         module = weight_name.removesuffix(".weight")
         qweight, qzeros, scales = (get(f"{module}.{part}") for part in self.parts[:3])
         # files of other tools leave g_idx out where columns lie in order
         g_idx = get(f"{module}.g_idx") if f"{module}.g_idx" in self._stored[weight_name] else None
+        if g_idx is not None:
+            odd = group_problems(f"{self.path}: {module}.g_idx", g_idx, scales.shape[0])
+            if odd:
+                raise ModelError("\n".join(odd), hint="the artifact is damaged: make it again")
         settings, bits = self.settings_of(module), self._bits(module)
         size = int(settings["group_size"] or -1)
         group_size = None if size in (-1, qweight.shape[0] * 32 // bits) else size

@@ -109,5 +109,10 @@ class ArtifactSource(Source):
     def stored_bytes(self, name: str) -> int:
         """Bytes in the file that stand for this weight: codes, scales, zeros, tables."""
 
+    def problems(self, name: str) -> list[str]:
+        """What about a stored weight no writer of this format leaves behind: parts, dtypes, shapes, values; one line
+        each. Raises ModelError when it cannot be read."""
+        return []
+
 
 PackFunction = Callable[[str, QuantizedTensor], StoredTensors]

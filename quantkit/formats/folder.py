@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from quantkit.formats.base import ArtifactSource, LinearPlan, PackFunction, Writ
 from quantkit.formats.layout import LayoutOf, is_left_out, stored_shapes
 from quantkit.formats.safetensors_stream import MAX_SHARD_BYTES, SafetensorsStream, explained
 from quantkit.manifest import fsync_folder, write_atomic
+from quantkit.model.config_check import check_config, check_quantization
 from quantkit.model.reader import TOKENIZER_FILES, is_side_file, open_shards, read_json_object, weight_files
 from quantkit.model.safetensors_file import ALL_DTYPES, Entry
 from quantkit.model.source import Source
@@ -51,7 +53,7 @@ class FolderWriter(Writer):
         self.folder = folder
         self.source = source
         self.dtype = dtype
-        self._pack = pack
+        self.pack = pack
         self._quantization_config = quantization_config
         self._extra_files = extra_files or {}
         self._shapes = stored_shapes(source, plans, dtype, layout_of)
@@ -68,7 +70,7 @@ class FolderWriter(Writer):
         if isinstance(value, Tensor):
             stored: StoredTensors = {name: value.to(self.dtype) if value.is_floating_point() else value}
         else:
-            stored = self._pack(name, on_cpu(value))
+            stored = self.pack(name, on_cpu(value))
         found = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in stored.items()}
         assert found == self._shapes[name], f"{name}: planned as {self._shapes[name]}, got {found}"
         return self._stream.add(stored)
@@ -117,6 +119,19 @@ def read_quantization_config(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+HALVES = ("F16", "BF16")
+FLOATS = (*HALVES, "F32")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor that is stored for a linear. dtypes: safetensors' names of those that it may have."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+    required: bool = True
+
+
 class FolderArtifact(ArtifactSource):
     """An artifact in a Hugging Face folder, read back; headers are read and checked at once, tensors when asked for.
 
@@ -135,6 +150,8 @@ class FolderArtifact(ArtifactSource):
             raise ModelError(
                 f"{folder / CONFIG}: no quantization_config, expected one in a {self.format_name} artifact"
             )
+        check_config(str(folder / CONFIG), config)
+        check_quantization(str(folder / CONFIG), quantization)
         self.config = config
         self.quantization: Mapping[str, Any] = quantization
         self._files = open_shards(folder, ALL_DTYPES)
@@ -165,6 +182,55 @@ class FolderArtifact(ArtifactSource):
         """[out, in] of a quantized weight; a subclass that can tell it from `entry` alone saves reading the weight."""
         return self._unpacked(weight_name).shape
 
+    def layout(self, weight_name: str) -> dict[str, Part]:
+        """What has to be stored for a quantized weight, by the ending behind the module's name; empty without rules.
+
+        Raises ModelError when its settings or its shape cannot be told.
+        """
+        return {}
+
+    def odd_values(self, weight_name: str) -> list[str]:
+        """Values of a quantized weight that no quantizer gives, one line each; its parts fit `layout`."""
+        return []
+
+    def problems(self, name: str) -> list[str]:
+        if not self.is_quantized(name):
+            value = self.stored(name)
+            odd = value.is_floating_point() and not bool(torch.isfinite(value).all())
+            return [f"{name}: found NaN or infinity, expected finite values"] if odd else []
+        return self.misfits(name) or self.odd_values(name)
+
+    def misfits(self, name: str) -> list[str]:
+        """What of a quantized weight is not stored as `layout` says, one line each."""
+        module = name.removesuffix(".weight")
+        layout = self.layout(name)
+        found = []
+        for ending, part in layout.items():
+            stored = f"{module}.{ending}"
+            if stored not in self._files:
+                if part.required:
+                    found.append(f"{stored}: missing, expected {part.dtypes[0]} {list(part.shape)}")
+                continue
+            entry = self.entry(stored)
+            if entry.dtype not in part.dtypes or entry.shape != part.shape:
+                expected = f"{' or '.join(part.dtypes)} {list(part.shape)}"
+                found.append(f"{stored}: found {entry.dtype} {list(entry.shape)}, expected {expected}")
+        known = {f"{module}.{ending}" for ending in layout}
+        if layout:
+            found += [f"{stored}: stray tensor" for stored in self._names_of(name) if stored not in known]
+        return found
+
+    def finite(self, *stored_names: str, least: float | None = None) -> list[str]:
+        """A line for each of these tensors that holds NaN, infinity or a value below `least`."""
+        found = []
+        for stored in stored_names:
+            values = self.stored(stored).float()
+            bad = ~torch.isfinite(values) if least is None else ~(torch.isfinite(values) & (values >= least))
+            if bool(bad.any()):
+                wanted = "finite values" if least is None else f"finite values from {least:g}"
+                found.append(f"{stored}: found {float(values[bad][0]):g}, expected {wanted}")
+        return found
+
     def entry(self, stored_name: str) -> Entry:
         """Dtype, shape and place of a stored tensor. Raises ModelError when there is none of this name."""
         if stored_name not in self._files:
@@ -173,10 +239,21 @@ class FolderArtifact(ArtifactSource):
             )
         return self._files[stored_name].entries[stored_name]
 
+    def matrix(self, stored_name: str) -> tuple[int, int]:
+        """The shape of a stored matrix. Raises ModelError when it is none."""
+        shape = self.entry(stored_name).shape
+        if len(shape) != 2:
+            raise ModelError(f"{self.path}: {stored_name}: shape {list(shape)}, expected a matrix")
+        return (shape[0], shape[1])
+
     def stored(self, stored_name: str) -> Tensor:
         """A tensor as the file holds it. Raises ModelError when there is none of this name."""
         self.entry(stored_name)
         return self._files[stored_name].read(stored_name)
+
+    def stored_parts(self, name: str) -> dict[str, Tensor]:
+        """Every tensor that stands for a weight, as the file holds it."""
+        return {stored: self.stored(stored) for stored in self._names_of(name)}
 
     def _names_of(self, name: str) -> tuple[str, ...]:
         if name not in self._stored:
@@ -203,6 +280,10 @@ class FolderArtifact(ArtifactSource):
         return self._unpacked(name) if self.is_quantized(name) else None
 
     def _unpacked(self, name: str) -> QuantizedTensor:
+        misfits = self.misfits(name)
+        if misfits:
+            lines = [f"{self.path}: {line}" for line in misfits]
+            raise ModelError("\n".join(lines), hint="the artifact is damaged: make it again")
         found = self.unpack(name, self.stored)
         assert found is not None, f"{name} is marked as quantized"
         return found

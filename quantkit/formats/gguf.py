@@ -32,7 +32,7 @@ from quantkit.formats.gguf_types import (
 from quantkit.formats.imatrix import Imatrix, write_imatrix
 from quantkit.formats.layout import ArtifactLayout
 from quantkit.formats.safetensors_shard import lost
-from quantkit.maths.ggml import FLOAT_TYPES, block_layout, encode, type_size
+from quantkit.maths.ggml import FLOAT_TYPES, HALF_PLACES, block_layout, encode, type_size
 from quantkit.maths.gram import Importance
 from quantkit.model.blocks import architecture_of, is_buffer
 from quantkit.model.gguf_config import family_of_config, metadata_of_config
@@ -254,6 +254,19 @@ class GGUFArtifact(GGUFSource, ArtifactSource):
 
     def stored_bytes(self, name: str) -> int:
         return self.info(name).size
+
+    def problems(self, name: str) -> list[str]:
+        info = self.info(name)
+        if info.type_name in FLOAT_TYPES or info.type_name not in HALF_PLACES:
+            values = self.file.decoded(info.name)
+            odd = not bool(torch.isfinite(values).all())
+            return [f"{info.name}: found NaN or infinity, expected finite values"] if odd else []
+        blocks = self.file.raw(info.name).reshape(-1, block_layout(info.type_name)[1])
+        for place in HALF_PLACES[info.type_name]:
+            halves = blocks[:, place : place + 2].contiguous().view(torch.float16)
+            if not bool(torch.isfinite(halves).all()):
+                return [f"{info.name}: found a scale that is NaN or infinite, expected finite ones"]
+        return []
 
 
 class GGUF(Format):

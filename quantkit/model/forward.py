@@ -20,6 +20,7 @@ from quantkit.errors import ModelError
 from quantkit.maths.gram import GramAccumulator, InputStatistics, SquaresAccumulator
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, linear_shape
 from quantkit.model.hidden import HiddenStates
+from quantkit.model.load import without_weights
 from quantkit.model.source import Source
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -51,17 +52,11 @@ class BlockRunner:
     """Runs the blocks of one model on hidden states, block by block, in the given arithmetic."""
 
     def __init__(self, source: Source, device: torch.device, arithmetic: Arithmetic):
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.source, self.device, self.arithmetic = source, device, arithmetic
         self.dtype = arithmetic.states
         self.architecture = architecture_of(source.config)
-        settings = {key: value for key, value in source.config.items() if key != "model_type"}
-        config = AutoConfig.for_model(source.config["model_type"], **settings)
-        config.use_cache = False
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        self.model = without_weights(source, self.dtype)
+        self.model.config.use_cache = False
         self.model.eval()
         self.trunk = self.model.get_submodule(self.architecture.trunk)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]

@@ -30,6 +30,7 @@ from quantkit.model.gguf_names import (
 )
 from quantkit.model.gguf_tokenizer import write_tokenizer_files
 from quantkit.model.hub import HUB_ID
+from quantkit.model.sequences import explained_tokenizer
 from quantkit.model.source import Source
 
 TOKENIZER_VERSION = 1
@@ -58,7 +59,7 @@ class GGUFSource(Source):
     def __init__(self, path: Path):
         self.path = path
         self.file = GGUFFile(path)
-        parts = int(self.file.metadata.get("split.count", 1))
+        parts = self.file.metadata.get("split.count", 1)
         if parts > 1:
             raise ModelError(
                 f"{path}: is one of {parts} parts; expected a whole model in one file",
@@ -157,7 +158,8 @@ class GGUFSource(Source):
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
         try:
             length = int(self.config[self.family.context_key])
-            write_tokenizer_files(self.file.metadata, partial, str(self.path), length)
+            with explained_tokenizer(f"{self.path}: its tokenizer cannot be built"):
+                write_tokenizer_files(self.file.metadata, partial, str(self.path), length)
             try:
                 os.rename(partial, folder)
             except OSError:

@@ -25,6 +25,8 @@ class Source(ABC):
     path: Path
     config: dict[str, Any]
     notes: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+    """Whether code that lies beside the model may be run, as a user said; a tokenizer may need it."""
 
     @abstractmethod
     def names(self) -> list[str]:

@@ -17,10 +17,11 @@ from quantkit.card.text import NOT_MEASURED
 from quantkit.errors import ModelError, UsageError
 from quantkit.formats import FORMATS
 from quantkit.jobs import quantize
-from quantkit.manifest import Manifest, check_files, read_manifest
+from quantkit.manifest import Manifest, read_manifest
 from quantkit.model.front_matter import front_matter
 from quantkit.progress import Progress
 from quantkit.recipe import load_recipe
+from quantkit.verification import verify
 from report.results_samples import results, row
 
 SMALL = ["calibration.sequences=4", "calibration.length=64"]
@@ -94,7 +95,7 @@ def test_card_and_licence_files_are_part_of_the_artifact(name: str, made: dict[s
     names = [record.name for record in manifest.files]
     assert {"README.md", "LICENSE", "NOTICE.txt"} <= set(names) and len(names) == len(set(names))
     assert set(names) | {"quantkit.json"} == {path.name for path in made[name].iterdir()}
-    assert check_files(manifest, made[name]) == []
+    assert verify(made[name]).findings == []
     for side in ("LICENSE", "NOTICE.txt"):
         assert (made[name] / side).read_bytes() == (model / side).read_bytes()
 
