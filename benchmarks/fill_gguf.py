@@ -14,6 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+AGREEMENT = """### Does llama.cpp compute what the file holds?
+
+Both take the same token ids. Decoded weights run in transformers in float32; llama.cpp rounds the inputs of every
+product with quantized weights to 8 bits. The last column but one is how far the decoded weights move when their
+inputs are rounded likewise. Made by `python benchmarks/llama_agreement.py --model MODEL`."""
+
+TYPES = """## What each type costs
+
+`python benchmarks/gguf_types.py` makes every recipe `gguf-*` and measures it by llama.cpp's logits. (n of m): so many
+linears got a larger type because 256 does not divide their rows. MB and bits a weight are those of the whole file;
+run s is all of `quantize`, calibration included; the other times are of encoding alone, without reading and writing,
+beside llama.cpp's `ggml_quantize_chunk` on the same weights and threads, which is what `llama-quantize` spends its
+time in. Same bytes: tensors that both encode alike; GPTQ's rounding chooses other codes on purpose."""
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "gguf.md"
@@ -34,10 +48,11 @@ def _model(name: str, found: dict[str, Any]) -> str:
     text, baseline = found["text"], found["baseline"]["perplexity"]["value"]
     headers = ["", "MB", "bits/weight", "perplexity", "KL", "top-1 %", "run s", "encode s", "llama.cpp s", "same bytes"]
     rows = [_row(row) for row in sorted(found["recipes"].values(), key=lambda row: -row["bytes"])]
-    times = next(row["encode"] for row in found["recipes"].values() if row.get("encode"))
+    timed = [row["encode"] for row in found["recipes"].values() if row.get("encode")]
+    encoding = f"; encode times with {timed[0]['threads']} threads" if timed else ""
     heading = (
         f"**{name}**, {text['sequences']} x {text['length']} tokens of {text['set']}, baseline's perplexity "
-        f"{baseline:.3f}; encode times with {times['threads']} threads:"
+        f"{baseline:.3f}; runs with {found['threads']} threads{encoding}:"
     )
     return f"{heading}\n\n{table(headers, rows)}"
 
@@ -90,14 +105,18 @@ def agreement(results: dict[str, Any]) -> str:
 
 
 def filled(page: str) -> str:
-    """The page with both tables between their markers."""
-    for marker, make, file in (("types", types, "gguf_types"), ("agreement", agreement, "llama_agreement")):
+    """The page with both sections between their markers, as far as they have been measured."""
+    sections = (("agreement", AGREEMENT, agreement, "llama_agreement"), ("types", TYPES, types, "gguf_types"))
+    for marker, introduction, make, file in sections:
+        path = RESULTS / f"{file}.json"
+        if not path.is_file():
+            continue
         begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
         before, _, rest = page.partition(begin)
         _, found, after = rest.partition(end)
         if not found:
             raise SystemExit(f"{PAGE}: no {begin} ... {end}")
-        body = make(json.loads((RESULTS / f"{file}.json").read_text()))
+        body = f"{introduction}\n\n{make(json.loads(path.read_text()))}"
         page = f"{before}{begin}\n{body}\n{end}{after}"
     return page
 

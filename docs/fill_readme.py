@@ -6,6 +6,7 @@
 Between `<!-- NAME -->` and `<!-- /NAME -->` in README.md stand: demo-table, from reports/demo/report.md where that
 exists, and recipe-reference, from the JSON schema; the latter in docs/recipes.md too, with recipe-list, the recipes
 that ship. docs/commands.md is the help page of every command.
+docs/engines.md takes engine-rules from quantkit/planning/rules.yaml.
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ DEMO_SECTIONS = (
 )
 COMMANDS = (
     "",
+    "plan",
     "quantize",
     "bench",
     "run",
     "compare",
     "report",
     "advise",
+    "gate",
+    "diff",
+    "card",
+    "push",
     "recipes",
     "recipes list",
     "recipes show",
@@ -44,9 +50,18 @@ COMMANDS = (
     "calibration show",
     "calibration build",
     "inspect",
+    "export",
+    "verify",
     "doctor",
 )
-SHORT_NAMES = {"ModelSection": "model", "CalibrationSection": "calibration", "Recipe": "recipe", "Suite": "suite"}
+SHORT_NAMES = {
+    "ModelSection": "model",
+    "CalibrationSection": "calibration",
+    "TargetSection": "target",
+    "Recipe": "recipe",
+    "Suite": "suite",
+    "GateSection": "gates",
+}
 
 
 def demo_table(report: str) -> str:
@@ -97,7 +112,8 @@ def recipe_list() -> str:
 
 def _rank(title: str) -> int:
     first = re.split("[`:]", title)[1]
-    return ["recipe", "suite", "recipes", "model", "method", "format", "calibration", "bench"].index(first)
+    order = ("recipe", "suite", "recipes", "model", "method", "format", "calibration", "target", "bench", "gates")
+    return order.index(first)
 
 
 def _title(name: str, section: dict[str, Any]) -> str:
@@ -151,6 +167,57 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def plan_table(results: dict[str, Any]) -> str:
+    """What was planned beside what was found, and how long a plan from the hub takes."""
+    lines = [
+        "| model | recipe | tensors, bytes | found | file, bytes | found | peak MB | found | off | s | found | off |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in results["rows"]:
+        planned, found, ratio = row["planned"], row["found"], row["ratio"]
+        cells = [row["model"], row["recipe"]]
+        cells += [str(side[key]) for key in ("tensor_bytes", "weight_file_bytes") for side in (planned, found)]
+        cells += [f"{side['peak_rss_bytes'] / 1e6:.0f}" for side in (planned, found)]
+        cells += [f"{ratio['peak_rss_bytes'] - 1:+.0%}"]
+        cells += [f"{side['seconds']:.1f}" for side in (planned, found)] + [f"{ratio['seconds'] - 1:+.0%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    hub = results["hub"]
+    told = (
+        f"A plan for {hub['weight_bytes'] / 1e9:.0f} GB of weights on a hub on the loopback: "
+        f"{', '.join(map(str, hub['seconds']))} s for the whole command, {hub['sent_bytes'] / 1e3:.0f} kB sent."
+    )
+    return "\n".join([*lines, "", told])
+
+
+def engine_rules() -> str:
+    """What each engine reads, and its rules, a table each."""
+    from quantkit.planning.rules import engines
+
+    parts = []
+    for engine in engines():
+        parts.append(f"### {engine.title}")
+        if engine.otherwise is not None:
+            parts.append(f"Refuses every format: {engine.otherwise.why}. Source: {engine.otherwise.source}.")
+            continue
+        reads = [f"- `{name}`: {source}" for name, source in engine.formats.items()]
+        parts.append("Reads\n\n" + "\n".join(reads))
+        rows = ["| when | verdict | why | source |", "| --- | --- | --- | --- |"]
+        for rule in engine.rules:
+            when = "; ".join(
+                f"{key} {_condition(value)}" for key, value in rule.when.model_dump(exclude_none=True).items()
+            )
+            verdict = {"slowly": "takes it slowly", "refuses": "refuses it"}[rule.verdict]
+            rows.append("| " + " | ".join(map(_cell, (when, verdict, rule.why, rule.source))) + " |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def _condition(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join("row" if item is None else str(item) for item in value)
+    return str(value).lower()
+
+
 def help_pages() -> str:
     """docs/commands.md: every help page as it is printed on 100 columns."""
     parts = ["# Commands", "What `--help` prints. `make readme` writes this page."]
@@ -187,9 +254,17 @@ def wanted(*, demo: bool) -> dict[Path, str]:
     recipes = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     recipes = put(recipes, "recipe-list", recipe_list())
     recipes = put(recipes, "recipe-reference", recipe_reference(json_schema()))
+    plans, results = ROOT / "docs" / "plan.md", ROOT / "benchmarks" / "results" / "plan.json"
+    checked = plans.read_text(encoding="utf-8")
+    if results.is_file():
+        checked = put(checked, "plan-table", plan_table(json.loads(results.read_text(encoding="utf-8"))))
+    engines = ROOT / "docs" / "engines.md"
+    listed = put(engines.read_text(encoding="utf-8"), "engine-rules", engine_rules())
     return {
         ROOT / "README.md": readme,
         ROOT / "docs" / "recipes.md": recipes,
+        engines: listed,
+        plans: checked,
         ROOT / "docs" / "commands.md": help_pages(),
     }
 

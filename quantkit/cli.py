@@ -45,6 +45,8 @@ class Shown:
     document: Any
     text: str | Callable[[], None]
     as_json: bool = False
+    failure: Exception | None = None  # said after the result, with its exit code
+    code: int = 0
 
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -72,6 +74,9 @@ Restart = Annotated[bool, typer.Option("--restart", help="Drop what an unfinishe
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 3GB: slower, on disk, but within it.")
 ]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run a tokenizer's own code from the model's folder.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT", help="Folders that quantize wrote, or .gguf.")]
 
@@ -85,6 +90,36 @@ def root(version: Annotated[bool, typer.Option("--version", help="Show the versi
 
 @app.command()
 @verb
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped name or a file.")],
+    model: Model = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    probe_again: Annotated[bool, typer.Option("--probe-again", help="Measure this machine's speed anew.")] = False,
+    as_json: Json = False,
+) -> Shown:
+    """What a run will cost, and which engines will take the result.
+
+    Reads the config and the headers of the shards only, of a hub id by ranged requests. Exit code 2 when quantize would
+    refuse. An engine to hold it against: --set target.engine=vllm --set target.tensor_parallel=2.
+    """
+    from quantkit.planning.run import plan as make_plan
+    from quantkit.planning.text import text
+
+    document = make_plan(
+        recipe,
+        model=model,
+        settings=settings or [],
+        device=device,
+        max_memory=max_memory,
+        probe_again=probe_again,
+    )
+    return Shown(document.model_dump(mode="json"), text(document), as_json, code=0 if document.fits else 2)
+
+
+@app.command()
+@verb
 def quantize(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped name or a file.")],
     model: Model = None,
@@ -92,6 +127,7 @@ def quantize(
     settings: Settings = None,
     device: Device = "auto",
     max_memory: MaxMemory = None,
+    trust_remote_code: TrustCode = False,
     force: Force = False,
     restart: Restart = False,
     as_json: Json = False,
@@ -106,6 +142,7 @@ def quantize(
         settings=settings or [],
         device=device,
         max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
         force=force,
         restart=restart,
         progress=Progress(),
@@ -151,6 +188,7 @@ def run(
 ) -> Shown:
     """Quantize, bench and report a whole suite."""
     from quantkit import jobs, report
+    from quantkit.gates.judge import failure
 
     results = jobs.run(
         suite,
@@ -163,7 +201,8 @@ def run(
         restart=restart,
         progress=Progress(),
     )
-    return Shown(results.model_dump(mode="json"), functools.partial(report.show, results), as_json)
+    shown = functools.partial(report.show, results)
+    return Shown(results.model_dump(mode="json"), shown, as_json, failure(results.gates))
 
 
 @app.command()
@@ -253,6 +292,88 @@ def advise(
 
 @app.command()
 @verb
+def gate(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS.json", help="What bench or run wrote.")],
+    min_recovery: Annotated[float | None, typer.Option(metavar="SHARE", help="Of the baseline's accuracy.")] = None,
+    max_kl: Annotated[float | None, typer.Option(metavar="NATS", help="To the baseline, a token.")] = None,
+    max_bytes: Annotated[str | None, typer.Option(metavar="SIZE", help="Of the weights, such as 90MB.")] = None,
+    min_speedup: Annotated[float | None, typer.Option(metavar="RATIO", help="Decode, to the baseline's.")] = None,
+    row: Annotated[str | None, typer.Option(metavar="NAME", help="Of one row; default: every row.")] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE.xml", help="JUnit XML, for a CI system.")] = None,
+    github_summary: Annotated[bool, typer.Option("--github-summary", help="Into the summary of the step.")] = False,
+    as_json: Json = False,
+) -> Shown:
+    """Hold results against bars: exit 5 when one is missed for certain.
+
+    A bar fails when the whole interval of the measurement is beyond it, or when nothing was measured; it warns when the
+    interval holds the bar. Without a bar: what the gates of the suite said when it ran.
+    """
+    from quantkit.gates import judge, outputs, run
+
+    bars = {"min_recovery": min_recovery, "max_kl": max_kl, "max_bytes": max_bytes, "min_speedup": min_speedup}
+    outcomes = run.gate(results, {"row": row, **bars}, junit=junit, github_summary=github_summary)
+    for line in judge.warnings(outcomes):
+        Progress().say(line)
+    shown = functools.partial(outputs.show, results.name, outcomes)
+    document = [outcome.model_dump(mode="json") for outcome in outcomes]
+    return Shown(document, shown, as_json, judge.failure(outcomes))
+
+
+@app.command()
+@verb
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE.json", help="Results of the last release.")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER.json", help="Results of this one.")],
+    fail_on_worse: Annotated[bool, typer.Option("--fail-on-worse", help="Exit 5 when a figure is worse.")] = False,
+    as_json: Json = False,
+) -> Shown:
+    """What got better or worse between two runs, as far as their intervals tell."""
+    from quantkit import report
+    from quantkit.report import difference
+
+    found = difference.compare_runs(report.load(before), report.load(after))
+    failure = difference.worse(found) if fail_on_worse else None
+    return Shown(found.model_dump(mode="json"), functools.partial(difference.show, found), as_json, failure)
+
+
+@app.command()
+@verb
+def card(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that quantize wrote.")],
+    results: Annotated[Path | None, typer.Option(metavar="RESULTS.json", help="Its row goes into the card.")] = None,
+    row: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the row of the folder's name.")] = None,
+) -> Shown:
+    """Put results into an artifact's model card, or take an edited card into the manifest."""
+    from quantkit import report
+    from quantkit.card import fill_card
+
+    return Shown(None, str(fill_card(artifact, None if results is None else report.load(results), row)))
+
+
+@app.command()
+@verb
+def push(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that quantize wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The model's id on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="When the repository is made.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Made when there is none.")] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    as_json: Json = False,
+) -> Shown:
+    """Verify an artifact and upload it to a hub, in one commit.
+
+    The token is that of HF_TOKEN or of `hf auth login`.
+    """
+    from dataclasses import asdict
+
+    from quantkit.push import push as upload
+
+    done = upload(artifact, repo_id, private=private, revision=revision, message=message, progress=Progress())
+    return Shown(asdict(done), f"{done.url}\ncommit {done.commit}", as_json)
+
+
+@app.command()
+@verb
 def inspect(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder or a .gguf, by quantkit or others.")],
     as_json: Json = False,
@@ -262,6 +383,47 @@ def inspect(
 
     facts = inspection.inspect(artifact)
     return Shown(facts, words.inspection(facts), as_json)
+
+
+@app.command()
+@verb
+def export(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder by quantkit or others.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="In a folder of its own; the manifest lies beside.")],
+    exact: Annotated[
+        bool, typer.Option("--exact/--no-exact", help="No: scales and minima rounded to float16; codes stay.")
+    ] = True,
+    force: Force = False,
+    as_json: Json = False,
+) -> Shown:
+    """Make a GGUF file of an artifact, its codes as they are.
+
+    For GPTQ, AWQ, round-to-nearest and compressed-tensors: nothing is rounded a second time, and what no GGUF type
+    holds is refused. Weights and logits are compared.
+    """
+    from quantkit import words
+    from quantkit.export import export as make
+
+    manifest = make(artifact, out, exact=exact, force=force, progress=Progress())
+    return Shown(manifest.model_dump(mode="json"), words.exported(manifest), as_json)
+
+
+@app.command()
+@verb
+def verify(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder or a .gguf, by quantkit or others.")],
+    source: Annotated[str | None, typer.Option("--source", metavar="MODEL", help="What it was made from.")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Make sampled blocks again from --source.")] = False,
+    as_json: Json = False,
+) -> Shown:
+    """Check every byte, tensor and side file, and what it was made from.
+
+    Exit code 6 when something is wrong; what could not be checked is said.
+    """
+    from quantkit.verification import verify as check
+
+    report = check(artifact, source=source, deep=deep)
+    return Shown(report.document(), report.text(), as_json, code=report.exit_code)
 
 
 @app.command()
@@ -357,6 +519,9 @@ def execute(arguments: Sequence[str]) -> int:
         result = app(args=list(arguments), prog_name="quantkit", standalone_mode=False)
         if isinstance(result, Shown):
             show(result.document, result.text, as_json=result.as_json)
+            if result.failure is not None:
+                return report_failure(result.failure, as_json=False)
+            return result.code
         code = result if isinstance(result, int) else 0
         return report_failure(KeyboardInterrupt(), as_json="--json" in arguments) if code == INTERRUPTED else code
     except BaseException as error:

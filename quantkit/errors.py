@@ -55,6 +55,12 @@ class DataError(QuantkitError):
     exit_code = 3
 
 
+class HubError(QuantkitError):
+    """The hub refused what was asked of it, or cannot be reached."""
+
+    exit_code = 3
+
+
 class MissingDependencyError(QuantkitError):
     """An engine or an optional package is not installed, or cannot run on this machine."""
 

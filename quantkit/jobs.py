@@ -35,11 +35,13 @@ def quantize(
     progress: Progress,
     max_memory: str | None = None,
     restart: bool = False,
+    trust_remote_code: bool = False,
 ) -> Manifest:
     """Make one artifact. Everything cheap is checked first: the recipe, the output, the shapes, the disk.
 
     max_memory: the most resident memory to take, such as "3GB"; the artifact does not depend on it. restart: begin
-    again where a run that did not end has left its work.
+    again where a run that did not end has left its work. trust_remote_code: a tokenizer that is code in the model's
+    folder is run; the manifest's source says so.
     """
     from quantkit.device import resolve_device
     from quantkit.memory import memory_limit
@@ -48,7 +50,9 @@ def quantize(
     loaded = load_recipe(recipe, settings)
     memory = memory_limit(max_memory)
     target = resolve_device(device)
-    source, model_name = open_model(model, loaded.model.id, loaded.model.revision, recipe)
+    source, model_name = open_model(
+        model, loaded.model.id, loaded.model.revision, recipe, trust_remote_code=trust_remote_code
+    )
     name = Path(recipe).stem
     folder = out or Path("artifacts") / f"{model_name}-{name}"
     return run_passes([(name, loaded, folder)], source, target, force, progress, memory, restart)[0]
@@ -74,7 +78,9 @@ def run(
     """
     from quantkit import report
     from quantkit.bench.runner import bench
+    from quantkit.card import fill_card
     from quantkit.device import resolve_device
+    from quantkit.gates.judge import judge, warnings
     from quantkit.memory import memory_limit
     from quantkit.recipe import load_suite, suite_recipes
 
@@ -95,22 +101,36 @@ def run(
             progress=progress,
             labels=[label for label, _, _ in outs],
         )
+        results = results.model_copy(update={"gates": judge(results, loaded.gates)})
         write_atomic(folder / "results.json", (results.model_dump_json(indent=2) + "\n").encode())
         report.rebuild([folder / "results.json"], folder)
+        for path in (path for _, _, path in outs):
+            fill_card(path, results)
+    for warning in warnings(results.gates):
+        progress.say(warning)
     return results
 
 
-def open_model(given: str | None, recipe_model: str | None, revision: str, recipe: str) -> tuple[Source, str]:
+def open_model(
+    given: str | None, recipe_model: str | None, revision: str, recipe: str, *, trust_remote_code: bool = False
+) -> tuple[Source, str]:
     """The model that the command line or the recipe names, and a short name for it. Raises UsageError for neither."""
     from quantkit.model.reader import open_source
 
+    chosen = named_model(given, recipe_model, recipe)
+    source = open_source(chosen, revision=revision, trust_remote_code=trust_remote_code)
+    return source, _file_name(Path(chosen.rstrip("/")).name.removesuffix(".gguf"))
+
+
+def named_model(given: str | None, recipe_model: str | None, recipe: str) -> str:
+    """The model that the command line or the recipe names. Raises UsageError for neither."""
     chosen = given or recipe_model
     if chosen is None:
         raise UsageError(
             f"{recipe}: no model: neither model.id in the recipe nor --model on the command line",
             hint="--model DIR, --model FILE.gguf or --model OWNER/NAME",
         )
-    return open_source(chosen, revision=revision), _file_name(Path(chosen.rstrip("/")).name.removesuffix(".gguf"))
+    return chosen
 
 
 def _file_name(label: str) -> str:
@@ -152,7 +172,8 @@ def passes(
     from quantkit.output import check_output, check_space
     from quantkit.pipeline import quantize as run_pass
     from quantkit.place import partial_folder
-    from quantkit.plan import check_plans, given_importance, plan_linears, predicted_bytes
+    from quantkit.plan import check_plans, given_importance, importance_files, plan_linears
+    from quantkit.planning.verdicts import check_target
     from quantkit.unfinished import unfinished
 
     folders = [folder for _, _, folder in wanted]
@@ -170,12 +191,13 @@ def passes(
         plans = plan_linears(recipe, source)
         try:
             check_plans(label, recipe, source, plans)
+            check_target(label, recipe, source, plans)
             importance = given_importance(label, source, plans)
         except RecipeError as error:
             problems.append(error)
             continue
-        needed += predicted_bytes(source, plans, torch.finfo(getattr(torch, recipe.model.dtype)).bits // 8)
-        jobs.append(Job(label, recipe, plans, folder, importance))
+        needed += recipe.resolved_format.layout(source, plans, getattr(torch, recipe.model.dtype)).total_bytes
+        jobs.append(Job(label, recipe, plans, folder, importance, importance_files(plans)))
     if problems:
         raise RecipeError.from_problems([error.message for error in problems], problems[0].hint)
     Thread(target=_hash_ahead, args=(source,), daemon=True).start()
@@ -200,7 +222,9 @@ def passes(
                     calibration = None
                     if section is not None:
                         progress.say(f"calibration: {section.set}, {section.sequences} x {section.length} tokens")
-                        calibration = load_calibration(section, source.tokenizer_folder())
+                        calibration = load_calibration(
+                            section, source.tokenizer_folder(), trust_remote_code=source.trust_remote_code
+                        )
                     manifests = run_pass(together, source, calibration, device, progress, checkpoints, memory)
                 made |= {job.label: manifest for job, manifest in zip(together, manifests, strict=True)}
         yield [made[job.label] for job in jobs]

@@ -14,7 +14,13 @@ from quantkit.errors import ModelError
 from quantkit.schema import Frozen
 
 MANIFEST_NAME = "quantkit.json"
-MANIFEST_SCHEMA_VERSION = 1
+MANIFEST_SCHEMA_VERSION = 2
+"""2 adds manifest_sha256; 1 is read as well."""
+
+_NO_HASH = "0" * 64
+
+
+MAX_MANIFEST_BYTES = 50_000_000  # a record takes 200 bytes, the largest published models have 60,000 linears
 
 
 class TensorRecord(Frozen):
@@ -55,6 +61,16 @@ class Manifest(Frozen):
     bits_per_weight_all: float = Field(description="of all parameters, from the bytes of the weight files")
     files: list[FileRecord]
     environment: dict[str, Any]
+    inputs: list[FileRecord] = Field(
+        default_factory=list,
+        description="files beside model and text that numbers were taken from: importance matrices",
+    )
+    export: dict[str, Any] | None = Field(
+        None, description="of an exported artifact: what it was made from, and how far it is from that"
+    )
+    manifest_sha256: str | None = Field(
+        None, description="of the file's own bytes with 64 zeros in its place; None in schema version 1"
+    )
 
     def fallbacks(self) -> list[str]:
         """A line for each linear that did not get what was asked, and why."""
@@ -62,27 +78,41 @@ class Manifest(Frozen):
 
 
 def file_record(path: Path, root: Path) -> FileRecord:
-    """Bytes and sha256 of a file, read once in pieces."""
-    digest = hashlib.sha256()
+    """Bytes and sha256 of a file, streamed."""
     with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
+        digest = hashlib.file_digest(stream, "sha256")
     return FileRecord(name=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
-def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write quantkit.json into a folder: temporary file, fsync, rename."""
-    write_atomic(folder / MANIFEST_NAME, (manifest.model_dump_json(indent=2) + "\n").encode())
+def write_manifest(manifest: Manifest, folder: Path) -> Manifest:
+    """Write quantkit.json into a folder: temporary file, fsync, rename. Returns it with its own hash."""
+    text = manifest.model_copy(update={"manifest_sha256": _NO_HASH}).model_dump_json(indent=2) + "\n"
+    own = hashlib.sha256(text.encode()).hexdigest()
+    before, _, after = text.rpartition(_NO_HASH)  # the key is the last one
+    write_atomic(folder / MANIFEST_NAME, f"{before}{own}{after}".encode())
+    return manifest.model_copy(update={"manifest_sha256": own})
+
+
+def own_hash_found(content: bytes, stated: str) -> str:
+    """The sha256 that a manifest's bytes have, to be held against the one that it states."""
+    before, _, after = content.rpartition(stated.encode())
+    return hashlib.sha256(before + _NO_HASH.encode() + after).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of an artifact, None when it has none. Raises ModelError when it is damaged."""
+    """The manifest of an artifact, None when it has none. Raises ModelError when it is damaged.
+
+    folder: that of the artifact, or its .gguf file, which the manifest has to name: others may lie beside it.
+    """
     path = (folder if folder.is_dir() else folder.parent) / MANIFEST_NAME
     if not path.is_file():
         return None
     try:
-        return Manifest.model_validate(json.loads(path.read_text()))
-    except (ValueError, ValidationError) as error:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes, expected {MAX_MANIFEST_BYTES} or fewer")
+        found = Manifest.model_validate(json.loads(path.read_bytes()))
+        return found if folder.is_dir() or folder.name in {record.name for record in found.files} else None
+    except (ValueError, ValidationError, RecursionError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(f"{path}: not a manifest that this version reads: {first}") from error
 

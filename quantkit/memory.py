@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_bytes(text: str, option: str = "--max-memory") -> int:
-    """A size such as "3GB", "512 MiB" or "100000" in bytes. Raises UsageError."""
+def parse_bytes(text: str, where: str = "--max-memory") -> int:
+    """A size such as "3GB", "512 MiB" or "100000" in bytes. where: how the message begins. Raises UsageError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, flags=re.IGNORECASE)
     if not found:
-        raise UsageError(f'{option}: found "{text}", expected a size', hint="such as 3GB, 1.5GB or 512MiB")
+        raise UsageError(f'{where}: found "{text}", expected a size', hint="such as 3GB, 1.5GB or 512MiB")
     return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
 
 

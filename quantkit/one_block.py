@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from quantkit.tensors import on_cpu
 class Job:
     """One artifact to make: a recipe, its plan for this model and the folder it goes to.
 
-    importance: {linear module name: importance of its columns}, where the recipe names a file of it.
+    importance: {linear module name: importance of its columns}, where the recipe names a file of it. inputs: files of
+    that kind.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Job:
     plans: list[LinearPlan]
     out: Path
     importance: Mapping[str, Importance] = field(default_factory=dict)
+    inputs: Sequence[Path] = ()
 
     @property
     def calibrated(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkit import __version__
+from quantkit.card import with_card
 from quantkit.checkpoint import Checkpoints
 from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
@@ -73,6 +74,7 @@ def quantize(
             paths = state.writer.finish()
             state.own_s += time.perf_counter() - started
             manifest = _manifest(state, paths, source, calibration, device, how, state.own_s + shared_s)
+            manifest = with_card(manifest, source, state.folder)
             write_manifest(manifest, state.folder)
         checkpoints.finish()
         return checkpoints.publish()
@@ -192,7 +194,8 @@ def _run_block(
     with runner.loaded(block, on_device) as module:
         if followers:
             assert run.hidden is not None
-            statistics = runner.statistics(module, block, run.hidden, advance=not last)
+            gram = any(method.needs_gram for state in followers for method in state.methods.values())
+            statistics = runner.statistics(module, block, run.hidden, advance=not last, gram=gram)
         else:
             run.hidden = None
         for state in states:
@@ -250,4 +253,5 @@ def _manifest(
         bits_per_weight_all=weight_bytes * 8 / source.parameter_count(),
         files=files,
         environment=environment(device.type),
+        inputs=[file_record(path, path.parent) for path in state.job.inputs],
     )

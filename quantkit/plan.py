@@ -42,13 +42,25 @@ def _placed(recipe: Recipe, linear: str, source: Source) -> Method | None:
 
 def check_plans(label: str, recipe: Recipe, source: Source, plans: Sequence[LinearPlan]) -> None:
     """Refuse a recipe that does not fit the model, all offending layers at once. Raises RecipeError."""
+    problems, hint = problems_of_plans(label, recipe, source, plans)
+    if problems:
+        total = len(problems)
+        if total > SHOWN:
+            problems = [*problems[:SHOWN], f"... and {total - SHOWN} more"]
+        raise RecipeError.from_problems(problems, hint)
+
+
+def problems_of_plans(
+    label: str, recipe: Recipe, source: Source, plans: Sequence[LinearPlan]
+) -> tuple[list[str], str | None]:
+    """Every reason why a recipe does not fit a model, one line each, and what would fit."""
     problems = []
     if architecture_of(source.config).transposed and recipe.resolved_format.name != "gguf":
-        raise RecipeError(
+        conv = (
             f"{label}: format {recipe.resolved_format.name}: {source.config['architectures'][0]} keeps its linears as "
-            "Conv1D, which only GGUF stores here",
-            hint="take a recipe with method ggml",
+            "Conv1D, which only GGUF stores here"
         )
+        return [conv], "take a recipe with method ggml"
     for plan in plans:
         if plan.method is None:
             continue
@@ -66,11 +78,7 @@ def check_plans(label: str, recipe: Recipe, source: Source, plans: Sequence[Line
             problems.append(f"{label}: {head}: {plan.method.name} quantizes decoder blocks only; keep {head} in skip")
     if not problems and all(plan.method is None for plan in plans):
         problems = [f"{label}: skip: every linear of the model is skipped, so there is nothing to quantize"]
-    if problems:
-        total = len(problems)
-        if total > SHOWN:
-            problems = [*problems[:SHOWN], f"... and {total - SHOWN} more"]
-        raise RecipeError.from_problems(problems, hint)
+    return problems, hint
 
 
 def _fitting_hint(method: Method, plans: Sequence[LinearPlan]) -> str:
@@ -112,17 +120,7 @@ def given_importance(label: str, source: Source, plans: Sequence[LinearPlan]) ->
     return found
 
 
-def predicted_bytes(source: Source, plans: Sequence[LinearPlan], bytes_per_value: int) -> int:
-    """About how many bytes the artifact's weights will take; formats add tables and alignment of a few per cent."""
-    quantized = {f"{plan.name}.weight": plan for plan in plans if plan.method is not None}
-    total = 0.0
-    for name in source.names():
-        count = 1
-        for size in source.shape(name):
-            count *= size
-        plan = quantized.get(name)
-        if plan is not None and plan.method is not None:
-            total += count * plan.method.predicted_bits(plan.out_features, plan.in_features) / 8
-        else:
-            total += count * bytes_per_value
-    return int(total)
+def importance_files(plans: Sequence[LinearPlan]) -> list[Path]:
+    """The imatrix files that a recipe names."""
+    named = {getattr(plan.method, "importance", None) for plan in plans}
+    return [Path(path) for path in sorted(path for path in named if isinstance(path, str))]

@@ -6,9 +6,10 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PrivateAttr,
     TypeAdapter,
@@ -18,10 +19,14 @@ from pydantic import (
     field_validator,
 )
 
+from quantkit.errors import UsageError
 from quantkit.formats import DEFAULT_FORMAT, FORMATS, SUITABLE_FORMATS, AnyFormat
 from quantkit.formats.base import Format
+from quantkit.gates.outcome import BarName
+from quantkit.memory import parse_bytes
 from quantkit.methods import AnyMethod
 from quantkit.methods.base import Method
+from quantkit.patterns import regex_problem
 from quantkit.schema import Frozen
 from quantkit.settings import Change
 from quantkit.validation import Problem, Problems, found, problems_of
@@ -47,6 +52,13 @@ class CalibrationSection(Frozen):
     precision: Literal["auto", "float32"] = Field(
         "auto", description="of the products; auto: bfloat16 and 8-bit ones where the processor has units for them"
     )
+
+
+class TargetSection(Frozen):
+    """Which engine will run the artifact; what it would refuse is refused before the run."""
+
+    engine: Literal["vllm", "transformers", "sglang", "tgi", "tensorrt-llm", "llama.cpp", "deepspeed"]
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that each layer is split over")
 
 
 class MemoryBench(Frozen):
@@ -108,6 +120,37 @@ AnyBench = Annotated[
     MemoryBench | ThroughputBench | DivergenceBench | AccuracyBench | SpeculativeBench, Field(discriminator="name")
 ]
 
+
+def _size(value: Any) -> Any:
+    try:
+        return parse_bytes(value, "") if isinstance(value, str) else value
+    except UsageError as error:
+        raise ValueError(error.message.removeprefix(": ")) from error
+
+
+Size = Annotated[
+    int,
+    Field(ge=1),
+    BeforeValidator(_size),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}, mode="validation"),
+]
+
+
+class GateSection(Frozen):
+    """Bars that rows have to clear; one fails only when the interval of the measurement excludes it."""
+
+    row: str | None = Field(None, description="label of the row; null is every row")
+    min_recovery: float | None = Field(None, gt=0, description="accuracy, as a share of the baseline's")
+    max_kl: float | None = Field(None, ge=0, description="nats a token to the baseline")
+    max_bytes: Size | None = Field(None, description="of the weight files: 90MB, 85MiB or a number")
+    min_speedup: float | None = Field(None, gt=0, description="decode, as a multiple of the baseline's")
+
+    def bars(self) -> dict[BarName, float]:
+        """The bars that are set, by their keys."""
+        values = {bar: getattr(self, bar) for bar in get_args(BarName)}
+        return {bar: value for bar, value in values.items() if value is not None}
+
+
 Overrides = Annotated[
     dict[str, Any],
     WithJsonSchema(
@@ -130,6 +173,7 @@ class Recipe(Frozen):
         description='regex -> settings that replace those of method, or "skip"; the first found in a name counts',
     )
     skip: tuple[str, ...] = Field(("lm_head",), description="regexes of linears that stay as they are")
+    target: TargetSection | None = Field(None, description="null: no engine is asked")
     bench: tuple[AnyBench, ...] = ()
     seed: int = 0
 
@@ -218,11 +262,8 @@ def _require_suitable(format_name: str, method: Method, remedy: str) -> None:
 
 
 def _regex_problem(pattern: str) -> str | None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return f"found {found(pattern)}, expected a regular expression: {error}"
-    return None
+    problem = regex_problem(pattern)
+    return None if problem is None else f"found {found(pattern)}, {problem}"
 
 
 class SuiteEntry(Frozen):
@@ -246,6 +287,7 @@ class Suite(Frozen):
     calibration: CalibrationSection | None = Field(None, description="the keys given here apply to every recipe")
     recipes: tuple[SuiteEntry, ...] = Field(min_length=1)
     bench: tuple[AnyBench, ...] = Field(min_length=1)
+    gates: tuple[GateSection, ...] = Field((), description="what `run` ends with: exit 5 when one fails")
 
     _folder: Path | None = PrivateAttr(None)  # where the file lies: entries may be relative to it
     _file: str = PrivateAttr("suite")  # how messages call the file
@@ -259,4 +301,20 @@ class Suite(Frozen):
         if twice:
             taken = [Problem((index, "label"), f'"{labels[index]}" is taken: give it another') for index in twice]
             raise Problems(taken)
+        return value
+
+    @field_validator("gates")
+    @classmethod
+    def _gates_have_bars_and_rows(cls, value: tuple[GateSection, ...], info: ValidationInfo) -> tuple[GateSection, ...]:
+        problems = [
+            Problem((index,), "no bar, expected one such as max_kl") for index, it in enumerate(value) if not it.bars()
+        ]
+        labels = [entry.row_label for entry in info.data.get("recipes", ())]
+        problems += [
+            Problem((index, "row"), f"found {found(it.row)}, expected a label: {', '.join(labels)}")
+            for index, it in enumerate(value)
+            if labels and it.row is not None and it.row not in labels
+        ]
+        if problems:
+            raise Problems(problems)
         return value

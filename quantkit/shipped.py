@@ -57,6 +57,11 @@ def find_recipe(name_or_path: str | Path, folder: Path | None = None, where: str
     """
     text = str(name_or_path)
     path = Path(text) if folder is None else folder / text
+    if folder is not None and (Path(text).is_absolute() or ".." in Path(text).parts):
+        raise RecipeError(
+            f'{where}"{text}": leads out of the folder of the suite; expected a file in it, or a shipped name',
+            hint="copy the recipe beside the suite",
+        )
     names_a_file = path.suffix in (".yaml", ".yml") or "/" in text or "\\" in text
     if names_a_file:
         if path.is_file():

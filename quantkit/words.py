@@ -50,6 +50,26 @@ def manifest(made: Manifest) -> str:
     return "\n".join([columns(rows), *before, *_first(made.fallbacks(), "note: ")])
 
 
+def exported(made: Manifest) -> str:
+    """What export made, and how far it is from the artifact that it was made from."""
+    assert made.export is not None
+    weights, logits = made.export["weights"], made.export["logits"]
+    said = f"{weights['equal']} of {weights['tensors']} tensors decode to the same numbers"
+    if weights["lowest_sqnr_db"] is not None:
+        said += f", the others with an SQNR of {weights['lowest_sqnr_db']:.1f} dB or more"
+    rows = [["weights", said]]
+    for key, label in (("decoded", "logits, decoded"), ("llama_cpp", "logits, llama.cpp")):
+        rows.append([label, _logits(logits[key])])
+    return "\n".join([manifest(made), columns(rows)])
+
+
+def _logits(found: dict[str, Any]) -> str:
+    if "missing" in found:
+        return f"not measured: {found['missing']}"
+    largest = found["largest_difference"]
+    return f"KL {found['kl_nats']:.2g} nats, same likeliest token {found['top1']:.1%}, largest difference {largest:.2g}"
+
+
 def inspection(facts: dict[str, Any]) -> str:
     """An artifact at a glance: tensors of one role and shape share a line."""
     bits, bits_all = _bits(facts["bits_per_weight"]), _bits(facts["bits_per_weight_all"])
@@ -67,10 +87,15 @@ def inspection(facts: dict[str, Any]) -> str:
     else:
         source, calibration = lineage["source"], lineage["calibration"]
         rows.append(["source", " ".join(str(source[key]) for key in ("id", "revision", "kind") if source.get(key))])
-        rows.append(["recipe", f"sha256 {lineage['recipe_sha256']}"])
+        if lineage.get("export"):
+            rows.append(
+                ["exported from", f"{lineage['export']['artifact']['id']}, {lineage['export']['artifact']['format']}"]
+            )
+        if lineage["recipe_sha256"]:
+            rows.append(["recipe", f"sha256 {lineage['recipe_sha256']}"])
         if calibration:
-            said = f"{calibration['set']}, {calibration['sequences']} x {calibration['length']}"
-            rows.append(["calibration", f"{said}, ids {calibration['fingerprint'][:16]}"])
+            said = f"{calibration.get('set')}, {calibration.get('sequences')} x {calibration.get('length')}"
+            rows.append(["calibration", f"{said}, ids {str(calibration.get('fingerprint'))[:16]}"])
         rows.append(["made", f"{lineage['created']} by quantkit {lineage['quantkit_version']}"])
     reasons = [f"{tensor['name']}: {tensor['reason']}" for tensor in facts["tensors"] if tensor.get("reason")]
     return "\n".join([columns(rows), "", _tensor_table(facts["tensors"]), *_first(reasons, "note: ")])

@@ -25,7 +25,8 @@ from quantkit.errors import (
     VerificationError,
 )
 
-VERBS = ("quantize", "bench", "run", "report", "recipes", "calibration", "inspect", "doctor")
+VERBS = ("quantize", "bench", "run", "report", "advise", "gate", "diff", "card", "push")
+VERBS += ("recipes", "calibration", "inspect", "export", "doctor")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "bitsandbytes", "numpy", "yaml", "numba", "gguf")
 
 Captured = pytest.CaptureFixture[str]
@@ -106,7 +107,8 @@ def test_the_contracts_options_are_there(capsys: Captured) -> None:
         (["quantize", "nf4", "--nope"], "No such option"),
         (["quantize", "nf4", "--device", "tpu"], "--device"),
         (["bench", "artifact"], "--baseline"),
-        (["report", "x.json"], "--out"),
+        (["report"], "no results file"),
+        (["advise"], "--memory"),
         (["calibration", "build", "pydoc", "--out", "x", "--model", "y", "--sequences", "0"], "--sequences"),
     ],
 )
@@ -202,7 +204,8 @@ def test_quantize_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(jobs, "quantize", record)
     monkeypatch.setattr("quantkit.words.manifest", lambda made: "made")
     arguments = ["quantize", "own.yaml", "--model", "m.gguf", "--out", "o", "--set", "a.b=1", "--set", "c=2"]
-    assert cli.execute([*arguments, "--device", "cpu", "--max-memory", "3GB", "--force", "--restart", "--json"]) == 0
+    arguments += ["--device", "cpu", "--max-memory", "3GB", "--trust-remote-code", "--force", "--restart", "--json"]
+    assert cli.execute(arguments) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"mode": "json"}
     assert "a library prints" in captured.err
@@ -214,6 +217,7 @@ def test_quantize_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, capsys
         "settings": ["a.b=1", "c=2"],
         "device": "cpu",
         "max_memory": "3GB",
+        "trust_remote_code": True,
         "force": True,
         "restart": True,
     }

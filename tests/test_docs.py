@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from quantkit.bench.measurement import Layer, Measurement, Results, Row
+from quantkit.gates.outcome import GateOutcome
 from quantkit.manifest import FileRecord, Manifest, TensorRecord
 from quantkit.methods.base import BlockWeights, Method
 from quantkit.model.blocks import Block
@@ -115,7 +116,7 @@ def test_the_example_recipe_is_valid(tmp_path: Path) -> None:
         assert validate_file(path) == []
 
 
-@pytest.mark.parametrize("record", [Manifest, TensorRecord, FileRecord, Results, Row, Layer, Measurement])
+@pytest.mark.parametrize("record", [Manifest, TensorRecord, FileRecord, Results, Row, Layer, Measurement, GateOutcome])
 def test_every_key_of_a_file_is_explained(record: type[Frozen]) -> None:
     page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     assert [key for key in record.model_fields if f"`{key}`" not in page] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import gguf
@@ -18,6 +19,7 @@ from quantkit.manifest import Manifest
 from quantkit.maths.ggml import encode
 from quantkit.maths.gram import GramAccumulator
 from quantkit.methods.ggml_mixes import MIXES
+from quantkit.model import forward
 from quantkit.model.blocks import blocks_of
 from quantkit.model.calibration import load_calibration
 from quantkit.model.gguf_config import family_of_config
@@ -185,6 +187,16 @@ def test_importance_is_the_mean_square_of_the_inputs(wide_llama: Path, tmp_path:
     }
 
 
+def test_an_importance_needs_no_gram_matrix(wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise AssertionError("a Gram matrix is summed")
+
+    monkeypatch.setattr(forward, "GramAccumulator", none)
+    make("gguf-q4_k_m", wide_llama, tmp_path / "out", "method.importance=true")
+    with pytest.raises(AssertionError, match="a Gram matrix is summed"):
+        make("gptq-4bit-g64", wide_llama, tmp_path / "gptq", "method.propagate=unquantized")
+
+
 def test_a_given_imatrix_makes_the_same_weights(wide_llama: Path, tmp_path: Path) -> None:
     _, calibrated = make("gguf-iq4_xs", wide_llama, tmp_path / "one", "method.importance=true")
     path = tmp_path / "one" / "wide.imatrix"
@@ -193,9 +205,12 @@ def test_a_given_imatrix_makes_the_same_weights(wide_llama: Path, tmp_path: Path
         assert (one.name, one.tensor_type) == (two.name, two.tensor_type)
         assert (one.data == two.data).all()
     assert made.calibration is None and made.fallbacks() == []
-    assert [file.name for file in made.files] == ["wide-IQ4_XS.gguf"]
+    assert [file.name for file in made.files] == ["README.md", "wide-IQ4_XS.gguf"]
     assert given.fields["quantize.imatrix.file"].contents() == str(path)
     assert given.fields["quantize.imatrix.chunks_count"].contents() == 6
+    (record,) = made.inputs
+    assert (record.name, record.bytes) == (path.name, path.stat().st_size)
+    assert record.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_what_an_imatrix_does_not_know_is_noted(wide_llama: Path, tmp_path: Path) -> None:
@@ -247,6 +262,23 @@ def test_folded_and_compensated_families_compute_the_same(kind: str, tiny_llama:
         )
     error = float((found - expected).norm() / (expected - expected.mean()).norm())
     assert error < 0.05, error  # of Q8_0 rounded to nearest: 0.02 to 0.03
+
+
+def test_calibration_helps_linears_that_are_stored_turned(tiny_llama: Path, tmp_path: Path) -> None:
+    model = write_family(tmp_path / "gpt2", "gpt2", tiny_llama)
+    ids = load_calibration(load_recipe("gguf-q4_0", SMALL).calibration, model).ids
+
+    def error(folder: str, *settings: str) -> float:
+        make("gguf-q4_0", model, tmp_path / folder, *settings, "model.dtype=float32")
+        with torch.no_grad():
+            expected, found = (
+                load_transformers(source, torch.float32)(ids).logits
+                for source in (open_source(str(model)), GGUFSource(next((tmp_path / folder).glob("*.gguf"))))
+            )
+        return float((found - expected).norm())
+
+    plain, weighed = error("plain"), error("weighed", "method.importance=true")
+    assert error("gptq", "method.rounding=gptq") < 0.8 * weighed < 0.8 * 1.02 * plain
 
 
 def test_importance_of_the_unquantized_model_does_not_go_with_rounding_gptq(wide_llama: Path, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_bad_settings_are_reported_together_and_as_settings() -> None:
     assert sorted(caught.value.message.splitlines()) == [
         "--set calibration.length: found 1, expected 8 or more",
         "--set foo: unknown key; expected one of bench, calibration, format, method, model, overrides, "
-        "schema_version, seed, skip",
+        "schema_version, seed, skip, target",
         '--set method.bits: found "x", expected 2, 3, 4 or 8',
         "--set method.damp.x: method.damp is a single value without keys of its own",
         "--set method.group: unknown key; did you mean group_size?",

@@ -62,7 +62,7 @@ def advise(
     folder with results.json files; what they measured goes before arithmetic. Raises UsageError, DataError, ModelError.
     """
     rules = load_rules()
-    size = parse_bytes(memory, option="--memory")
+    size = parse_bytes(memory, "--memory")
     if size <= 0:
         raise UsageError(f'--memory: found "{memory}", expected more than nothing')
     if engine is not None:

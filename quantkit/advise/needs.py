@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from quantkit.advise.rules import Rules
 from quantkit.errors import RecipeError
 from quantkit.model.blocks import head_dim
 from quantkit.model.source import Source
-from quantkit.plan import check_plans, plan_linears, predicted_bytes
+from quantkit.plan import check_plans, plan_linears
 from quantkit.recipe import Recipe
 
 UNQUANTIZED_BYTES = 2
@@ -17,10 +19,10 @@ UNQUANTIZED_BYTES = 2
 
 
 def weight_bytes(name: str, recipe: Recipe, source: Source) -> int:
-    """About how many bytes an artifact's weights take. Raises RecipeError when the recipe does not fit the model."""
+    """How many bytes an artifact's weights take. Raises RecipeError when the recipe does not fit the model."""
     plans = plan_linears(recipe, source)
     check_plans(name, recipe, source, plans)
-    return predicted_bytes(source, plans, UNQUANTIZED_BYTES)
+    return recipe.resolved_format.layout(source, plans, getattr(torch, recipe.model.dtype)).total_bytes
 
 
 def unquantized_bytes(source: Source) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
+from quantkit.gates.outcome import GateOutcome
 from quantkit.schema import Frozen
 
 METRICS_VERSION = 2
@@ -88,3 +89,4 @@ class Results(Frozen):
     rows: list[Row]
     settings: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
+    gates: list[GateOutcome] = Field(default_factory=list, description="what the gates of the suite said")

@@ -34,6 +34,11 @@ DEFAULT_FORMAT = {method: names[0] for method, names in SUITABLE_FORMATS.items()
 """The format of a method's artifact when the recipe names none."""
 
 
+def recognized(path: Path) -> type[Format] | None:
+    """The format of what is on disk, None when it is none of them. Raises ModelError for a damaged config.json."""
+    return next((known for known in FORMATS.values() if known.recognizes(path)), None)
+
+
 def open_artifact(path: Path) -> ArtifactSource:
     """Read a finished artifact of any known format back.
 
@@ -41,9 +46,9 @@ def open_artifact(path: Path) -> ArtifactSource:
     """
     if not path.exists():
         raise ModelError(f"{path}: no such artifact", hint="give the folder or the .gguf file that quantize wrote")
-    for known in FORMATS.values():
-        if known.recognizes(path):
-            return known.open(path)
+    known = recognized(path)
+    if known is not None:
+        return known.open(path)
     raise ModelError(
         f"{path}: not a quantized artifact of a known format; expected one of {', '.join(FORMATS)}",
         hint="a folder needs a config.json with quantization_config; a GGUF file ends in .gguf",

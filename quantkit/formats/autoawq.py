@@ -15,8 +15,9 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
-from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
-from quantkit.formats.group import float16_scale, grid_of, require_group_tensor
+from quantkit.formats.folder import HALVES, FolderArtifact, FolderWriter, Part, read_quantization_config
+from quantkit.formats.group import float16_scale, grid_of, require_grid, require_group_tensor
+from quantkit.formats.layout import ArtifactLayout, Shapes, folder_layout
 from quantkit.maths.packing import awq_deinterleave, awq_interleave, pack, unpack
 from quantkit.model.blocks import architecture_of
 from quantkit.model.source import Source
@@ -40,6 +41,17 @@ def pack_awq(name: str, value: QuantizedTensor) -> dict[str, Tensor]:
         f"{module}.qweight": pack(awq_interleave(codes), 4),
         f"{module}.qzeros": pack(awq_interleave(zeros), 4),
         f"{module}.scales": float16_scale(name, tensor.scale).T.contiguous(),
+    }
+
+
+def awq_layout(plan: LinearPlan) -> Shapes:
+    """What `pack_awq` will give for a linear."""
+    grid = require_grid(plan)
+    words, groups = plan.out_features // WORD, grid.groups(plan.in_features)
+    return {
+        f"{plan.name}.qweight": (torch.int32, (plan.in_features, words)),
+        f"{plan.name}.qzeros": (torch.int32, (groups, words)),
+        f"{plan.name}.scales": (torch.float16, (groups, plan.out_features)),
     }
 
 
@@ -99,7 +111,10 @@ class AutoAWQ(Format):
             # readers match these as substrings of module names
             "modules_to_not_convert": [plan.name for plan in plans if plan.method is None] or None,
         }
-        return FolderWriter(folder, source, plans, dtype, pack_awq, config)
+        return FolderWriter(folder, source, plans, dtype, pack_awq, awq_layout, config)
+
+    def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
+        return folder_layout(source, plans, dtype, awq_layout)
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:
@@ -117,8 +132,21 @@ class AWQArtifact(FolderArtifact):
     parts = ("qweight", "qzeros", "scales")
 
     def unpacked_shape(self, weight_name: str) -> tuple[int, int]:
-        in_features, words = self.entry(f"{weight_name.removesuffix('.weight')}.qweight").shape
+        in_features, words = self.matrix(f"{weight_name.removesuffix('.weight')}.qweight")
         return (words * WORD, in_features)
+
+    def layout(self, weight_name: str) -> dict[str, Part]:
+        out_features, in_features = self.unpacked_shape(weight_name)
+        size = self.quantization.get("group_size", 128)
+        groups = 1 if size in (-1, None) else -(-in_features // size)
+        return {
+            "qweight": Part(("I32",), (in_features, out_features // WORD)),
+            "qzeros": Part(("I32",), (groups, out_features // WORD)),
+            "scales": Part(HALVES, (groups, out_features)),
+        }
+
+    def odd_values(self, weight_name: str) -> list[str]:
+        return self.finite(f"{weight_name.removesuffix('.weight')}.scales")
 
     def unpack(self, weight_name: str, get: Callable[[str], Tensor]) -> QuantizedTensor | None:
         module = weight_name.removesuffix(".weight")
@@ -127,6 +155,6 @@ class AWQArtifact(FolderArtifact):
         version = self.quantization.get("version") or self.quantization.get("format") or "gemm"
         if bits != 4 or str(version).lower() != "gemm":
             raise ModelError(f"{self.path}: awq version {version} with {bits} bits; expected gemm with 4 bits")
-        size = int(self.quantization.get("group_size", 128))
+        size = self.quantization.get("group_size", 128) or -1
         group_size = None if size in (-1, qweight.shape[0]) else size
         return unpack_awq(qweight, qzeros, scales, group_size, bool(self.quantization.get("zero_point", True)))

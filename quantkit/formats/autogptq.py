@@ -21,9 +21,10 @@ from torch import Tensor
 from quantkit import __version__
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
-from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
-from quantkit.formats.group import float16_scale, grid_of, require_group_tensor
-from quantkit.maths.packing import pack, unpack
+from quantkit.formats.folder import HALVES, FolderArtifact, FolderWriter, Part, read_quantization_config
+from quantkit.formats.group import float16_scale, grid_of, group_problems, require_grid, require_group_tensor
+from quantkit.formats.layout import ArtifactLayout, Shapes, folder_layout
+from quantkit.maths.packing import pack, unpack, words_for
 from quantkit.model.source import Source
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
 
@@ -47,6 +48,18 @@ def pack_gptq(name: str, value: QuantizedTensor, checkpoint_format: str) -> dict
         f"{module}.qzeros": pack(zeros, bits),
         f"{module}.scales": float16_scale(name, tensor.scale).T.contiguous(),
         f"{module}.g_idx": tensor.column_groups().to(torch.int32),
+    }
+
+
+def gptq_layout(plan: LinearPlan) -> Shapes:
+    """What `pack_gptq` will give for a linear, in either checkpoint format."""
+    grid = require_grid(plan)
+    groups, out_features = grid.groups(plan.in_features), plan.out_features
+    return {
+        f"{plan.name}.qweight": (torch.int32, (words_for(plan.in_features, grid.bits), out_features)),
+        f"{plan.name}.qzeros": (torch.int32, (groups, words_for(out_features, grid.bits))),
+        f"{plan.name}.scales": (torch.float16, (groups, out_features)),
+        f"{plan.name}.g_idx": (torch.int32, (plan.in_features,)),
     }
 
 
@@ -122,7 +135,10 @@ class AutoGPTQ(Format):
             return pack_gptq(name, value, version)
 
         extra = {"quantize_config.json": (json.dumps(config, indent=2) + "\n").encode()}
-        return FolderWriter(folder, source, plans, dtype, packed, config, extra)
+        return FolderWriter(folder, source, plans, dtype, packed, gptq_layout, config, extra)
+
+    def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
+        return folder_layout(source, plans, dtype, gptq_layout)
 
     def _version(self, plans: list[LinearPlan]) -> str:
         """The layout of the zeros: what the recipe says, else the one that every reader of such a file gets right."""
@@ -214,14 +230,41 @@ class GPTQArtifact(FolderArtifact):
 
     def unpacked_shape(self, weight_name: str) -> tuple[int, int]:
         module = weight_name.removesuffix(".weight")
-        words, out_features = self.entry(f"{module}.qweight").shape
+        words, out_features = self.matrix(f"{module}.qweight")
         return (out_features, words * 32 // self._bits(module))
+
+    def _group_size(self, module: str, in_features: int) -> int:
+        size = self.settings_of(module)["group_size"] or -1
+        return in_features if size == -1 else int(size)
+
+    def layout(self, weight_name: str) -> dict[str, Part]:
+        module = weight_name.removesuffix(".weight")
+        out_features, in_features = self.unpacked_shape(weight_name)
+        bits, groups = self._bits(module), -(-in_features // self._group_size(module, in_features))
+        return {
+            "qweight": Part(("I32",), (in_features * bits // 32, out_features)),
+            "qzeros": Part(("I32",), (groups, out_features * bits // 32)),
+            "scales": Part(HALVES, (groups, out_features)),
+            "g_idx": Part(("I32",), (in_features,), required=False),
+        }
+
+    def odd_values(self, weight_name: str) -> list[str]:
+        module = weight_name.removesuffix(".weight")
+        found = self.finite(f"{module}.scales")
+        if f"{module}.g_idx" in self._stored[weight_name]:
+            groups = self.entry(f"{module}.scales").shape[0]
+            found += group_problems(f"{module}.g_idx", self.stored(f"{module}.g_idx"), groups)
+        return found
 
     def unpack(self, weight_name: str, get: Callable[[str], Tensor]) -> QuantizedTensor | None:
         module = weight_name.removesuffix(".weight")
         qweight, qzeros, scales = (get(f"{module}.{part}") for part in self.parts[:3])
         # files of other tools leave g_idx out where columns lie in order
         g_idx = get(f"{module}.g_idx") if f"{module}.g_idx" in self._stored[weight_name] else None
+        if g_idx is not None:
+            odd = group_problems(f"{self.path}: {module}.g_idx", g_idx, scales.shape[0])
+            if odd:
+                raise ModelError("\n".join(odd), hint="the artifact is damaged: make it again")
         settings, bits = self.settings_of(module), self._bits(module)
         size = int(settings["group_size"] or -1)
         group_size = None if size in (-1, qweight.shape[0] * 32 // bits) else size

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from quantkit.manifest import TensorRecord
 from quantkit.model.source import Source
 from quantkit.schema import Frozen
 from quantkit.tensors import QuantizedTensor, StoredTensors
+
+if TYPE_CHECKING:
+    from quantkit.formats.layout import ArtifactLayout
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,10 @@ class Format(Frozen, ABC):
         dtype: torch dtype of the tensors that stay unquantized.
         """
 
+    @abstractmethod
+    def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
+        """What that writer will store, from the headers alone."""
+
     @classmethod
     @abstractmethod
     def recognizes(cls, path: Path) -> bool:
@@ -101,6 +108,11 @@ class ArtifactSource(Source):
     @abstractmethod
     def stored_bytes(self, name: str) -> int:
         """Bytes in the file that stand for this weight: codes, scales, zeros, tables."""
+
+    def problems(self, name: str) -> list[str]:
+        """What about a stored weight no writer of this format leaves behind: parts, dtypes, shapes, values; one line
+        each. Raises ModelError when it cannot be read."""
+        return []
 
 
 PackFunction = Callable[[str, QuantizedTensor], StoredTensors]

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
-from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
+from quantkit.formats.folder import FolderArtifact, FolderWriter, Part, read_quantization_config
+from quantkit.formats.layout import ArtifactLayout, LayoutOf, Shapes, folder_layout
+from quantkit.maths.blockwise import NF4_VALUES, nf4_codebook
+from quantkit.methods.nf4 import NESTED_BLOCK_SIZE
 from quantkit.model.blocks import architecture_of
 from quantkit.model.source import Source
 from quantkit.tensors import CodebookBlocks, Int8Rows, QuantizedTensor, StoredTensors
@@ -26,8 +29,13 @@ from quantkit.tensors import CodebookBlocks, Int8Rows, QuantizedTensor, StoredTe
 ROW_LAYOUT = 0
 """weight_format of the plain order of rows, the only one since the library dropped those of old GPUs."""
 
+MAX_STATE_BYTES = 10_000  # of the JSON text beside a 4-bit weight, which has 200
+
 INT8_PARTS = ("SCB", "weight", "weight_format")
 TABLES = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
+
+_OFFSET_DIGITS = 22
+"""Of a float32 as Python writes it, at most: 17 digits of mantissa behind 0.000 or before e-45."""
 
 
 def state_part(quant_type: str) -> str:
@@ -62,12 +70,7 @@ def pack_nf4(weight_name: str, value: CodebookBlocks, dtype: torch.dtype) -> Sto
             f"{torch.finfo(dtype).max:.5g}",
             hint="--set model.dtype=bfloat16",
         )
-    state: dict[str, Any] = {
-        "quant_type": "nf4",
-        "blocksize": value.block_size,
-        "dtype": _name(dtype),
-        "shape": list(value.shape),
-    }
+    nested = None
     stored = {
         weight_name: value.packed,
         f"{weight_name}.absmax": value.absmax,
@@ -75,15 +78,71 @@ def pack_nf4(weight_name: str, value: CodebookBlocks, dtype: torch.dtype) -> Sto
     }
     if value.nested_absmax is not None:
         assert value.nested_codebook is not None
-        state["nested_blocksize"] = value.nested_block_size
-        state["nested_dtype"] = _name(value.nested_absmax.dtype)
-        state["nested_offset"] = value.nested_offset
+        assert value.nested_block_size is not None and value.nested_offset is not None
+        nested = (value.nested_block_size, value.nested_offset)
         stored[f"{weight_name}.nested_absmax"] = value.nested_absmax
         stored[f"{weight_name}.nested_quant_map"] = value.nested_codebook
-    text = json.dumps(state).encode()
+    text = state_text(value.block_size, dtype, value.shape, nested)
     module = weight_name.removesuffix(".weight")
     stored[f"{module}.{state_part('nf4')}"] = torch.tensor(list(text), dtype=torch.uint8)
     return stored
+
+
+def state_text(block_size: int, dtype: torch.dtype, shape: tuple[int, int], nested: tuple[int, float] | None) -> bytes:
+    """The JSON beside an NF4 weight. nested: block size and offset of double-quantized scales."""
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": block_size,
+        "dtype": _name(dtype),
+        "shape": list(shape),
+    }
+    if nested is None:
+        return json.dumps(state).encode()
+    size, offset = nested
+    state |= {"nested_blocksize": size, "nested_dtype": "float32", "nested_offset": offset}
+    # blanks after it, which JSON allows, so that the tensor's size is known before the offset is
+    return (json.dumps(state) + " " * (_OFFSET_DIGITS - len(json.dumps(offset)))).encode()
+
+
+def int8_layout(plan: LinearPlan) -> Shapes:
+    """What `pack_int8` will give for a linear."""
+    return {
+        f"{plan.name}.weight": (torch.int8, (plan.out_features, plan.in_features)),
+        f"{plan.name}.SCB": (torch.float32, (plan.out_features,)),
+        f"{plan.name}.weight_format": (torch.uint8, ()),
+    }
+
+
+def nf4_layout(plan: LinearPlan, dtype: torch.dtype) -> Shapes:
+    """What `pack_nf4` will give for a linear. dtype: what the reader decodes to."""
+    assert plan.method is not None
+    count = plan.out_features * plan.in_features
+    blocks = -(-count // plan.method.block_size)
+    double = plan.method.double_quant
+    name = f"{plan.name}.weight"
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        name: (torch.uint8, (-(-count // 2), 1)),
+        f"{name}.absmax": (torch.uint8 if double else torch.float32, (blocks,)),
+        f"{name}.quant_map": (torch.float32, (len(NF4_VALUES),)),
+    }
+    nested = None
+    if double:
+        nested = (NESTED_BLOCK_SIZE, 0.0)
+        shapes[f"{name}.nested_absmax"] = (torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),))
+        shapes[f"{name}.nested_quant_map"] = (torch.float32, (256,))
+    text = state_text(plan.method.block_size, dtype, (plan.out_features, plan.in_features), nested)
+    shapes[f"{plan.name}.{state_part('nf4')}"] = (torch.uint8, (len(text),))
+    return shapes
+
+
+def layout_of(dtype: torch.dtype) -> LayoutOf:
+    """What is stored for a linear of either method."""
+
+    def layout(plan: LinearPlan) -> Shapes:
+        assert plan.method is not None
+        return nf4_layout(plan, dtype) if plan.method.name == "nf4" else int8_layout(plan)
+
+    return layout
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -115,12 +174,55 @@ class BitsAndBytesArtifact(FolderArtifact):
     def unpack(self, weight_name: str, get: Callable[[str], Tensor]) -> QuantizedTensor | None:
         return self._int8(weight_name, get) if self._is_int8 else self._four_bit(weight_name, get)
 
+    def layout(self, weight_name: str) -> dict[str, Part]:
+        out_features, in_features = self.unpacked_shape(weight_name)
+        if self._is_int8:
+            return {
+                "weight": Part(("I8",), (out_features, in_features)),
+                "SCB": Part(("F32",), (out_features,)),
+                "weight_format": Part(("U8",), (), required=False),
+            }
+        state = self._state(weight_name)
+        count = out_features * in_features
+        blocks, nested = -(-count // state["blocksize"]), "nested_blocksize" in state
+        packed = self.entry(weight_name)
+        wide = packed.dtype != "U8" and packed.end - packed.start == -(-count // 2)  # words of another width
+        found = {
+            self.parts[0]: Part(("U8",), self.entry(f"{weight_name.removesuffix('.weight')}.{self.parts[0]}").shape),
+            "weight": Part((packed.dtype,), packed.shape) if wide else Part(("U8",), (-(-count // 2), 1)),
+            "weight.absmax": Part(("U8" if nested else "F32",), (blocks,)),
+            "weight.quant_map": Part(("F32",), (16,)),
+        }
+        if nested:
+            found["weight.nested_absmax"] = Part(("F32",), (-(-blocks // state["nested_blocksize"]),))
+            found["weight.nested_quant_map"] = Part(("F32",), (256,))
+        return found
+
+    def odd_values(self, weight_name: str) -> list[str]:
+        module = weight_name.removesuffix(".weight")
+        if self._is_int8:
+            found = self.finite(f"{module}.SCB", least=0.0)
+            if bool((self.stored(weight_name) == -128).any()):
+                found.append(f"{weight_name}: found -128, expected codes from -127 to 127")
+            layout = f"{module}.weight_format"
+            if layout in self._files and int(self.stored(layout)) != ROW_LAYOUT:
+                found.append(f"{layout}: found {int(self.stored(layout))}, expected {ROW_LAYOUT} (rows)")
+            return found
+        state = self._state(weight_name)
+        nested = "nested_blocksize" in state
+        found = self.finite(f"{weight_name}.{'nested_absmax' if nested else 'absmax'}", least=0.0)
+        if nested:
+            found += self.finite(f"{weight_name}.nested_quant_map")
+            if not math.isfinite(state["nested_offset"]):
+                found.append(f"{module}.{self.parts[0]}: nested_offset {state['nested_offset']}, expected a number")
+        table = self.stored(f"{weight_name}.quant_map")
+        if state.get("quant_type") == "nf4" and not torch.equal(table, nf4_codebook(torch.device("cpu"))):
+            found.append(f"{weight_name}.quant_map: found {table.tolist()[:3]}..., expected the table of NF4")
+        return found
+
     def _int8(self, weight_name: str, get: Callable[[str], Tensor]) -> Int8Rows:
         module = weight_name.removesuffix(".weight")
-        shape = self.unpacked_shape(weight_name)
         codes, absmax = get(weight_name), get(f"{module}.SCB")
-        self._expect(weight_name, codes, shape, torch.int8)
-        self._expect(f"{module}.SCB", absmax, shape[:1], torch.float32)
         layout = f"{module}.weight_format"
         if layout in self._files and int(get(layout)) != ROW_LAYOUT:
             raise ModelError(f"{self.path}: {layout}: layout {int(get(layout))}, expected {ROW_LAYOUT} (rows)")
@@ -129,13 +231,9 @@ class BitsAndBytesArtifact(FolderArtifact):
     def _four_bit(self, weight_name: str, get: Callable[[str], Tensor]) -> CodebookBlocks:
         state = self._state(weight_name)
         shape = self.unpacked_shape(weight_name)
-        blocks = -(-math.prod(shape) // state["blocksize"])
         packed = get(weight_name).view(torch.uint8).reshape(-1, 1)  # words of any width hold the same bytes
         absmax, codebook = get(f"{weight_name}.absmax"), get(f"{weight_name}.quant_map")
         nested = "nested_blocksize" in state
-        self._expect(weight_name, packed, (-(-math.prod(shape) // 2), 1), torch.uint8)
-        self._expect(f"{weight_name}.absmax", absmax, (blocks,), torch.uint8 if nested else torch.float32)
-        self._expect(f"{weight_name}.quant_map", codebook, (16,), torch.float32)
         parts: dict[str, Any] = {}
         if nested:
             outer, table = f"{weight_name}.nested_absmax", f"{weight_name}.nested_quant_map"
@@ -146,8 +244,6 @@ class BitsAndBytesArtifact(FolderArtifact):
                 "nested_block_size": size,
                 "nested_offset": float(state["nested_offset"]),
             }
-            self._expect(outer, parts["nested_absmax"], (-(-blocks // size),), torch.float32)
-            self._expect(table, parts["nested_codebook"], (256,), torch.float32)
         dtype = getattr(torch, state["dtype"])
         return CodebookBlocks(packed, absmax, codebook, state["blocksize"], *shape, dtype, **parts)
 
@@ -155,23 +251,21 @@ class BitsAndBytesArtifact(FolderArtifact):
         """The JSON text beside a 4-bit weight, its keys checked."""
         if weight_name not in self._states:
             name = f"{weight_name.removesuffix('.weight')}.{self.parts[0]}"
+            place = self.entry(name)
+            if place.end - place.start > MAX_STATE_BYTES:
+                raise self._damaged(name, f"{place.end - place.start} bytes, expected {MAX_STATE_BYTES} or fewer")
             try:
                 state = json.loads(bytes(self.stored(name).tolist()))
                 whole = [state["blocksize"], state.get("nested_blocksize", 1), *state["shape"]]
                 usable = all(type(size) is int and size > 0 for size in whole) and len(state["shape"]) == 2
                 usable = usable and state["dtype"] in ("float16", "bfloat16", "float32")
                 usable = usable and ("nested_blocksize" not in state or type(state["nested_offset"]) is float)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise self._damaged(name, f"not the JSON of a quantized weight: {error!r}") from error
             if not usable:
                 raise self._damaged(name, f"{str(state)[:200]}, expected blocksize, dtype and shape [out, in]")
             self._states[weight_name] = state
         return self._states[weight_name]
-
-    def _expect(self, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            found = f"{_name(tensor.dtype)} {list(tensor.shape)}"
-            raise self._damaged(name, f"{found}, expected {_name(dtype)} {list(shape)}")
 
     def _damaged(self, name: str, what: str) -> ModelError:
         return ModelError(f"{self.path}: {name}: {what}", hint="the artifact is damaged: make it again")
@@ -209,11 +303,11 @@ class BitsAndBytes(Format):
             assert isinstance(value, Int8Rows), f"{weight_name}: a {type(value).__name__} does not belong here"
             return pack_int8(weight_name, value)
 
-        parts = four_bit_parts("nf4") if method.name == "nf4" else INT8_PARTS
-        if method.name == "nf4" and not method.double_quant:
-            parts = tuple(part for part in parts if "nested" not in part)
         config = quantization_config(method, plans, source)
-        return FolderWriter(folder, source, plans, dtype, pack, config, parts=parts)
+        return FolderWriter(folder, source, plans, dtype, pack, layout_of(dtype), config)
+
+    def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
+        return folder_layout(source, plans, dtype, layout_of(dtype))
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.errors import ModelError
+from quantkit.patterns import regex_problem
 from quantkit.tensors import Grid
 
 PACKED = "pack-quantized"
@@ -88,11 +89,7 @@ def _problems(group: Any, default_format: Any) -> list[str]:
 
 def _compiles(target: str) -> bool:
     """Whether a target is no regex or a valid one."""
-    try:
-        re.compile(target.removeprefix(REGEX) if target.startswith(REGEX) else "")
-    except re.error:
-        return False
-    return True
+    return not target.startswith(REGEX) or regex_problem(target.removeprefix(REGEX)) is None
 
 
 def _strategy(weights: Mapping[str, Any]) -> str:

@@ -18,8 +18,16 @@ from torch import Tensor
 from quantkit.errors import ModelError, RecipeError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.compressed_schemes import PACKED, read_schemes
-from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
-from quantkit.formats.group import float16_scale, grid_of, require_group_tensor
+from quantkit.formats.folder import FLOATS, FolderArtifact, FolderWriter, Part, read_quantization_config
+from quantkit.formats.group import (
+    float16_scale,
+    grid_of,
+    group_problems,
+    padding_problems,
+    require_grid,
+    require_group_tensor,
+)
+from quantkit.formats.layout import ArtifactLayout, Shapes, folder_layout
 from quantkit.maths.packing import pack, unpack, words_for
 from quantkit.model.blocks import architecture_of
 from quantkit.model.source import Source
@@ -53,6 +61,21 @@ def pack_weight(name: str, value: QuantizedTensor) -> dict[str, Tensor]:
     if tensor.zero is not None:
         packed[f"{module}.weight_zero_point"] = pack(tensor.zero.T, bits).T.contiguous()  # [groups, words] turned
     return packed
+
+
+def packed_layout(plan: LinearPlan) -> Shapes:
+    """What `pack_weight` will give for a linear."""
+    grid = require_grid(plan)
+    groups = grid.groups(plan.in_features)
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{plan.name}.weight_packed": (torch.int32, (plan.out_features, words_for(plan.in_features, grid.bits))),
+        f"{plan.name}.weight_scale": (torch.float16, (plan.out_features, groups)),
+        f"{plan.name}.weight_shape": (torch.int64, (2,)),
+    }
+    if not grid.symmetric:
+        words = words_for(plan.out_features, grid.bits)
+        shapes[f"{plan.name}.weight_zero_point"] = (torch.int32, (words, groups))
+    return shapes
 
 
 def unpack_weight(where: str, parts: Mapping[str, Tensor], grid: Grid) -> GroupTensor:
@@ -115,7 +138,10 @@ class CompressedTensors(Format):
                 "expected float16 or float32",
                 hint="--set model.dtype=float16",
             )
-        return FolderWriter(folder, source, plans, dtype, pack_weight, _config(plans, source), parts=PARTS)
+        return FolderWriter(folder, source, plans, dtype, pack_weight, packed_layout, _config(plans, source))
+
+    def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
+        return folder_layout(source, plans, dtype, packed_layout)
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:
@@ -196,6 +222,36 @@ class CompressedTensorsArtifact(FolderArtifact):
         if len(shape) != 2:
             raise ModelError(f"{self.path}: {weight_name}: weight_shape {shape}, expected two numbers")
         return (shape[0], shape[1])
+
+    def layout(self, weight_name: str) -> dict[str, Part]:
+        out_features, in_features = self.unpacked_shape(weight_name)
+        grid = self.grid(weight_name.removesuffix(".weight"))
+        groups = grid.groups(in_features)
+        found = {
+            "weight_packed": Part(("I32",), (out_features, words_for(in_features, grid.bits))),
+            "weight_scale": Part(FLOATS, (out_features, groups)),
+            "weight_shape": Part(("I64", "I32"), (2,)),
+            COLUMN_GROUPS: Part(("I32", "I64"), (in_features,), required=False),
+        }
+        if not grid.symmetric:
+            found["weight_zero_point"] = Part(("I32",), (words_for(out_features, grid.bits), groups))
+        return found
+
+    def odd_values(self, weight_name: str) -> list[str]:
+        module = weight_name.removesuffix(".weight")
+        out_features, in_features = self.unpacked_shape(weight_name)
+        grid = self.grid(module)
+        found = self.finite(f"{module}.weight_scale")
+        packed = f"{module}.weight_packed"
+        found += padding_problems(packed, self.stored(packed), in_features, grid.bits)
+        if not grid.symmetric:
+            zeros = f"{module}.weight_zero_point"
+            found += padding_problems(zeros, self.stored(zeros).T, out_features, grid.bits)
+        if f"{module}.{COLUMN_GROUPS}" in self._stored[weight_name]:
+            g_idx = self.stored(f"{module}.{COLUMN_GROUPS}")
+            if not bool((g_idx == -1).any()):
+                found += group_problems(f"{module}.{COLUMN_GROUPS}", g_idx, grid.groups(in_features))
+        return found
 
     def unpack(self, weight_name: str, get: Callable[[str], Tensor]) -> QuantizedTensor | None:
         module = weight_name.removesuffix(".weight")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, LinearPlan, PackFunction, Writer
+from quantkit.formats.layout import LayoutOf, is_left_out, stored_shapes
 from quantkit.formats.safetensors_stream import MAX_SHARD_BYTES, SafetensorsStream, explained
 from quantkit.manifest import fsync_folder, write_atomic
-from quantkit.model.blocks import architecture_of
+from quantkit.model.config_check import check_config, check_quantization
 from quantkit.model.reader import TOKENIZER_FILES, is_side_file, open_shards, read_json_object, weight_files
 from quantkit.model.safetensors_file import ALL_DTYPES, Entry
 from quantkit.model.source import Source
-from quantkit.tensors import QuantizedTensor, on_cpu
+from quantkit.tensors import QuantizedTensor, StoredTensors, on_cpu
 
 CONFIG = "config.json"
 GROUPED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -31,8 +33,8 @@ class FolderWriter(Writer):
 
     pack: (weight name, quantized tensor) to {full tensor name: tensor}. dtype: of floating-point tensors that stay
     unquantized; others are stored as they are. quantization_config: the entry of config.json. extra_files: {file name:
-    content} that the format's reader wants besides. parts: endings behind a module's name that `pack` will use, for the
-    size of the header; others cost a copy of the file. Raises DataError when the disk is full or cannot be written.
+    content} that the format's reader wants besides. layout_of: what `pack` will give for a linear; the header has room
+    for that, and anything else is a bug. Raises DataError when the disk is full or cannot be written.
     """
 
     def __init__(
@@ -42,39 +44,36 @@ class FolderWriter(Writer):
         plans: Sequence[LinearPlan],
         dtype: torch.dtype,
         pack: PackFunction,
+        layout_of: LayoutOf,
         quantization_config: Mapping[str, Any],
         extra_files: Mapping[str, bytes] | None = None,
         *,
-        parts: Sequence[str] = GROUPED_PARTS,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ):
         self.folder = folder
         self.source = source
         self.dtype = dtype
-        self._pack = pack
+        self.pack = pack
         self._quantization_config = quantization_config
         self._extra_files = extra_files or {}
-        self._head = f"{architecture_of(source.config).head}.weight"
+        self._shapes = stored_shapes(source, plans, dtype, layout_of)
+        self._missing = set(self._shapes)
         self._added: list[str] = []  # since the last checkpoint
-        self._missing = {name for name in source.names() if not self._left_out(name)}
-        linears = {f"{plan.name}.weight": plan.name for plan in plans if plan.method is not None}
-        names = [name for name in self._missing if name not in linears]
-        names += [f"{module}.{part}" for module in linears.values() for part in parts]
+        names = [name for shapes in self._shapes.values() for name in shapes]
         self._stream = SafetensorsStream(folder, names, max_shard_bytes)
 
-    def _left_out(self, name: str) -> bool:
-        """A tied head, and the tables that old checkpoints store and every reader computes."""
-        return (name == self._head and self.source.tied_head) or name.endswith("rotary_emb.inv_freq")
-
     def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
-        if self._left_out(name):
+        if is_left_out(self.source, name):
             return 0
         self._missing.discard(name)
         self._added.append(name)
-        if not isinstance(value, Tensor):
-            return self._stream.add(self._pack(name, on_cpu(value)))
-        stored = value.to(self.dtype) if value.is_floating_point() else value
-        return self._stream.add({name: stored})
+        if isinstance(value, Tensor):
+            stored: StoredTensors = {name: value.to(self.dtype) if value.is_floating_point() else value}
+        else:
+            stored = self.pack(name, on_cpu(value))
+        found = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in stored.items()}
+        assert found == self._shapes[name], f"{name}: planned as {self._shapes[name]}, got {found}"
+        return self._stream.add(stored)
 
     def checkpoint(self) -> dict[str, Any]:
         added, self._added = self._added, []
@@ -120,6 +119,19 @@ def read_quantization_config(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+HALVES = ("F16", "BF16")
+FLOATS = (*HALVES, "F32")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor that is stored for a linear. dtypes: safetensors' names of those that it may have."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+    required: bool = True
+
+
 class FolderArtifact(ArtifactSource):
     """An artifact in a Hugging Face folder, read back; headers are read and checked at once, tensors when asked for.
 
@@ -138,6 +150,8 @@ class FolderArtifact(ArtifactSource):
             raise ModelError(
                 f"{folder / CONFIG}: no quantization_config, expected one in a {self.format_name} artifact"
             )
+        check_config(str(folder / CONFIG), config)
+        check_quantization(str(folder / CONFIG), quantization)
         self.config = config
         self.quantization: Mapping[str, Any] = quantization
         self._files = open_shards(folder, ALL_DTYPES)
@@ -168,6 +182,55 @@ class FolderArtifact(ArtifactSource):
         """[out, in] of a quantized weight; a subclass that can tell it from `entry` alone saves reading the weight."""
         return self._unpacked(weight_name).shape
 
+    def layout(self, weight_name: str) -> dict[str, Part]:
+        """What has to be stored for a quantized weight, by the ending behind the module's name; empty without rules.
+
+        Raises ModelError when its settings or its shape cannot be told.
+        """
+        return {}
+
+    def odd_values(self, weight_name: str) -> list[str]:
+        """Values of a quantized weight that no quantizer gives, one line each; its parts fit `layout`."""
+        return []
+
+    def problems(self, name: str) -> list[str]:
+        if not self.is_quantized(name):
+            value = self.stored(name)
+            odd = value.is_floating_point() and not bool(torch.isfinite(value).all())
+            return [f"{name}: found NaN or infinity, expected finite values"] if odd else []
+        return self.misfits(name) or self.odd_values(name)
+
+    def misfits(self, name: str) -> list[str]:
+        """What of a quantized weight is not stored as `layout` says, one line each."""
+        module = name.removesuffix(".weight")
+        layout = self.layout(name)
+        found = []
+        for ending, part in layout.items():
+            stored = f"{module}.{ending}"
+            if stored not in self._files:
+                if part.required:
+                    found.append(f"{stored}: missing, expected {part.dtypes[0]} {list(part.shape)}")
+                continue
+            entry = self.entry(stored)
+            if entry.dtype not in part.dtypes or entry.shape != part.shape:
+                expected = f"{' or '.join(part.dtypes)} {list(part.shape)}"
+                found.append(f"{stored}: found {entry.dtype} {list(entry.shape)}, expected {expected}")
+        known = {f"{module}.{ending}" for ending in layout}
+        if layout:
+            found += [f"{stored}: stray tensor" for stored in self._names_of(name) if stored not in known]
+        return found
+
+    def finite(self, *stored_names: str, least: float | None = None) -> list[str]:
+        """A line for each of these tensors that holds NaN, infinity or a value below `least`."""
+        found = []
+        for stored in stored_names:
+            values = self.stored(stored).float()
+            bad = ~torch.isfinite(values) if least is None else ~(torch.isfinite(values) & (values >= least))
+            if bool(bad.any()):
+                wanted = "finite values" if least is None else f"finite values from {least:g}"
+                found.append(f"{stored}: found {float(values[bad][0]):g}, expected {wanted}")
+        return found
+
     def entry(self, stored_name: str) -> Entry:
         """Dtype, shape and place of a stored tensor. Raises ModelError when there is none of this name."""
         if stored_name not in self._files:
@@ -176,10 +239,21 @@ class FolderArtifact(ArtifactSource):
             )
         return self._files[stored_name].entries[stored_name]
 
+    def matrix(self, stored_name: str) -> tuple[int, int]:
+        """The shape of a stored matrix. Raises ModelError when it is none."""
+        shape = self.entry(stored_name).shape
+        if len(shape) != 2:
+            raise ModelError(f"{self.path}: {stored_name}: shape {list(shape)}, expected a matrix")
+        return (shape[0], shape[1])
+
     def stored(self, stored_name: str) -> Tensor:
         """A tensor as the file holds it. Raises ModelError when there is none of this name."""
         self.entry(stored_name)
         return self._files[stored_name].read(stored_name)
+
+    def stored_parts(self, name: str) -> dict[str, Tensor]:
+        """Every tensor that stands for a weight, as the file holds it."""
+        return {stored: self.stored(stored) for stored in self._names_of(name)}
 
     def _names_of(self, name: str) -> tuple[str, ...]:
         if name not in self._stored:
@@ -206,6 +280,10 @@ class FolderArtifact(ArtifactSource):
         return self._unpacked(name) if self.is_quantized(name) else None
 
     def _unpacked(self, name: str) -> QuantizedTensor:
+        misfits = self.misfits(name)
+        if misfits:
+            lines = [f"{self.path}: {line}" for line in misfits]
+            raise ModelError("\n".join(lines), hint="the artifact is damaged: make it again")
         found = self.unpack(name, self.stored)
         assert found is not None, f"{name} is marked as quantized"
         return found

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
 
@@ -28,8 +30,9 @@ from quantkit.formats.gguf_types import (
     written_names,
 )
 from quantkit.formats.imatrix import Imatrix, write_imatrix
+from quantkit.formats.layout import ArtifactLayout
 from quantkit.formats.safetensors_shard import lost
-from quantkit.maths.ggml import FLOAT_TYPES, block_layout, encode, type_size
+from quantkit.maths.ggml import FLOAT_TYPES, HALF_PLACES, block_layout, encode, type_size
 from quantkit.maths.gram import Importance
 from quantkit.model.blocks import architecture_of, is_buffer
 from quantkit.model.gguf_config import family_of_config, metadata_of_config
@@ -46,38 +49,40 @@ _ROWS_AT_ONCE = 4096
 
 
 class GGUFWriter(Writer):
-    """Writes header and tensor table at once, then each tensor at its place as it comes."""
+    """Writes header and tensor table at once, then each tensor at its place as it comes.
 
-    def __init__(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: torch.dtype):
+    types: ggml's type of every tensor that is written, by its Hugging Face name. file_type: that of most linears, or
+    the mix. plans: of the methods that choose the codes; empty where they were chosen before. name: of the file, else
+    it is called after the model and its type.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: Source,
+        types: Mapping[str, str],
+        file_type: str,
+        plans: list[LinearPlan],
+        name: str | None = None,
+    ):
         self.config = source.config
         self.family = family_of_config(source.config)
-        types = tensor_types(source, plans, dtype)
-        file_type = file_type_of(plans) or DTYPE_TYPES[dtype]
         embedding = f"{architecture_of(source.config).embedding}.weight"
         metadata = file_metadata(source, source.shape(embedding)[0], file_type)
         self.substitutes = substitutes_of(source, plans)
-        self.path = folder / f"{model_name(source)}-{file_type}.gguf"
+        self.path = folder / (name or f"{model_name(source)}-{file_type}.gguf")
         self._matrix_path = folder / f"{model_name(source)}.imatrix"
         self._weighing: dict[str, Importance] = {}
         self._weighed_by = [plan.method for plan in plans if plan.method is not None and plan.method.calibrated]
         metadata |= imatrix_metadata(source, plans, self._matrix_path.name)
-        table = {
-            name: (_gguf_name(name, self.family), self._stored_shape(name, source.shape(name)), types[name])
-            for name in written_names(source)
-        }
-        factors = rope_tensors(source.config)
-        table |= {name: (name, tuple(values.shape), "F32") for name, values in factors.items()}
-        self._places: dict[str, TensorInfo] = {}
-        self._file = self._begin(table, metadata)
-        self._missing = set(table)
+        self._places = tensor_table(source, types)
+        self._file = self._begin(metadata)
+        self._missing = set(self._places)
         self._added: list[str] = []  # since the last checkpoint
-        for name, values in factors.items():
+        for name, values in rope_tensors(source.config).items():
             self._write(name, values)
 
-    def _stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[::-1] if is_transposed(name, len(shape), self.family) else shape
-
-    def _begin(self, table: dict[str, tuple[str, tuple[int, ...], str]], metadata: dict[str, Any]) -> BinaryIO:
+    def _begin(self, metadata: dict[str, Any]) -> BinaryIO:
         """Header, metadata and tensor table; the file, as long as it will be at the end. What tensors of an earlier
         writer lie in it stays."""
         import gguf
@@ -87,16 +92,12 @@ class GGUFWriter(Writer):
         writer = gguf.GGUFWriter(beside, self.family.architecture)
         for key, value in metadata.items():
             put(writer, key, value)
-        offset = 0
-        for name, (stored_name, shape, type_name) in table.items():
-            row_bytes = type_size(type_name, shape[-1])
-            size = row_bytes
-            for count in shape[:-1]:
-                size *= count
-            kind = gguf.GGMLQuantizationType[type_name]
-            writer.add_tensor_info(stored_name, (*shape[:-1], row_bytes), np.dtype(np.uint8), size, raw_dtype=kind)
-            self._places[name] = TensorInfo(stored_name, shape, type_name, offset, size)
-            offset += -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+        end = 0
+        for info in self._places.values():
+            stored = (*info.shape[:-1], type_size(info.type_name, info.shape[-1]))
+            kind = gguf.GGMLQuantizationType[info.type_name]
+            writer.add_tensor_info(info.name, stored, np.dtype(np.uint8), info.size, raw_dtype=kind)
+            end = info.start + _padded(info.size)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -106,7 +107,7 @@ class GGUFWriter(Writer):
         file.write(beside.read_bytes())
         beside.unlink()
         self._base = -(-file.tell() // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
-        file.truncate(self._base + offset)  # padding is zeros
+        file.truncate(self._base + end)  # padding is zeros
         return file
 
     def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
@@ -173,16 +174,52 @@ class GGUFWriter(Writer):
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def close(self) -> None:
+        """Let go of the file, complete or not."""
+        self._file.close()
+
     def finish(self) -> list[Path]:
         assert not self._missing, f"never written: {', '.join(sorted(self._missing))}"
         self._sync()
-        self._file.close()
+        self.close()
         if not self._weighing:
             return [self.path]
         chunks, dataset = self._weighed_by[0].chunks, self._weighed_by[0].dataset
         length = max(entry.count for entry in self._weighing.values()) // chunks
         write_imatrix(self._matrix_path, Imatrix(self._weighing, (dataset,), chunks, length))
         return [self.path, self._matrix_path]
+
+
+def unwritable(source: Source) -> list[str]:
+    """Every reason why GGUF cannot say what a model is, whatever the types of its tensors; one line each."""
+    try:
+        metadata_of_config(source.config)
+    except ModelError as error:
+        return [error.message]
+    family = family_of_config(source.config)
+    unknown = [name for name in written_names(source) if to_gguf(name, family) is None]
+    return [f"{name}: has no name in GGUF for {source.config['architectures'][0]}" for name in unknown]
+
+
+def tensor_table(source: Source, types: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """Where each tensor will lie behind the header, by its name in the source, in the order of the file."""
+    family = family_of_config(source.config)
+    table: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    for name in written_names(source):
+        shape = source.shape(name)
+        turned = is_transposed(name, len(shape), family)
+        table[name] = (_gguf_name(name, family), shape[::-1] if turned else shape, types[name])
+    table |= {name: (name, tuple(values.shape), "F32") for name, values in rope_tensors(source.config).items()}
+    places, start = {}, 0
+    for name, (stored_name, shape, type_name) in table.items():
+        size = prod(shape[:-1]) * type_size(type_name, shape[-1])
+        places[name] = TensorInfo(stored_name, shape, type_name, start, size)
+        start += _padded(size)
+    return places
+
+
+def _padded(size: int) -> int:
+    return -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 
 
 def _gguf_name(name: str, family: Family) -> str:
@@ -218,6 +255,19 @@ class GGUFArtifact(GGUFSource, ArtifactSource):
     def stored_bytes(self, name: str) -> int:
         return self.info(name).size
 
+    def problems(self, name: str) -> list[str]:
+        info = self.info(name)
+        if info.type_name in FLOAT_TYPES or info.type_name not in HALF_PLACES:
+            values = self.file.decoded(info.name)
+            odd = not bool(torch.isfinite(values).all())
+            return [f"{info.name}: found NaN or infinity, expected finite values"] if odd else []
+        blocks = self.file.raw(info.name).reshape(-1, block_layout(info.type_name)[1])
+        for place in HALF_PLACES[info.type_name]:
+            halves = blocks[:, place : place + 2].contiguous().view(torch.float16)
+            if not bool(torch.isfinite(halves).all()):
+                return [f"{info.name}: found a scale that is NaN or infinite, expected finite ones"]
+        return []
+
 
 class GGUF(Format):
     """One .gguf file in the artifact's folder."""
@@ -232,15 +282,9 @@ class GGUF(Format):
             for plan in plans
             if plan.method is not None and plan.method.name != "ggml"
         ]
+        problems = problems or unwritable(source)
         if problems:
             return problems
-        try:
-            metadata_of_config(source.config)
-        except ModelError as error:
-            return [error.message]
-        family = family_of_config(source.config)
-        unknown = [name for name in written_names(source) if to_gguf(name, family) is None]
-        problems += [f"{name}: has no name in GGUF for {source.config['architectures'][0]}" for name in unknown]
         embedding = f"{architecture_of(source.config).embedding}.weight"
         methods = [plan.method for plan in plans if plan.method is not None]
         kinds = sorted({method.embedding_type for method in methods if method.embedding_type is not None})
@@ -268,7 +312,12 @@ class GGUF(Format):
         return problems
 
     def writer(self, folder: Path, source: Source, plans: list[LinearPlan], dtype: Any) -> Writer:
-        return GGUFWriter(folder, source, plans, dtype)
+        types = tensor_types(source, plans, dtype)
+        return GGUFWriter(folder, source, types, file_type_of(plans) or DTYPE_TYPES[dtype], plans)
+
+    def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
+        sizes = {name: info.size for name, info in tensor_table(source, tensor_types(source, plans, dtype)).items()}
+        return ArtifactLayout(sizes, lambda: _file_bytes(source, plans, dtype))
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:
@@ -284,6 +333,20 @@ class GGUF(Format):
         if file is None:
             raise ModelError(f"{path}: expected a .gguf file, or a folder with exactly one")
         return GGUFArtifact(file)
+
+
+def _file_bytes(source: Source, plans: list[LinearPlan], dtype: torch.dtype) -> int | None:
+    """Of the whole file, which its writer makes as long as it will be before the first tensor comes; None for a model
+    whose tokenizer is not at hand."""
+    try:
+        source.tokenizer_folder()
+    except ModelError:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        types = tensor_types(source, plans, dtype)
+        writer = GGUFWriter(Path(folder), source, types, file_type_of(plans) or DTYPE_TYPES[dtype], plans)
+        writer.close()
+        return writer.path.stat().st_size
 
 
 def _the_file(path: Path) -> Path | None:

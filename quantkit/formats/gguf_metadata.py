@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from quantkit.formats.gguf_vocabulary import tokenizer_metadata
+from quantkit.manifest import read_manifest
 from quantkit.model.gguf_config import family_of_config, metadata_of_config
 from quantkit.model.gguf_source import GGUFSource
 from quantkit.model.source import Source
@@ -39,7 +39,7 @@ def general_metadata(source: Source, file_type: str) -> dict[str, Any]:
         found = {f"general.{key}": source.file.metadata.get(f"general.{key}") for key in kept}
         values.update({key: value for key, value in found.items() if value})
     else:
-        licence = _card(source.path).get("license")
+        licence = source.card().get("license")
         if isinstance(licence, str):
             values["general.license"] = licence
     number = LlamaFileType.ALL_F32 if file_type == "F32" else LlamaFileType[f"MOSTLY_{file_type}"]
@@ -49,32 +49,31 @@ def general_metadata(source: Source, file_type: str) -> dict[str, Any]:
 
 
 def model_name(source: Source) -> str:
-    """What the model is called: the folder's or file's name without hashes and types."""
-    path = source.path
-    if path.is_dir():
-        if path.parent.name == "snapshots":  # the hub's cache: models--ORGANIZATION--NAME/snapshots/HASH
-            return path.parent.parent.name.rpartition("--")[2]
-        return path.resolve().name
-    name = path.stem
-    if isinstance(source, GGUFSource):
-        for ending in (f".{source.main_type}", f"-{source.main_type}", f"_{source.main_type}"):
-            if name.upper().endswith(ending):
-                return name[: -len(ending)]
+    """What the model is called: the folder's or file's name without hashes and types; of an artifact, its model's."""
+    manifest = read_manifest(source.path) if source.kind == "artifact" else None
+    if manifest is not None and manifest.source.get("id"):
+        name = str(manifest.source["id"]).rpartition("/")[2]  # a hub id has its owner before it
+    elif source.path.is_dir():
+        if source.path.parent.name == "snapshots":  # the hub's cache: models--ORGANIZATION--NAME/snapshots/HASH
+            return source.path.parent.parent.name.rpartition("--")[2]
+        return source.path.resolve().name
+    else:
+        name = source.path.name
+    if not name.endswith(".gguf"):
+        return name
+    name = name.removesuffix(".gguf")
+    for ending in _type_names(source):
+        if name.upper().endswith((f".{ending}", f"-{ending}", f"_{ending}")):
+            return name[: -len(ending) - 1]
     return name
 
 
-def _card(folder: Path) -> dict[str, Any]:
-    """The front matter of a model card, empty when there is none."""
-    import yaml
+def _type_names(source: Source) -> list[str]:
+    """What files are called by their types: llama.cpp's names of types and mixes, the longest first, and the source's
+    most usual type."""
+    from gguf.constants import LlamaFileType
 
-    path = folder / "README.md"
-    if not path.is_file():
-        return {}
-    parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        found = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    names = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
+    if isinstance(source, GGUFSource):
+        names.add(source.main_type)
+    return sorted(names, key=lambda name: (-len(name), name))

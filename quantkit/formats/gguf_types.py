@@ -43,18 +43,23 @@ def embedding_method(plans: list[LinearPlan]) -> Any | None:
     return next((method for method in told or methods if told or method.file_type == file_type_of(plans)), None)
 
 
+def is_added(source: Source, name: str) -> bool:
+    """Whether llama.cpp adds a tensor or multiplies by its elements, which it does in F32: vectors, learned
+    positions."""
+    return len(source.shape(name)) == 1 or name == f"{architecture_of(source.config).positions}.weight"
+
+
 def tensor_types(source: Source, plans: list[LinearPlan], dtype: torch.dtype) -> dict[str, str]:
-    """ggml's type for every tensor that is written: what was planned, F32 for vectors and learned positions,
-    which are added as they are, `dtype` for the rest."""
+    """ggml's type for every tensor that is written: what was planned, F32 for what is added, `dtype` for the rest."""
     planned = {f"{plan.name}.weight": plan.method for plan in plans if plan.method is not None}
     architecture = architecture_of(source.config)
-    embedding, positions = f"{architecture.embedding}.weight", f"{architecture.positions}.weight"
+    embedding = f"{architecture.embedding}.weight"
     main = embedding_method(plans)
     types = {}
     for name in written_names(source):
         if name in planned:
             types[name] = planned[name].type_for(linear_shape(source, name.removesuffix(".weight"))[1])
-        elif len(source.shape(name)) == 1 or name == positions:
+        elif is_added(source, name):
             types[name] = "F32"
         elif name == embedding and main is not None:
             types[name] = main.embedding_types(source, name)[1]

@@ -23,6 +23,8 @@ from quantkit.model.gguf_tokenizer import (
     USER_DEFINED,
     empty_sentencepiece_model,
 )
+from quantkit.model.reader import read_json_object
+from quantkit.model.sequences import check_tokenizer_files, explained_tokenizer
 
 ADDED_SCORE = -1e6
 """Score of tokens that a SentencePiece model does not know: below every score it gives, which are ranks."""
@@ -45,6 +47,14 @@ def tokenizer_metadata(
             f"{folder}: no tokenizer.json",
             hint="write it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
+    check_tokenizer_files(folder)
+    with explained_tokenizer(str(path)):
+        return _metadata(folder, path, config, rows, general or {})
+
+
+def _metadata(
+    folder: Path, path: Path, config: dict[str, Any], rows: int, general: Mapping[str, Any]
+) -> dict[str, Any]:
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -65,7 +75,7 @@ def tokenizer_metadata(
     own = [lambda text: tokenizer.encode(text).ids]
     if values["tokenizer.ggml.model"] == "llama" and (folder / "tokenizer.model").is_file():
         own.append(_sentencepiece_ids(folder / "tokenizer.model", values))
-    check_ids(values, own, tokenizer.get_added_tokens_decoder().values(), path, general or {})
+    check_ids(values, own, tokenizer.get_added_tokens_decoder().values(), path, general)
     return values
 
 
@@ -244,11 +254,5 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty when there is no file. Raises ModelError when it is not JSON."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: is not JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
+    """A JSON object from a file, empty when there is no file. Raises ModelError when it is no object."""
+    return read_json_object(path) if path.is_file() else {}

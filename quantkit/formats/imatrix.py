@@ -99,6 +99,8 @@ def _read_gguf(path: Path) -> Imatrix:
         counts = file.decoded(weight + _COUNTS).flatten()
         if counts.numel() != 1:
             raise ModelError(f"{path}: {weight}: {counts.numel()} counts; mixtures of experts are not supported")
+        if not 0 <= float(counts) < 2**63:
+            raise ModelError(f"{path}: {weight}: a count of {float(counts)}; expected 0 or more", hint="it is damaged")
         entries[weight] = Importance(file.decoded(name).flatten(), round(float(counts)))
     if not entries:
         raise ModelError(f"{path}: holds no importance of any tensor")

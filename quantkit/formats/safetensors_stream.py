@@ -40,6 +40,20 @@ def header_bound(names: Iterable[str]) -> int:
     return entries + len(json.dumps({"__metadata__": METADATA}))
 
 
+def stream_bytes(groups: Iterable[Mapping[str, int]], max_shard_bytes: int) -> list[int]:
+    """Bytes of each file that a stream will write, the index left out, for groups of {tensor: bytes of its data} that
+    come in this order."""
+    groups = list(groups)
+    room = aligned(header_bound(name for group in groups for name in group))
+    held: list[int] = []
+    for group in groups:
+        size = sum(group.values())
+        if not held or (held[-1] > 0 and held[-1] + size > max_shard_bytes):
+            held.append(0)
+        held[-1] += size
+    return [8 + room + size for size in held]
+
+
 class SafetensorsStream:
     """Writes model.safetensors, or shards with an index when the tensors take more than a shard may.
 

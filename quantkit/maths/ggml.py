@@ -306,3 +306,19 @@ ENCODABLE = (*CODECS, *SEARCHED)
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 """The types that are not quantized."""
+
+HALF_PLACES: dict[str, tuple[int, ...]] = {
+    "Q8_0": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
+"""Bytes of a block at which its float16 scales and minima begin. Source: llama.cpp, ggml/src/ggml-common.h."""

@@ -1,7 +1,8 @@
-"""Group-wise affine codes, such as GPTQ's and AWQ's, as ggml blocks of the same weights: no second rounding.
+"""Group-wise affine codes, such as GPTQ's and AWQ's, as ggml blocks of the same codes: no second rounding.
 
 A block of 32 columns has one scale, so a group has to be whole blocks. Q4_0, Q5_0 and Q8_0 hold
-`scale * (code - middle)`: any zero fits where code - zero stays inside the type's range.
+`scale * (code - middle)`: any zero fits where code - zero stays inside the type's range. Q4_1 holds
+`scale * code + minimum`: any zero fits where the minimum, -zero * scale, is a float16 number.
 """
 
 from __future__ import annotations
@@ -14,37 +15,48 @@ from quantkit.maths.ggml_codes import LAYOUTS, CodedBlocks, put
 from quantkit.tensors import BlockTensor, GroupTensor
 
 BLOCK = 32
-"""Columns of a block in all three types."""
+"""Columns of a block in all these types."""
 
-HOLDERS = ("Q4_0", "Q5_0", "Q8_0")
-"""Types that hold an affine grid exactly, the smallest first."""
+HOLDERS = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")
+"""Types that hold an affine grid, the smallest first."""
 
 
-def exact_blocks(tensor: GroupTensor) -> BlockTensor:
-    """The same weights in the smallest ggml type that holds every one of them.
+def holding_type(tensor: GroupTensor, *, exact: bool = True) -> str:
+    """The smallest ggml type that holds every weight of a tensor, such as "Q4_0".
 
-    Four bits and fewer fit Q4_0 when symmetric, and Q5_0 at most when not; eight bits fit Q8_0 when symmetric. Q4_1
-    keeps the minimum as a float16, which most products of a zero and a scale are not.
+    Four bits and fewer fit Q4_0 when symmetric, and Q5_0 at most when not, since a product of a zero and a scale is
+    seldom a float16 number; eight bits fit Q8_0 when symmetric. exact: False lets scales and minima be rounded to
+    float16, so that four bits fit Q4_1; the codes stay.
     Raises ModelError where no type holds them: groups that are not whole blocks, scales that are no float16 numbers,
     eight bits with zeros far from the middle.
     """
-    rows, columns = tensor.shape
+    columns = tensor.shape[1]
     if columns % BLOCK:
         raise ModelError(f"ggml blocks of {BLOCK} columns do not divide rows of {columns}")
-    scale = _block_scales(tensor, tensor.scale)
-    if not torch.equal(scale.half().float(), scale):
-        raise ModelError("the scales are not float16 numbers, which is what ggml blocks keep")
-    middle = torch.full_like(tensor.scale, 2 ** (tensor.grid.bits - 1)) if tensor.zero is None else tensor.zero.float()
-    zero = _block_scales(tensor, middle).to(torch.int16).repeat_interleave(BLOCK, dim=1)
-    steps = tensor.codes.to(torch.int16) - zero  # [out, in]
+    scale = _of_blocks(tensor, tensor.scale)
+    half = scale.half().float()
+    if not bool(torch.isfinite(half).all()):
+        raise ModelError(f"scales up to {float(scale.abs().max()):.3g} are out of float16's range, which ggml keeps")
+    inexact = int((half != scale).sum())
+    if exact and inexact:
+        raise ModelError(
+            f"{inexact} of {scale.numel()} scales are not float16 numbers, which is what ggml blocks keep",
+            hint="--no-exact rounds scales and minima to float16; the codes stay",
+        )
+    zero = _zeros(tensor)
+    steps = tensor.codes.to(torch.int16) - zero.repeat_interleave(BLOCK, dim=1)  # [out, in]
     least, most = (int(end) for end in steps.aminmax())
+    minimum = scale * zero
+    minima_fit = bool(torch.isfinite(minimum.half()).all())
+    if exact:
+        minima_fit = minima_fit and torch.equal(minimum.half().float(), minimum)
     for type_name in HOLDERS:
-        low, bits = LAYOUTS[type_name].low, LAYOUTS[type_name].bits
-        if low <= least and most < low + 2**bits:
-            ones = torch.ones_like(scale, dtype=torch.int32)
-            codes = (steps - low).to(torch.uint8)
-            data = put(CodedBlocks(codes, scale, ones, torch.zeros_like(scale), ones), type_name)
-            return BlockTensor(data, type_name, rows, columns)
+        layout = LAYOUTS[type_name]
+        if layout.has_minimum:
+            if minima_fit and tensor.grid.levels <= 2**layout.bits:
+                return type_name
+        elif layout.low <= least and most < layout.low + 2**layout.bits:
+            return type_name
     raise ModelError(
         f"codes lie {least} to {most} steps from their zero; {HOLDERS[-1]}, the widest type of one scale a block, "
         f"holds {LAYOUTS[HOLDERS[-1]].low} to {-LAYOUTS[HOLDERS[-1]].low - 1}",
@@ -52,7 +64,26 @@ def exact_blocks(tensor: GroupTensor) -> BlockTensor:
     )
 
 
-def _block_scales(tensor: GroupTensor, numbers: Tensor) -> Tensor:
+def to_blocks(tensor: GroupTensor, type_name: str) -> BlockTensor:
+    """The same codes in a type that `holding_type` gave; scales and minima in float16."""
+    layout = LAYOUTS[type_name]
+    scale, zero = _of_blocks(tensor, tensor.scale), _zeros(tensor)
+    codes, minimum = tensor.codes, torch.zeros_like(scale)
+    if layout.has_minimum:
+        minimum = scale * zero
+    else:
+        codes = (codes.to(torch.int16) - zero.repeat_interleave(BLOCK, dim=1) - layout.low).to(torch.uint8)
+    ones = torch.ones_like(scale, dtype=torch.int32)
+    return BlockTensor(put(CodedBlocks(codes, scale, ones, minimum, ones), type_name), type_name, *tensor.shape)
+
+
+def _zeros(tensor: GroupTensor) -> Tensor:
+    """The zero of each block: int16 [out, blocks]."""
+    middle = torch.full_like(tensor.scale, 2 ** (tensor.grid.bits - 1)) if tensor.zero is None else tensor.zero
+    return _of_blocks(tensor, middle).to(torch.int16)
+
+
+def _of_blocks(tensor: GroupTensor, numbers: Tensor) -> Tensor:
     """What each block's group has of [out, groups]: [out, blocks]. Raises ModelError when a block has two groups."""
     group = tensor.column_groups().view(-1, BLOCK)  # [blocks, 32]
     mixed = int((group != group[:, :1]).any(dim=1).sum())

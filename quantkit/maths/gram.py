@@ -49,9 +49,9 @@ class Importance:
 class InputStatistics:
     """What is known of the inputs of a linear.
 
-    gram: float32 [in, in], the sum of x^T x over all tokens. mean_abs: float32 [in], the mean of |x| over tokens.
-    tokens: how many rows were seen. squares: float32 [in], the sum of x^2 where it is known better than by the diagonal
-    of the Gram matrix.
+    gram: float32 [in, in], the sum of x^T x over all tokens; [0, 0] where only the squares were asked for. mean_abs:
+    float32 [in], the mean of |x| over tokens. tokens: how many rows were seen. squares: float32 [in], the sum of x^2
+    where it is known better than by the diagonal of the Gram matrix.
     """
 
     gram: Tensor
@@ -70,6 +70,29 @@ def strip_width(columns: int) -> int:
     """Columns of a Gram matrix that are summed in one product: few strips keep the products large, many skip more of
     the lower triangle. A quarter of the matrix was fastest from 576 to 1536 columns."""
     return max(64, -(-columns // 4))
+
+
+class SquaresAccumulator:
+    """Sums x^2 and |x| over batches of inputs: what is left of a Gram matrix of which only the diagonal is wanted."""
+
+    def __init__(self, in_features: int, device: torch.device):
+        # double: one long sum, where a matrix product has many short ones
+        self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._sum_abs = torch.zeros_like(self._squares)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """inputs: [..., in], any float dtype."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])  # [tokens, in]
+        self.tokens += rows.shape[0]
+        wide = rows.float()
+        self._squares += wide.square().sum(dim=0)
+        self._sum_abs += wide.abs().sum(dim=0)
+
+    def result(self) -> InputStatistics:
+        """The statistics of everything added so far, without a Gram matrix."""
+        mean_abs = (self._sum_abs / max(self.tokens, 1)).float()
+        return InputStatistics(mean_abs.new_zeros(0, 0), mean_abs, self.tokens, self._squares.float())
 
 
 class GramAccumulator:

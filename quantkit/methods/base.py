@@ -88,6 +88,11 @@ class Method(Frozen):
         """Whether `quantize_block` needs the statistics of its inputs."""
         return False
 
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the statistics have to hold whole Gram matrices; their diagonals cost next to nothing."""
+        return self.calibrated
+
     def placed(self, linear: str, source: Source, calibration: CalibrationSection) -> Method:
         """The settings for one linear of one model, where they depend on its place in it."""
         return self

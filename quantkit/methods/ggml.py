@@ -90,6 +90,11 @@ class GGML(Method):
         return self.importance is True or self.compensates
 
     @property
+    def needs_gram(self) -> bool:
+        """An importance is the diagonal alone."""
+        return self.compensates
+
+    @property
     def compensates(self) -> bool:
         """Whether codes are chosen with error compensation."""
         return self.rounding == "gptq"

@@ -22,8 +22,8 @@ NESTED_BLOCK_SIZE = 256
 
 _CODEBOOK_BYTES = 16 * 4
 _NESTED_CODEBOOK_BYTES = 256 * 4
-_OFFSET_DIGITS = 19
-"""Of a float32 mean as Python writes it, give or take three."""
+_OFFSET_DIGITS = 22
+"""Of a float32 mean as Python writes it, at most; the format fills up with blanks."""
 
 
 def _state_bytes(block_size: int, out_features: int, in_features: int, double_quant: bool) -> int:

@@ -65,7 +65,13 @@ def fingerprint_of(ids: Tensor) -> str:
     return hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def load_calibration(section: CalibrationSection, tokenizer_folder: Path, part: Part = "calibration") -> CalibrationSet:
+def load_calibration(
+    section: CalibrationSection,
+    tokenizer_folder: Path,
+    part: Part = "calibration",
+    *,
+    trust_remote_code: bool = False,
+) -> CalibrationSet:
     """The text a recipe calibrates on, or its held-out part, in a model's token ids; from the cache if they are there.
 
     A .json file with `ids`, as `build` writes it, is taken as it is. Raises DataError for a set that is unknown,
@@ -76,14 +82,15 @@ def load_calibration(section: CalibrationSection, tokenizer_folder: Path, part: 
     ready = _read_ids_file(Path(section.set).expanduser())
     tokenizer_hash = tokenizer_sha256(tokenizer_folder)
     if ready is not None:
-        return _from_ids_file(ready, section, load_tokenizer(tokenizer_folder), tokenizer_hash, part)
+        tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
+        return _from_ids_file(ready, section, tokenizer, tokenizer_hash, part)
     source = find_set(section.set)
     cached = _cache_path(source, section, tokenizer_hash, part)
     known = _read_cached(cached, section) if cached else None
     if known is None:
         from quantkit.model.calibration_rows import documents
 
-        tokenizer = load_tokenizer(tokenizer_folder)
+        tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
         texts = documents(source, part, ChatRenderer(tokenizer, source.name))
         where = source.name if part == "calibration" else f"{source.name} (its evaluation part)"
         rows = pack(texts, tokenizer, section.sequences, section.length, section.seed, where)

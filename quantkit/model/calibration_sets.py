@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from quantkit.errors import DataError, RecipeError
+from quantkit.patterns import regex_problem
 from quantkit.resources import resource_folder
 from quantkit.schema import Frozen
 from quantkit.strict_yaml import parse_yaml, read_text
@@ -57,15 +58,16 @@ class Definition(Frozen):
         for name in value:
             if Path(name).suffix not in FILE_KINDS:
                 raise ValueError(f'found "{name}", expected a file of {", ".join(FILE_KINDS)}')
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f'found "{name}", expected a file in the folder of the definition')
         return value
 
     @field_validator("document_start")
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"expected a regular expression: {error}") from error
+        problem = regex_problem(value or "")
+        if problem is not None:
+            raise ValueError(problem)
         return value
 
     @model_validator(mode="after")

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
-from quantkit.maths.gram import GramAccumulator, InputStatistics
+from quantkit.maths.gram import GramAccumulator, InputStatistics, SquaresAccumulator
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, linear_shape
 from quantkit.model.hidden import HiddenStates
+from quantkit.model.load import without_weights
 from quantkit.model.source import Source
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -51,17 +52,11 @@ class BlockRunner:
     """Runs the blocks of one model on hidden states, block by block, in the given arithmetic."""
 
     def __init__(self, source: Source, device: torch.device, arithmetic: Arithmetic):
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.source, self.device, self.arithmetic = source, device, arithmetic
         self.dtype = arithmetic.states
         self.architecture = architecture_of(source.config)
-        settings = {key: value for key, value in source.config.items() if key != "model_type"}
-        config = AutoConfig.for_model(source.config["model_type"], **settings)
-        config.use_cache = False
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        self.model = without_weights(source, self.dtype)
+        self.model.config.use_cache = False
         self.model.eval()
         self.trunk = self.model.get_submodule(self.architecture.trunk)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]
@@ -140,13 +135,14 @@ class BlockRunner:
         module.load_state_dict(state, strict=False, assign=True)
 
     def statistics(
-        self, module: nn.Module, block: Block, hidden: HiddenStates, *, advance: bool
+        self, module: nn.Module, block: Block, hidden: HiddenStates, *, advance: bool, gram: bool = True
     ) -> dict[str, InputStatistics]:
         """Statistics of every linear's inputs, {linear module name: statistics}; those that share an input share them.
 
         advance: also write the block's outputs over `hidden`; else the run ends where the last input has been seen.
+        gram: whether the Gram matrix is wanted, or only its diagonal.
         """
-        seen = [self._accumulator(group) for group in block.groups]
+        seen = [self._accumulator(group) if gram else self._squares(group) for group in block.groups]
         last = len(block.groups) - 1
 
         def watch(position: int) -> Callable[[Tensor], None]:
@@ -242,6 +238,9 @@ class BlockRunner:
     def _accumulator(self, group: LinearGroup) -> GramAccumulator:
         columns = linear_shape(self.source, group.linears[0])[1]
         return GramAccumulator(columns, self.device, eight_bit=self.arithmetic.eight_bit_gram)
+
+    def _squares(self, group: LinearGroup) -> SquaresAccumulator:
+        return SquaresAccumulator(linear_shape(self.source, group.linears[0])[1], self.device)
 
     def _batches(self, hidden: HiddenStates) -> Iterator[slice]:
         size = max(1, BATCH_TOKENS[self.device.type] // hidden.shape[1])

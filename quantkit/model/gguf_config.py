@@ -9,6 +9,7 @@ import torch
 
 from quantkit.errors import ModelError
 from quantkit.model.blocks import head_dim
+from quantkit.model.config_check import check_config
 from quantkit.model.gguf_families import FAMILIES, Family
 from quantkit.model.gguf_file import GGUFFile
 from quantkit.model.gguf_rope import Need, rope_metadata, rope_of_file, shortest
@@ -85,6 +86,7 @@ def config_of_file(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
     if family.ropes:
         config["head_dim"] = channels
         config |= rope_of_file(file, family, need, channels)
+    check_config(str(file.path), config)
     if family.window_period is not None:
         config |= _windows_of_file(file, family, need, config)
     if family.model_type == "llama":
@@ -140,7 +142,7 @@ def metadata_of_config(config: dict[str, Any]) -> dict[str, Any]:
         "context_length": _context(config, family),
         "attention.key_length": channels,
         "attention.value_length": channels,
-        "vocab_size": int(config["vocab_size"]),
+        "vocab_size": _needed(config, "vocab_size", family),
         **rope_metadata(config, family),
     }
     if family.window_period is not None:
@@ -152,12 +154,18 @@ def metadata_of_config(config: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _needed(config: dict[str, Any], key: str, family: Family) -> int:
+    if config.get(key) is None:
+        raise ModelError(f"config.json: {key}: missing or null; expected a number for {family.hf_class}")
+    return int(config[key])
+
+
 def _context(config: dict[str, Any], family: Family) -> int:
     """Tokens up to which llama.cpp computes what transformers does.
 
     It attends to everything where it knows no windows, which is the same within one window.
     """
-    context = int(config[family.context_key])
+    context = _needed(config, family.context_key, family)
     kinds = config.get("layer_types") or ["sliding_attention"]
     windowed = config.get("use_sliding_window", True) and "sliding_attention" in kinds
     if family.window_period is None and windowed and config.get("sliding_window"):

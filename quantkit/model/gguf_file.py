@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.maths.ggml import decode, type_size
+from quantkit.model.gguf_check import check_metadata
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
+MAX_TEXT_BYTES = 16 << 20  # chat templates have 10 KB
+MAX_ITEMS = 16 << 20  # vocabularies have 300,000 tokens
+MAX_ALIGNMENT = 1 << 20
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -58,16 +63,29 @@ class _Cursor:
 
     def string(self) -> str:
         start = self.at
+        length = self.scalar("<Q")
+        self._bound(start, length, MAX_TEXT_BYTES, "bytes of a text")
         try:
-            return self.take(self.scalar("<Q")).decode("utf-8")
+            return self.take(length).decode("utf-8")
         except UnicodeDecodeError as error:
             raise ModelError(f"{self.path}: byte {start}: a text is not UTF-8", hint="the file is damaged") from error
+
+    def _bound(self, start: int, found: int, most: int, what: str) -> None:
+        """Raises ModelError for a length that the file may have room for and no model needs."""
+        if most < found <= len(self.data) - self.at:
+            raise ModelError(
+                f"{self.path}: byte {start}: {found} {what}, expected {most} or fewer", hint="the file is damaged"
+            )
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
+            start = self.at
             item, count = self.scalar("<I"), self.scalar("<Q")
+            self._bound(start, count, MAX_ITEMS, "items of a list")
+            if item == _ARRAY:
+                raise ModelError(f"{self.path}: byte {start}: a list of lists, expected numbers or texts")
             if item in _SCALARS:
                 size = struct.calcsize(_SCALARS[item])
                 return np.frombuffer(self.take(size * count), dtype=_SCALARS[item]).tolist()
@@ -107,16 +125,26 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         for _ in range(key_count):
             key = cursor.string()
+            if key in self.metadata:
+                raise ModelError(f"{path}: {key}: given twice in the header", hint="the file is damaged")
             self.metadata[key] = cursor.value(cursor.scalar("<I"))
         found = [self._tensor_info(cursor) for _ in range(tensor_count)]
-        alignment = int(self.metadata.get("general.alignment", DEFAULT_ALIGNMENT))
-        if alignment < 1:
-            raise ModelError(f"{path}: general.alignment: {alignment}; expected a positive number")
+        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT:
+            raise ModelError(
+                f"{path}: general.alignment: {str(alignment)[:60]}; expected a positive number up to {MAX_ALIGNMENT}"
+            )
+        check_metadata(str(path), self.metadata)
         base = -(-cursor.at // alignment) * alignment
+        self.data_start, self.size = base, len(self._map)
         self.tensors = {
             name: TensorInfo(name, shape, type_name, base + offset, size)
             for name, shape, type_name, offset, size in found
         }
+        if len(self.tensors) < len(found):
+            names = [name for name, *_ in found]
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise ModelError(f"{path}: {twice}: given twice among the tensors", hint="the file is damaged")
         self._check_ends()
 
     def _tensor_info(self, cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int, int]:
@@ -124,9 +152,11 @@ class GGUFFile:
 
         name = cursor.string()
         dimensions = cursor.scalar("<I")
-        if dimensions > MAX_DIMENSIONS:
-            raise ModelError(f"{self.path}: {name}: {dimensions} dimensions; expected at most {MAX_DIMENSIONS}")
+        if not 0 < dimensions <= MAX_DIMENSIONS:
+            raise ModelError(f"{self.path}: {name}: {dimensions} dimensions; expected 1 to {MAX_DIMENSIONS}")
         sizes = [cursor.scalar("<Q") for _ in range(dimensions)]
+        if 0 in sizes:
+            raise ModelError(f"{self.path}: {name}: sizes {sizes}; expected none of 0", hint="the file is damaged")
         number = cursor.scalar("<I")
         try:
             type_name = GGMLQuantizationType(number).name
@@ -140,7 +170,7 @@ class GGUFFile:
         for size in shape[:-1]:
             rows *= size
         offset = cursor.scalar("<Q")
-        return name, shape, type_name, offset, rows * type_size(type_name, shape[-1] if shape else 1)
+        return name, shape, type_name, offset, rows * type_size(type_name, shape[-1])
 
     def _check_ends(self) -> None:
         end = max((info.start + info.size for info in self.tensors.values()), default=0)
@@ -151,6 +181,19 @@ class GGUFFile:
                 f"{cut[0]}: expected {end} bytes, found {len(self._map)}",
                 hint="the download is incomplete: fetch the file again",
             )
+
+        at, before = self.data_start, "the header"
+        for info in sorted(self.tensors.values(), key=lambda info: info.start):
+            if info.start < at:
+                raise ModelError(
+                    f"{self.path}: {info.name} overlaps {before}: begins at byte {info.start}, expected {at} or more",
+                    hint="the file is damaged",
+                )
+            at, before = info.start + info.size, info.name
+
+    def bytes_at(self, start: int, end: int) -> bytes:
+        """The bytes of the file from start to end; none when end comes first."""
+        return self._map[start:end]
 
     def raw(self, name: str) -> Tensor:
         """The bytes of a tensor: uint8 [rows, row_bytes], a copy."""

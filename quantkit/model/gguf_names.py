@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.errors import ModelError
 from quantkit.model.gguf_families import Family
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -75,8 +76,13 @@ def rotary_heads(name: str, config: dict[str, Any]) -> int | None:
 def interleave(heads: int, rows: int) -> Tensor:
     """Which Hugging Face row stands at each row of the file: int64 [rows].
 
-    A head's rows x0..x(d/2-1), y0..y(d/2-1) become x0, y0, x1, y1, ... Source: llama.cpp, the Llama converter.
+    A head's rows x0..x(d/2-1), y0..y(d/2-1) become x0, y0, x1, y1, ... Raises ModelError when the heads do not share
+    the rows in pairs. Source: llama.cpp, the Llama converter.
     """
+    if rows % (2 * heads):
+        raise ModelError(
+            f"{heads} heads do not share {rows} rows of a projection in pairs: header and tensors belong to two models"
+        )
     return torch.arange(rows).reshape(heads, 2, rows // heads // 2).transpose(1, 2).reshape(rows)
 
 

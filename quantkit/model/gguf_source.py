@@ -29,10 +29,20 @@ from quantkit.model.gguf_names import (
     to_hf,
 )
 from quantkit.model.gguf_tokenizer import write_tokenizer_files
+from quantkit.model.hub import HUB_ID
+from quantkit.model.sequences import explained_tokenizer
 from quantkit.model.source import Source
 
 TOKENIZER_VERSION = 1
 """Raised when `write_tokenizer_files` writes something else, so that files in the cache are made again."""
+
+_CARD_KEYS = {
+    "license": "license",
+    "license_name": "license.name",
+    "license_link": "license.link",
+    "language": "languages",
+}
+"""Key of a model card -> that of a GGUF file behind "general."."""
 
 _FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -49,7 +59,7 @@ class GGUFSource(Source):
     def __init__(self, path: Path):
         self.path = path
         self.file = GGUFFile(path)
-        parts = int(self.file.metadata.get("split.count", 1))
+        parts = self.file.metadata.get("split.count", 1)
         if parts > 1:
             raise ModelError(
                 f"{path}: is one of {parts} parts; expected a whole model in one file",
@@ -148,7 +158,8 @@ class GGUFSource(Source):
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
         try:
             length = int(self.config[self.family.context_key])
-            write_tokenizer_files(self.file.metadata, partial, str(self.path), length)
+            with explained_tokenizer(f"{self.path}: its tokenizer cannot be built"):
+                write_tokenizer_files(self.file.metadata, partial, str(self.path), length)
             try:
                 os.rename(partial, folder)
             except OSError:
@@ -160,6 +171,16 @@ class GGUFSource(Source):
 
     def side_files(self) -> list[Path]:
         return sorted(path for path in self.tokenizer_folder().iterdir() if path.is_file())
+
+    def card(self) -> dict[str, Any]:
+        metadata = self.file.metadata
+        said = {key: metadata.get(f"general.{name}") for key, name in _CARD_KEYS.items()}
+        found = {key: value for key, value in said.items() if value}
+        for key in ("general.source.huggingface.repository", "general.source.repo_url", "general.source.url"):
+            repository = str(metadata.get(key) or "").removeprefix("https://huggingface.co/").rstrip("/")
+            if HUB_ID.fullmatch(repository):
+                return {"base_model": repository, **found}
+        return found
 
     def lineage(self) -> dict[str, Any]:
         with self._hashing:  # a run hashes ahead in another thread

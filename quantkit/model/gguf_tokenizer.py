@@ -7,6 +7,7 @@ not in the table is an error. The patterns are those of the models' own tokenize
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
     if not tokens:
         raise ModelError(f"{where}: holds no tokenizer: tokenizer.ggml.tokens is missing")
     if len(set(tokens)) != len(tokens):
-        twice = next(token for place, token in enumerate(tokens) if token in tokens[:place])
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
         raise ModelError(f"{where}: tokenizer.ggml.tokens: {twice!r} stands there twice; expected each token once")
     types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if len(types) != len(tokens):

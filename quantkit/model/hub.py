@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from quantkit.errors import ModelError
@@ -25,14 +26,34 @@ def download_model(
     says what else is needed, and raises when the model will not do. Returns the folder and the commit.
     HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN count. Raises ModelError.
     """
-    folder = _snapshot(model_id, revision, token, small_files)
+    folder = fetch_files(model_id, revision, token, small_files)
     commit = folder.name
     weights = weight_files(folder)
-    return _snapshot(model_id, commit, token, [*small_files, *weights]), commit
+    return fetch_files(model_id, commit, token, [*small_files, *weights]), commit
 
 
-def _snapshot(model_id: str, revision: str, token: str | None, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import constants, snapshot_download
+def fetch_files(model_id: str, revision: str, token: str | None, patterns: Sequence[str]) -> Path:
+    """The folder in the hub's cache with a model's files that match; its name is the commit. Raises ModelError.
+
+    patterns: of names at the top of the repository.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(model_id, revision):
+        folder = snapshot_download(
+            model_id,
+            revision=revision,
+            token=token,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],  # copies of the weights in other formats, assets
+        )
+    return Path(folder)
+
+
+@contextmanager
+def hub_errors(model_id: str, revision: str) -> Iterator[None]:
+    """Turn what the hub's library raises while a model is asked for into a ModelError."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -46,13 +67,7 @@ def _snapshot(model_id: str, revision: str, token: str | None, patterns: Sequenc
 
     where = f"{model_id} (revision {revision})"
     try:
-        folder = snapshot_download(
-            model_id,
-            revision=revision,
-            token=token,
-            allow_patterns=list(patterns),
-            ignore_patterns=["*/*"],  # copies of the weights in other formats, assets
-        )
+        yield
     except GatedRepoError as error:
         raise ModelError(
             f"{where}: access is restricted by its authors",
@@ -90,7 +105,6 @@ def _snapshot(model_id: str, revision: str, token: str | None, patterns: Sequenc
         raise _unreachable(where, error) from error
     except HTTPError as error:
         raise _unreachable(where, error) from error
-    return Path(folder)
 
 
 def _unreachable(where: str, error: Exception) -> ModelError:

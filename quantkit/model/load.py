@@ -24,7 +24,7 @@ def load_transformers(source: Source, dtype: torch.dtype, device: torch.device |
     At no time is more than one tensor in memory twice. Raises ModelError naming every tensor that the architecture
     needs and the source lacks, that it does not know, or whose shape is another.
     """
-    model = _without_weights(source, dtype)
+    model = without_weights(source, dtype)
     wanted = dict(model.named_parameters())
     head = f"{architecture_of(source.config).head}.weight"
     if source.tied_head:
@@ -44,8 +44,24 @@ def load_transformers(source: Source, dtype: torch.dtype, device: torch.device |
     return model.eval()
 
 
-def _without_weights(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its parameters on the meta device and its buffers, such as rotary frequencies, computed."""
+def expected_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight that a model with this config stores; a tied head is not among them.
+
+    Raises ModelError when transformers cannot build the model.
+    """
+    model = without_weights(source, torch.float16)
+    head = f"{architecture_of(source.config).head}.weight"
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if source.tied_head:
+        shapes.pop(head, None)
+    return shapes
+
+
+def without_weights(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on the meta device and its buffers, such as rotary frequencies, computed.
+
+    Raises ModelError when transformers cannot build it.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -55,8 +71,14 @@ def _without_weights(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         config = AutoConfig.for_model(source.config["model_type"], **settings)
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (KeyError, ValueError, TypeError) as error:
-        raise ModelError(f"{source.path}: config.json: transformers cannot build the model: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what the library raises for odd settings is of any kind
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(
+            f"{source.path}: config.json: transformers cannot build the model: {said}",
+            hint="the file is damaged, or belongs to no model of this kind",
+        ) from error
     return model
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.manifest import MANIFEST_NAME, file_record
 from quantkit.model.blocks import ARCHITECTURES
+from quantkit.model.config_check import check_config
+from quantkit.model.front_matter import CARD, front_matter
 from quantkit.model.hub import HUB_ID, download_model
 from quantkit.model.safetensors_file import DTYPES, Entry, SafetensorsFile
 from quantkit.model.source import Source
@@ -48,38 +50,42 @@ _CONVERT = (
 )
 
 
-def open_source(model: str, *, revision: str = "main", token: str | None = None) -> Source:
+def open_source(
+    model: str, *, revision: str = "main", token: str | None = None, trust_remote_code: bool = False
+) -> Source:
     """The model in a folder, a .gguf file or a hub repository; only headers are read.
 
-    revision: branch, tag or commit of a hub id. token: for the hub; HF_TOKEN when None. Raises ModelError.
+    revision: branch, tag or commit of a hub id. token: for the hub; HF_TOKEN when None. trust_remote_code: its
+    tokenizer may be code of its own. Raises ModelError.
     """
     path = Path(model).expanduser()
     if not model.strip():
         raise ModelError("no model: found an empty name", hint="expected a folder, a .gguf file or a hub id OWNER/NAME")
     try:
         if path.is_dir():
-            return _open_folder(path)
+            return _open_folder(path, trust_remote_code)
         if path.exists():
             return _open_file(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     if HUB_ID.fullmatch(model) and not model.endswith((".gguf", ".safetensors", ".bin", ".pt")):
-        names = [*SIDE_FILES, "config.json", INDEX]
+        names = [*SIDE_FILES, CARD, "config.json", INDEX]
         names += [spelled for name in LICENCES for spelled in (name, name.upper(), name.capitalize())]
+        names += ["*.py"] if trust_remote_code else []
         folder, commit = download_model(model, revision, token, names, _needed_weights)
-        return SafetensorsSource(folder, hub_id=model, commit=commit)
+        return SafetensorsSource(folder, hub_id=model, commit=commit, trust_remote_code=trust_remote_code)
     kind = "file" if path.suffix else "file or folder"
     raise ModelError(f"{model}: no such {kind}", hint="expected a folder, a .gguf file or a hub id OWNER/NAME")
 
 
-def _open_folder(folder: Path) -> Source:
+def _open_folder(folder: Path, trust_remote_code: bool = False) -> Source:
     found = sorted(path for path in folder.iterdir() if path.suffix == ".gguf")
     if found and not (folder / "config.json").is_file():
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise ModelError(f"{folder}: holds {len(found)} .gguf files: {names}", hint="give one of the files")
         return _open_file(found[0])
-    return SafetensorsSource(folder)
+    return SafetensorsSource(folder, trust_remote_code=trust_remote_code)
 
 
 def _open_file(path: Path) -> Source:
@@ -102,13 +108,16 @@ class SafetensorsSource(Source):
 
     kind = "safetensors"
 
-    def __init__(self, folder: Path, *, hub_id: str | None = None, commit: str | None = None):
+    def __init__(
+        self, folder: Path, *, hub_id: str | None = None, commit: str | None = None, trust_remote_code: bool = False
+    ):
         self.path = folder
+        self.trust_remote_code = trust_remote_code
         self.hub_id = hub_id
         self.commit = commit
-        self.config = _config(folder)
+        self.config = read_config(folder)
         self._files = open_shards(folder)
-        self._stored_names = _full_names(self.config, self._files)
+        self._stored_names = full_names(self.config, self._files)
         self._lineage: dict[str, Any] | None = None
         self._hashing = Lock()
 
@@ -147,7 +156,13 @@ class SafetensorsSource(Source):
         return self.path
 
     def side_files(self) -> list[Path]:
-        return sorted(path for path in self.path.iterdir() if path.is_file() and is_side_file(path.name))
+        files = [path for path in self.path.iterdir() if path.is_file()]
+        code = ".py" if self.trust_remote_code else None  # its tokenizer is nothing without it
+        return sorted(path for path in files if is_side_file(path.name) or path.suffix == code)
+
+    def card(self) -> dict[str, Any]:
+        own = {key: value for key, value in front_matter(self.path).items() if key != "base_model"}
+        return {"base_model": self.hub_id, **own} if self.hub_id else own
 
     def lineage(self) -> dict[str, Any]:
         with self._hashing:  # a run hashes ahead in another thread
@@ -158,10 +173,12 @@ class SafetensorsSource(Source):
                     "revision": self.commit,
                     "files": weight_files(self.path, self._files),
                 }
+                if self.trust_remote_code:
+                    self._lineage["trust_remote_code"] = True
             return self._lineage
 
 
-def _full_names(config: dict[str, Any], stored: Iterable[str]) -> dict[str, str]:
+def full_names(config: dict[str, Any], stored: Iterable[str]) -> dict[str, str]:
     """Each tensor's name in the whole model and the stored one, which lacks the trunk's name where a checkpoint was
     saved from the trunk alone, as that of GPT-2 was."""
     names = list(stored)
@@ -177,7 +194,7 @@ def open_shards(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dic
 
     dtypes: names of those that are accepted. Raises ModelError when a file is missing or damaged.
     """
-    wanted = _weight_map(folder)
+    wanted = weight_map_of(folder)
     if wanted is None:
         if not (folder / WEIGHTS).is_file():
             raise _no_weights(folder)
@@ -199,10 +216,16 @@ def weight_files(folder: Path, files: Mapping[str, SafetensorsFile]) -> list[dic
 
 def is_side_file(name: str) -> bool:
     """Whether an artifact carries a file of this name on unaltered."""
-    return name in SIDE_FILES or any(fnmatchcase(name.lower(), pattern) for pattern in LICENCES)
+    return name in SIDE_FILES or is_licence_file(name)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def is_licence_file(name: str) -> bool:
+    """Whether a file of this name holds a licence or what belongs to one: a notice, a use policy."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in LICENCES)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model that is not quantized yet. Raises ModelError."""
     path = folder / "config.json"
     if not path.is_file():
         inside = any(fnmatchcase(entry.name, "*.safetensors") for entry in folder.iterdir())
@@ -220,6 +243,14 @@ def _config(folder: Path) -> dict[str, Any]:
             hint=f"take the model it was made from{made_here}",
         )
     config.pop("quantization_config", None)
+    check_config(str(path), config)
+    names = config.get("architectures") or []
+    if config.get("auto_map") and not any(name in ARCHITECTURES for name in names):
+        raise ModelError(
+            f"{path}: auto_map: {', '.join(names) or 'the model'} is code of the repository's own, which is never run; "
+            f"expected one of {', '.join(ARCHITECTURES)}",
+            hint="a family is one entry of the table in quantkit/model/blocks.py",
+        )
     return config
 
 
@@ -239,7 +270,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def weight_map_of(folder: Path) -> dict[str, str] | None:
     """Tensor name to shard, None when all weights are (or would be) in one file."""
     path = folder / INDEX
     if (folder / WEIGHTS).is_file() or not path.is_file():
@@ -265,10 +296,17 @@ def _is_shard_name(name: Any) -> bool:
     )
 
 
+def _stays_inside(path: Path) -> bool:
+    """Whether a shard, or what it links to, lies in its folder; the hub's cache keeps files as links to its blobs."""
+    folder = path.parent.resolve()
+    roots = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    return any(path.resolve().is_relative_to(root) for root in roots)
+
+
 def _needed_weights(folder: Path) -> list[str]:
     """The weight files that a repository with these small files must have. Raises ModelError for a quantized model."""
-    _config(folder)
-    return [WEIGHTS, *sorted(set((_weight_map(folder) or {}).values()))]
+    read_config(folder)
+    return [WEIGHTS, *sorted(set((weight_map_of(folder) or {}).values()))]
 
 
 def _shards(folder: Path, weight_map: dict[str, str], dtypes: Mapping[str, torch.dtype]) -> list[SafetensorsFile]:
@@ -278,6 +316,12 @@ def _shards(folder: Path, weight_map: dict[str, str], dtypes: Mapping[str, torch
         raise ModelError(
             f"{folder}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:8])}",
             hint="the download may be incomplete: fetch the missing files",
+        )
+    outside = [name for name in names if not _stays_inside(folder / name)]
+    if outside:
+        raise ModelError(
+            f"{folder / INDEX}: names links that lead out of the folder: {', '.join(outside[:4])}",
+            hint="put the files themselves in their place, if you trust them",
         )
     shards = [SafetensorsFile(folder / name, dtypes) for name in names]
     held = {shard.path.name: shard.entries for shard in shards}

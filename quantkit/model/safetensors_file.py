@@ -83,7 +83,16 @@ class SafetensorsFile:
 
 
 def _entries(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Entry]:
-    header, begin, size = _header(path)
+    return checked_entries(path, *_header(path), dtypes)
+
+
+def checked_entries(
+    path: Path | str, header: dict[str, Any], begin: int, size: int, dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> dict[str, Entry]:
+    """The tensors of a header, by name in the order of their bytes. begin: where data start; size: of the whole file.
+
+    Raises ModelError when they overlap, leave gaps or do not end with the file.
+    """
     entries, problems = {}, []
     for name, given in header.items():
         if name == "__metadata__":
@@ -132,13 +141,18 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
             text = stream.read(length)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_header(path, text), 8 + length, size
+
+
+def parse_header(path: Path | str, text: bytes) -> dict[str, Any]:
+    """The object behind a header's bytes. Raises ModelError."""
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: the header is not JSON: {error}", hint=_DOWNLOAD_AGAIN) from error
     if not isinstance(header, dict):
         raise ModelError(f"{path}: the header is a {type(header).__name__}, expected an object by tensor name")
-    return header, 8 + length, size
+    return header
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import DataError, ModelError
+from quantkit.errors import DataError, ModelError, QuantkitError
+from quantkit.model.reader import MAX_JSON_BYTES, read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,16 +43,45 @@ def tokenizer_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder; nothing is fetched and no code of the folder is run. Raises ModelError."""
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; nothing is fetched. trust_remote_code: run the folder's own code where it has some,
+    which is refused otherwise. Raises ModelError."""
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library and its Rust part raise bare exceptions for damaged files
-        line = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {line}", hint="fetch its files again") from error
+    check_tokenizer_files(folder, trust_remote_code=trust_remote_code)
+    with explained_tokenizer(f"{folder}: the tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        len(tokenizer)  # some damage shows at the first use
     return tokenizer  # type: ignore[no-any-return]
+
+
+def check_tokenizer_files(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Hold the sizes and the settings of a tokenizer's files against what one has. Raises ModelError."""
+    for name in TOKENIZER_INPUTS:
+        file = folder / name
+        if file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{file}: {file.stat().st_size} bytes, expected {MAX_JSON_BYTES} or fewer")
+    settings = folder / "tokenizer_config.json"
+    own_code = read_json_object(settings).get("auto_map") if settings.is_file() else None
+    if own_code and not trust_remote_code:
+        raise ModelError(
+            f"{settings}: auto_map: the tokenizer is code of the repository's own, which is not run",
+            hint="read that code; --trust-remote-code runs it, and the manifest records that it was run",
+        )
+
+
+@contextmanager
+def explained_tokenizer(where: str) -> Iterator[None]:
+    """Tell what goes wrong in the tokenizers library as a ModelError; its Rust part panics on damaged files."""
+    try:
+        yield
+    except (QuantkitError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        line = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{where}: {line}", hint="fetch its files again") from error
 
 
 class ChatRenderer:

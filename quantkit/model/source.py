@@ -25,6 +25,8 @@ class Source(ABC):
     path: Path
     config: dict[str, Any]
     notes: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+    """Whether code that lies beside the model may be run, as a user said; a tokenizer may need it."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -58,6 +60,11 @@ class Source(ABC):
     def weight_paths(self) -> list[Path]:
         """The files that the tensors are in."""
         return [self.path]
+
+    def card(self) -> dict[str, Any]:
+        """What the source's own model card says of it, such as license and language, as the front matter on a hub;
+        base_model is the source's own id there. Empty when nothing is known."""
+        return {}
 
     @property
     def tied_head(self) -> bool:

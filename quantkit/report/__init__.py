@@ -94,7 +94,7 @@ def load(path: Path) -> Results:
         raise DataError(
             f"{path}: {error.strerror}", hint="give the results.json that bench --out or run wrote"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != RESULTS_SCHEMA_VERSION:

@@ -118,6 +118,7 @@ def _comparison(group: Sequence[Results], price_per_hour: float | None) -> Compa
         notes.append("time to quantize: recipes that share a pass over the model each count the whole pass")
     if price_per_hour is not None:
         notes.append(f"costs: at {price_per_hour:g} an hour of a machine that does nothing else, in the same currency")
+    notes += [f"gate {gate.verdict}: {gate.sentence}" for result in group for gate in result.gates]
     rules = load_facts().rules
     verdicts = [
         verdict

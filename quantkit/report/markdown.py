@@ -24,7 +24,7 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
 
 def document_markdown(document: Document) -> str:
     """One document, its title as the first heading."""
-    lines = [f"# {document.title}", "", *(f"{_text(line)}  " for line in document.lead)]
+    lines = [f"# {document.title}", "", *(f"{escaped(line)}  " for line in document.lead)]
     lines += [*document.best_note("**Bold**"), ""]
     for part in document.parts:
         lines += [f"## {part.title}", "", *(_table(part) if isinstance(part, TextTable) else _listing(part)), ""]
@@ -58,13 +58,13 @@ def _bold(text: str) -> str:
 
 
 def _listing(listing: Listing) -> list[str]:
-    return [f"- {_text(item)}" for item in listing.items]
+    return [f"- {escaped(item)}" for item in listing.items]
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
     """Characters that Markdown would take for markup, kept as they are."""
     return MARKUP.sub(r"\\\g<0>", text).replace("\n", " ")
 
 
 def _cell(text: str) -> str:
-    return _text(text).replace("|", "\\|")
+    return escaped(text).replace("|", "\\|")

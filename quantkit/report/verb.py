@@ -20,7 +20,9 @@ def report(
     Raises UsageError without a results file, DataError when one is missing or of another kind.
     """
     if not results:
-        raise UsageError("no results", hint="name the results.json that bench --out or run wrote")
+        raise UsageError(
+            "report: no results file was named", hint="`quantkit run` and `bench --out` leave results.json"
+        )
     comparisons = reports.compared(results, price_per_hour=price_per_hour)
     if out is None:
         from quantkit.report.screen import show

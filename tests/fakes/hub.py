@@ -17,11 +17,23 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Repository:
-    """Files by name, at one commit that main points to. gated: everybody sees the list, nobody gets a file."""
+    """Files by name, at one commit that main points to; `branches` have files of their own.
+
+    gated: everybody sees the list, only who sends one of `readers` as a token gets a file. private: nobody else sees
+    it. sizes: of files that are longer than what is there of them: only ranges of that can be had.
+    """
 
     files: dict[str, bytes]
     gated: bool = False
     kind: str = "models"
+    private: bool = False
+    readers: tuple[str, ...] = ()
+    branches: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def at(self, revision: str) -> dict[str, bytes] | None:
+        """The files of a branch or of the commit, None when there is no such revision."""
+        return self.files if revision in ("main", COMMIT) else self.branches.get(revision)
 
     @classmethod
     def of_folder(cls, folder: Path, *, gated: bool = False) -> Repository:
@@ -36,6 +48,8 @@ class FakeHub:
     repositories: dict[str, Repository]
     requests: list[tuple[str, str]] = field(default_factory=list)
     broken: tuple[str, ...] = ()  # ids that are answered with status 500
+    ranges: bool = True  # whether parts of files can be asked for
+    sent_bytes: int = 0
     tokens: list[str | None] = field(default_factory=list)
 
     def __enter__(self) -> FakeHub:
@@ -53,6 +67,9 @@ class FakeHub:
             def do_POST(self) -> None:
                 size = int(self.headers.get("Content-Length", 0))
                 hub._answer(self, body=True, posted=self.rfile.read(size))
+
+            def do_PUT(self) -> None:
+                self.do_POST()
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -76,15 +93,25 @@ class FakeHub:
         path = unquote(urlsplit(handler.path).path)
         self.requests.append((handler.command, path))
         self.tokens.append(handler.headers.get("Authorization"))
-        status, headers, content = self._find(path, posted, signed_in="Authorization" in handler.headers)
+        token = (handler.headers.get("Authorization") or "").removeprefix("Bearer ")
+        status, headers, content = self._find(handler.command, path, posted, token)
+        asked = handler.headers.get("Range", "")
+        if asked and status == 200 and self.ranges:
+            first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+            total = int(headers.get("Content-Length", len(content)))
+            content = content[first : last + 1]
+            status = 206
+            headers |= {"Content-Range": f"bytes {first}-{first + len(content) - 1}/{total}"}
+            headers |= {"Content-Length": str(len(content))}
         handler.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             handler.send_header(name, value)
         handler.end_headers()
         if body:
+            self.sent_bytes += len(content)
             handler.wfile.write(content)
 
-    def _find(self, path: str, posted: bytes, *, signed_in: bool) -> tuple[int, dict[str, str], bytes]:
+    def _find(self, method: str, path: str, posted: bytes, token: str) -> tuple[int, dict[str, str], bytes]:
         words = path.strip("/").split("/")
         is_api = words[0] == "api"
         words = words[1:] if is_api else words
@@ -93,21 +120,40 @@ class FakeHub:
         if name in self.broken:
             return 500, {}, b"broken"
         repository = self.repositories.get(name)
-        if repository is None or repository.kind != kind:
+        hidden = repository is not None and repository.private and token not in repository.readers
+        if repository is None or repository.kind != kind or hidden:
             # the real one answers 401 to who is not signed in, for what is private and for what is not there alike
-            status = 404 if signed_in else 401
+            status = 404 if token else 401
             return status, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
-        revision = rest[1] if len(rest) > 1 else "main"
-        if revision not in ("main", COMMIT):
+        files = repository.at(rest[1] if len(rest) > 1 else "main")
+        if files is None:
             return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}, b""
+        commit = COMMIT if files is repository.files else hashlib.sha1(rest[1].encode()).hexdigest()
         if is_api:
-            return 200, {"Content-Type": "application/json"}, self._api(name, repository, rest, posted)
-        return self._file(repository, "/".join(rest[2:]))
+            content = self._api(name, repository, files, commit, rest, posted)
+            return 200, {"Content-Type": "application/json"}, content
+        if repository.gated and token not in repository.readers:
+            return 403 if token else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, b""
+        path = "/".join(rest[2:])
+        return self._file(files, commit, path, repository.sizes.get(path))
 
-    def _api(self, name: str, repository: Repository, rest: list[str], posted: bytes) -> bytes:
+    def _api(
+        self,
+        name: str,
+        repository: Repository,
+        files: dict[str, bytes],
+        commit: str,
+        rest: list[str],
+        posted: bytes,
+    ) -> bytes:
         listing = [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for path, content in repository.files.items()
+            {
+                "type": "file",
+                "path": path,
+                "size": repository.sizes.get(path, len(content)),
+                "oid": hashlib.sha1(content).hexdigest(),
+            }
+            for path, content in files.items()
         ]
         if rest[:1] == ["tree"]:
             folder = "/".join(rest[2:])
@@ -115,14 +161,17 @@ class FakeHub:
             return json.dumps(inside).encode()
         if rest[:1] == ["paths-info"]:
             return json.dumps([entry for entry in listing if str(entry["path"]) in posted.decode()]).encode()
-        siblings = [{"rfilename": path} for path in repository.files]
-        return json.dumps({"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}).encode()
+        siblings = [{"rfilename": path} for path in files]
+        answer = {"id": name, "sha": commit, "siblings": siblings, "tags": [], "private": repository.private}
+        return json.dumps(answer).encode()
 
-    def _file(self, repository: Repository, path: str) -> tuple[int, dict[str, str], bytes]:
-        if repository.gated:
-            return 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, b""
-        if path not in repository.files:
+    def _file(
+        self, files: dict[str, bytes], commit: str, path: str, size: int | None
+    ) -> tuple[int, dict[str, str], bytes]:
+        if path not in files:
             return 404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, b""
-        content = repository.files[path]
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        content = files[path]
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}
+        if size is not None:
+            headers["Content-Length"] = str(size)
         return 200, headers, content

@@ -110,7 +110,10 @@ def test_words_and_logits_are_those_of_transformers(
     assert our_words.keys() == their_words.keys()
     for key, tensor in their_words.items():
         assert our_words[key].dtype == tensor.dtype, key
-        assert torch.equal(our_words[key], tensor), key
+        if key.endswith("bitsandbytes__nf4"):  # a text, which ours fills up to one length with blanks
+            assert bytes(our_words[key].tolist()).rstrip() == bytes(tensor.tolist()), key
+        else:
+            assert torch.equal(our_words[key], tensor), key
 
     ours = load(tmp_path / "ours")
     assert ours.dtype == torch.float16
@@ -268,9 +271,9 @@ def text(**changes: Any) -> Tensor:
         (STATE, text(blocksize=0), "expected blocksize, dtype and shape"),
         (STATE, text(shape=[64, 128, 1]), "expected blocksize, dtype and shape"),
         (STATE, text(dtype="__doc__"), "expected blocksize, dtype and shape"),
-        (STATE, text(shape=[64, 127]), r"uint8 \[4096, 1\], expected uint8 \[4064, 1\]"),
-        (f"{DOWN}.weight.absmax", torch.zeros(3), r"absmax: float32 \[3\], expected float32 \[128\]"),
-        (f"{DOWN}.weight.quant_map", None, "holds no tensor .*quant_map"),
+        (STATE, text(shape=[64, 127]), r"U8 \[4096, 1\], expected U8 \[4064, 1\]"),
+        (f"{DOWN}.weight.absmax", torch.zeros(3), r"absmax: found F32 \[3\], expected F32 \[128\]"),
+        (f"{DOWN}.weight.quant_map", None, r"quant_map: missing, expected F32 \[16\]"),
     ],
 )
 def test_damaged_nf4(half_llama: Path, tmp_path: Path, name: str, value: Tensor | None, message: str) -> None:
@@ -283,8 +286,8 @@ def test_damaged_nf4(half_llama: Path, tmp_path: Path, name: str, value: Tensor 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        (f"{DOWN}.SCB", torch.zeros(5), r"SCB: float32 \[5\], expected float32 \[64\]"),
-        (f"{DOWN}.weight", torch.zeros(64, 128), r"weight: float32 \[64, 128\], expected int8"),
+        (f"{DOWN}.SCB", torch.zeros(5), r"SCB: found F32 \[5\], expected F32 \[64\]"),
+        (f"{DOWN}.weight", torch.zeros(64, 128), r"weight: found F32 \[64, 128\], expected I8"),
         (f"{DOWN}.weight", torch.zeros(64, dtype=torch.int8), r"shape \[64\], expected \[out, in\]"),
         (f"{DOWN}.weight_format", torch.tensor(2, dtype=torch.uint8), "layout 2, expected 0"),
     ],

@@ -270,7 +270,7 @@ def test_a_missing_part_is_named(part: str, tmp_path: Path) -> None:
     del stored[f"m.{part}"]
     groups = {"group_0": {"targets": ["Linear"], "weights": {**WEIGHTS, "symmetric": False}}}
     artifact = open_artifact(_folder(tmp_path / "m", stored, config_groups=groups))
-    with pytest.raises(ModelError, match=f"no tensor m.{part}"):
+    with pytest.raises(ModelError, match=f"no tensor m.{part}|m.{part}: missing"):
         artifact.read("m.weight")
 
 

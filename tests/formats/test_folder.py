@@ -18,6 +18,7 @@ from quantkit.errors import DataError, ModelError
 from quantkit.formats import folder as folder_module
 from quantkit.formats.base import LinearPlan
 from quantkit.formats.folder import FolderArtifact, FolderWriter, read_quantization_config
+from quantkit.formats.layout import Shapes
 from quantkit.maths.affine import quantize_nearest
 from quantkit.methods.rtn import RTN
 from quantkit.model.reader import SafetensorsSource
@@ -31,6 +32,14 @@ def pack(weight_name: str, value: QuantizedTensor) -> dict[str, Tensor]:
     assert isinstance(value, GroupTensor)
     module = weight_name.removesuffix(".weight")
     return {f"{module}.qweight": value.codes, f"{module}.scales": value.scale}
+
+
+def layout(plan: LinearPlan) -> Shapes:
+    groups = plan.in_features // 16
+    return {
+        f"{plan.name}.qweight": (torch.uint8, (plan.out_features, plan.in_features)),
+        f"{plan.name}.scales": (torch.float32, (plan.out_features, groups)),
+    }
 
 
 class PlainArtifact(FolderArtifact):
@@ -51,7 +60,7 @@ def write(
 ) -> tuple[list[Path], dict[str, int]]:
     """Store the two linears quantized and the rest as it is; the paths and the bytes of each tensor."""
     out.mkdir(parents=True)
-    writer = FolderWriter(out, source, plans_of(source), dtype, pack, {"quant_method": "plain"}, **settings)
+    writer = FolderWriter(out, source, plans_of(source), dtype, pack, layout, {"quant_method": "plain"}, **settings)
     stored = {}
     for name in source.names():
         value: Tensor | QuantizedTensor = source.read(name)
@@ -142,16 +151,27 @@ def test_a_head_that_the_config_does_not_call_tied_but_is_missing(tiny_llama_tie
 
 def test_rotary_tables_of_old_checkpoints_are_left_out(tiny_llama: Path, tmp_path: Path) -> None:
     source = SafetensorsSource(tiny_llama)
-    writer = FolderWriter(tmp_path, source, plans_of(source), torch.float16, pack, {})
+    writer = FolderWriter(tmp_path, source, plans_of(source), torch.float16, pack, layout, {})
     assert writer.add("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(8)) == 0
-    assert writer.add("model.positions", torch.arange(4)) == 32  # integers keep their width
+
+
+def test_a_tensor_that_is_not_as_planned_is_a_bug(tiny_llama: Path, tmp_path: Path) -> None:
+    source = SafetensorsSource(tiny_llama)
+    writer = FolderWriter(tmp_path, source, plans_of(source), torch.float16, pack, layout, {})
+    name = f"{QUANTIZED[0]}.weight"
+    wider = Grid(8, 8, True)  # twice the scales
+    with pytest.raises(AssertionError, match=f"{name}: planned as"):
+        writer.add(name, quantize_nearest(source.read(name).float(), wider))
 
 
 def test_a_tensor_that_never_came_is_a_bug(tiny_llama: Path, tmp_path: Path) -> None:
     source = SafetensorsSource(tiny_llama)
-    writer = FolderWriter(tmp_path, source, plans_of(source), torch.float16, pack, {})
+    writer = FolderWriter(tmp_path, source, plans_of(source), torch.float16, pack, layout, {})
     for name in source.names()[1:]:
-        writer.add(name, source.read(name))
+        if name.removesuffix(".weight") not in QUANTIZED:
+            writer.add(name, source.read(name))
+    for linear in QUANTIZED:
+        writer.add(f"{linear}.weight", quantize_nearest(source.read(f"{linear}.weight").float(), GRID))
     with pytest.raises(AssertionError, match=f"never written: {source.names()[0]}"):
         writer.finish()
 

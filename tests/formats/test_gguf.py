@@ -13,6 +13,7 @@ from oracles import llama_cpp
 from oracles.memory_source import MemorySource, plans_of, store
 from quantkit.errors import ModelError
 from quantkit.formats.gguf import GGUF
+from quantkit.formats.gguf_metadata import model_name
 from quantkit.formats.gguf_parity import CHECK_TEXTS
 from quantkit.formats.gguf_vocabulary import tokenizer_metadata
 from quantkit.maths.ggml import encode
@@ -330,3 +331,12 @@ def test_a_damaged_sentencepiece_model_is_told(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\xff\xff\xff")
     with pytest.raises(ModelError, match=r"tokenizer\.model: is damaged"):
         tokenizer_metadata(tmp_path, {}, 3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Tiny-1.5-Q4_K_M.gguf", "Tiny-1.5.IQ4_XS.gguf", "Tiny-1.5_f16.gguf", "Tiny-1.5-q4_0.gguf", "Tiny-1.5.gguf"],
+)
+def test_a_files_name_without_its_type_is_the_models(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    (first,), _ = store(MemorySource(tiny_llama), GGUF(), tmp_path / "one", GGML(type="q4_0"), torch.float16)
+    assert model_name(GGUFSource(first.rename(tmp_path / name))) == "Tiny-1.5"

@@ -11,8 +11,13 @@ import torch
 
 from quantkit.errors import ModelError
 from quantkit.maths.affine import quantize_nearest, search_grid
-from quantkit.maths.ggml_export import exact_blocks
-from quantkit.tensors import Grid, GroupTensor
+from quantkit.maths.ggml_codes import take
+from quantkit.maths.ggml_export import holding_type, to_blocks
+from quantkit.tensors import BlockTensor, Grid, GroupTensor
+
+
+def exact_blocks(tensor: GroupTensor) -> BlockTensor:
+    return to_blocks(tensor, holding_type(tensor))
 
 
 def _tensor(bits: int, group_size: int | None, symmetric: bool, columns: int = 128) -> GroupTensor:
@@ -48,6 +53,36 @@ def test_negative_scales_are_kept() -> None:
     assert torch.equal(exact_blocks(tensor).dequantize(), tensor.dequantize())
 
 
+def test_minima_that_are_float16_numbers_fit_q4_1() -> None:
+    tensor = _tensor(4, 32, False)
+    tensor = replace(tensor, scale=torch.full_like(tensor.scale, 0.25))  # of few digits: so are its products
+    blocks = exact_blocks(tensor)
+    assert blocks.type_name == "Q4_1"
+    assert torch.equal(blocks.dequantize(), tensor.dequantize())
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_inexact_minima_keep_the_codes(negative: bool) -> None:
+    tensor = _tensor(4, 32, False)
+    if negative:
+        tensor = replace(tensor, scale=-tensor.scale)
+    assert tensor.zero is not None
+    assert holding_type(tensor, exact=False) == "Q4_1"
+    blocks = to_blocks(tensor, "Q4_1")
+    error = (blocks.dequantize() - tensor.dequantize()).abs()
+    minimum = (tensor.scale * tensor.zero).abs()
+    assert 0 < float(error.max()) <= float(minimum.max()) * 2**-11  # half a unit in the last of eleven digits
+    rounded = replace(tensor, scale=tensor.scale * 1.0001)
+    assert holding_type(rounded, exact=False) == "Q4_1"
+    assert torch.equal(take(to_blocks(rounded, "Q4_1").data, "Q4_1").codes, rounded.codes)
+
+
+def test_scales_beyond_float16_are_refused_even_so() -> None:
+    tensor = _tensor(4, 32, True)
+    with pytest.raises(ModelError, match="out of float16's range"):
+        holding_type(replace(tensor, scale=tensor.scale * 1e6), exact=False)
+
+
 def test_groups_in_any_order_of_whole_blocks() -> None:
     tensor = _tensor(4, 32, True, columns=64)
     turned = replace(tensor, group_of=torch.tensor([1] * 32 + [0] * 32, dtype=torch.int32))
@@ -60,7 +95,7 @@ def test_what_no_type_holds_is_refused() -> None:
     with pytest.raises(ModelError, match="blocks of 32 columns do not divide rows of 48"):
         exact_blocks(_tensor(4, 16, True, columns=48))
     tensor = _tensor(4, 32, True)
-    with pytest.raises(ModelError, match="scales are not float16 numbers"):
+    with pytest.raises(ModelError, match="24 of 24 scales are not float16 numbers"):
         exact_blocks(replace(tensor, scale=tensor.scale * 1.0001))
     wide = _tensor(8, 32, False)
     assert wide.zero is not None

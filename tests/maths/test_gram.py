@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.maths.gram import EIGHT_BIT_COLUMNS, EIGHT_BIT_TOKENS, REACH, GramAccumulator, InputStatistics
+from quantkit.maths.gram import (
+    EIGHT_BIT_COLUMNS,
+    EIGHT_BIT_TOKENS,
+    REACH,
+    GramAccumulator,
+    InputStatistics,
+    SquaresAccumulator,
+)
 
 CPU = torch.device("cpu")
 COLUMNS = EIGHT_BIT_COLUMNS + 5  # no multiple of a vector register
@@ -114,3 +121,15 @@ def test_sums_do_not_depend_on_the_threads() -> None:
 def test_narrow_inputs_are_summed_in_float32() -> None:
     inputs = _inputs(300, EIGHT_BIT_COLUMNS - 1)
     assert torch.equal(_seen([inputs], eight_bit=True).gram, _seen([inputs], eight_bit=False).gram)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_alone_are_the_diagonal(dtype: torch.dtype) -> None:
+    inputs = _inputs(300).to(dtype)
+    accumulator = SquaresAccumulator(COLUMNS, CPU)
+    for batch in (inputs[:7].view(1, 7, COLUMNS), inputs[7:]):
+        accumulator.add(batch)
+    seen, exact = accumulator.result(), inputs.double()
+    assert seen.tokens == 300 and seen.gram.numel() == 0
+    torch.testing.assert_close(seen.importance.squares, exact.square().sum(dim=0).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(seen.mean_abs, exact.abs().mean(dim=0).float(), rtol=1e-5, atol=0)

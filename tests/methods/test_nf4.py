@@ -107,7 +107,7 @@ def test_predicted_bits_are_those_stored(shape: tuple[int, int], double_quant: b
     quantized = quantize_nf4(random_weight(*shape), 64, double_quant)
     stored = pack_nf4("up.weight", quantized, dtype)
     size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-    assert abs(method.predicted_bits(*shape) * shape[0] * shape[1] / 8 - size) <= 4  # digits in the JSON
+    assert abs(method.predicted_bits(*shape) * shape[0] * shape[1] / 8 - size) < 1.5  # the dtype's name
 
 
 def quantize(weight: Tensor, method: NF4) -> CodebookBlocks:

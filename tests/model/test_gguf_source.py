@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -288,3 +289,22 @@ def test_values_beyond_float16(tiny_llama: Path, tmp_path: Path) -> None:
     assert source.dtype("model.layers.0.input_layernorm.weight") == torch.float16
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight: values up to .* do not fit float16"):
         source.read("model.layers.0.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "card"),
+    [
+        ({}, {}),
+        (
+            {"general.license": "other", "general.license.name": "tiny", "general.languages": ["en"]},
+            {"license": "other", "license_name": "tiny", "language": ["en"]},
+        ),
+        ({"general.source.repo_url": "https://huggingface.co/acme/tiny"}, {"base_model": "acme/tiny"}),
+        ({"general.source.huggingface.repository": "acme/tiny"}, {"base_model": "acme/tiny"}),
+        ({"general.source.url": "https://example.org/acme/tiny"}, {}),
+        # what the source itself was made from is not the source
+        ({"general.base_model.0.repo_url": "https://huggingface.co/acme/pretrained"}, {}),
+    ],
+)
+def test_a_file_says_what_a_card_would(metadata: dict[str, Any], card: dict[str, Any]) -> None:
+    assert GGUFSource.card(SimpleNamespace(file=SimpleNamespace(metadata=metadata))) == card  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch import Tensor
 from quantkit.formats.base import Format, LinearPlan
 from quantkit.methods.base import BlockWeights, Method
 from quantkit.model.blocks import blocks_of, linear_shape
+from quantkit.model.front_matter import front_matter
 from quantkit.model.source import Source
 
 
@@ -43,6 +44,9 @@ class MemorySource(Source):
 
     def side_files(self) -> list[Path]:
         return []
+
+    def card(self) -> dict[str, Any]:
+        return front_matter(self.path)
 
     def lineage(self) -> dict[str, Any]:
         return {"kind": self.kind, "id": self.path.name}

@@ -1,0 +1,109 @@
+"""What the forecasts of memory and time count of a model: its blocks, their inputs, its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from quantkit.device import arithmetic
+from quantkit.formats.base import LinearPlan
+from quantkit.model.blocks import architecture_of, blocks_of, head_dim
+from quantkit.model.source import Source
+from quantkit.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block that read one input. columns: of the input. rows: of the linears, stacked."""
+
+    columns: int
+    rows: int
+
+    @property
+    def values(self) -> int:
+        return self.columns * self.rows
+
+
+@dataclass(frozen=True)
+class Work:
+    """One recipe on one model, in numbers.
+
+    blocks: how many, all alike: the largest stands for each. groups: of one block. block_bytes: of its stored tensors.
+    hidden: width of the states. attention: of all heads together. tokens, length: of the calibration set, 0 without.
+    largest_bytes: of the largest stored tensor. source_bytes: of all. converted: whether unquantized tensors change
+    their dtype. linear_bytes, state_bytes: of a value in the linears and in the hidden states while calibrating.
+    """
+
+    blocks: int
+    groups: tuple[Group, ...]
+    block_bytes: int
+    hidden: int
+    attention: int
+    embedding_values: int
+    largest_bytes: int
+    source_bytes: int
+    quantized_values: int
+    tokens: int
+    length: int
+    converted: bool
+    linear_bytes: int
+    state_bytes: int
+    eight_bit_gram: bool
+    propagates: bool
+    calibrated: bool
+    gguf: bool
+
+    @property
+    def kind(self) -> str:
+        """Which libraries the run takes: "calibrated", "gguf" or "plain"."""
+        return "calibrated" if self.calibrated else "gguf" if self.gguf else "plain"
+
+    @property
+    def block_values(self) -> int:
+        return sum(group.values for group in self.groups)
+
+    @property
+    def widest(self) -> int:
+        """Columns of the widest input of a linear."""
+        return max(group.columns for group in self.groups)
+
+
+def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device: torch.device) -> Work:
+    """The numbers of a plan that fits its model."""
+    blocks = blocks_of(source)
+    shapes = {plan.name: (plan.out_features, plan.in_features) for plan in plans}
+    sizes = {name: prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names()}
+    largest = max(blocks, key=lambda block: sum(sizes[name] for name in block.tensors))
+    groups = tuple(
+        Group(shapes[group.linears[0]][1], sum(shapes[name][0] for name in group.linears)) for group in largest.groups
+    )
+    methods = [plan.method for plan in plans if plan.method is not None]
+    calibrated = any(method.calibrated for method in methods)
+    section = recipe.calibration
+    stored = source.dtype(f"{blocks[0].linears[0]}.weight")
+    how = arithmetic(device, stored, exact=section.precision == "float32")
+    embedding = f"{architecture_of(source.config).embedding}.weight"
+    heads = int(source.config.get("num_attention_heads") or source.config.get("n_head") or 1)
+    return Work(
+        blocks=len(blocks),
+        groups=groups,
+        block_bytes=sum(sizes[name] for name in largest.tensors),
+        hidden=source.shape(embedding)[1],
+        attention=heads * (head_dim(source.config) or 0),
+        embedding_values=prod(source.shape(embedding)),
+        largest_bytes=max(sizes.values()),
+        source_bytes=sum(sizes.values()),
+        quantized_values=sum(plan.out_features * plan.in_features for plan in plans if plan.method is not None),
+        tokens=section.sequences * section.length if calibrated else 0,
+        length=section.length,
+        converted=stored != getattr(torch, recipe.model.dtype),
+        linear_bytes=how.linears.itemsize,
+        state_bytes=how.states.itemsize,
+        eight_bit_gram=how.eight_bit_gram,
+        propagates=any(getattr(method, "propagate", None) == "quantized" for method in methods),
+        calibrated=calibrated,
+        gguf=recipe.resolved_format.name == "gguf",
+    )

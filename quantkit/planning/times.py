@@ -1,0 +1,147 @@
+"""How long a run will take: operations over the rates of the probe, and what does not scale with them.
+
+Per block, on T tokens, for each input of n columns whose linears have m rows together:
+
+    linears     2 T n m                  at the rate of the linears' dtype
+    attention   2 T L d                  the same; d: all heads together, L: the length of a sequence
+    Grams       T n (n + 1)              8-bit products where the processor has them
+    passing     ACTIVATION_FLOP T (4 d + 3 m)   norms, activations, rotary positions, copies
+    solve       m n^2 (1 + 2 sweeps) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
+
+"Flop" of work that is no product says how many float32 operations of a product take as long, so that the forecast moves
+with the machine. Source of the constants: whole runs, see docs/plan.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.formats.base import LinearPlan
+from quantkit.planning.probe import Probe
+from quantkit.planning.shapes import Work
+
+REFERENCE_FLOP_S = 190e9
+"""Float32 rate of the machine that the constants below were measured on: two cores of an AMD EPYC with AVX-512."""
+
+START_S = {"plain": 1.8, "gguf": 3.0, "calibrated": 4.6}
+"""Until the first block on that machine: imports alone, with a GGUF file's tokenizer, or with a model to run and its
+text."""
+
+ATTENTION_SLOWDOWN = 8.0
+"""Attention and rotary positions against the same number of operations in large products."""
+
+LINEAR_SLOWDOWN = 1.2
+"""Linears of a block against the square products of the probe."""
+
+GRAM_SLOWDOWN = 3.0
+"""8-bit Gram matrices against such products: rounding, and the strips' shape."""
+
+ACTIVATION_FLOP = 170
+FACTOR_FLOP = 8
+VALUE_FLOP = 4500
+
+ENCODE_NS = {
+    "int8": 5.5,
+    "nf4": 6.5,
+    "rtn": 8.0,
+    "F16": 2.0,
+    "BF16": 2.0,
+    "Q8_0": 4.0,
+    "Q4_0": 4.0,
+    "Q4_1": 4.0,
+    "Q5_0": 4.5,
+    "Q5_1": 4.5,
+    "Q2_K": 45.0,
+    "Q3_K": 35.0,
+    "Q4_K": 25.0,
+    "Q5_K": 25.0,
+    "Q6_K": 20.0,
+    "IQ4_NL": 40.0,
+    "IQ4_XS": 40.0,
+}
+"""Nanoseconds a value on that machine, all threads together: rounding, packing, the noise that the manifest records."""
+
+ERROR = 0.3
+"""How far a time was off at most, in parts of it, in benchmarks/results/plan.json; more on other kinds of machines."""
+
+
+@dataclass(frozen=True)
+class TimeForecast:
+    """Seconds by step."""
+
+    parts: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+def time_of(work: Work, plans: Sequence[LinearPlan], probe: Probe, artifact_bytes: int) -> TimeForecast:
+    """The seconds of a whole `quantize`. artifact_bytes: that will be written.
+
+    The embedding of a GGUF file counts as a linear of the type that most linears have.
+    """
+    slower = REFERENCE_FLOP_S / probe.float32_flop_s
+    parts = {
+        "starting": START_S[work.kind] * slower,
+        "reading": work.source_bytes / probe.read_bytes_s,
+        "writing": artifact_bytes / probe.write_bytes_s,
+    }
+    quantized = [plan for plan in plans if plan.method is not None]
+    nearest = [plan for plan in quantized if not _solved(plan)]
+    if nearest:
+        each = [encode_ns(plan) for plan in nearest]
+        if work.gguf:
+            values = sum(plan.out_features * plan.in_features for plan in nearest)
+            each.append(sum(each) / values * work.embedding_values)
+        parts["rounding"] = slower * 1e-9 * sum(each)
+    if work.calibrated:
+        parts |= _passes(work, probe)
+    solved = [plan for plan in quantized if _solved(plan)]
+    if solved:
+        parts["solving"] = work.blocks * _solve_flop(work, solved) / probe.float32_flop_s
+    return TimeForecast(parts)
+
+
+def _solved(plan: LinearPlan) -> bool:
+    """Whether codes come from the calibrated solver rather than from rounding alone; an importance only weighs."""
+    return bool(plan.method and plan.method.calibrated) and getattr(plan.method, "importance", False) is not True
+
+
+def encode_ns(plan: LinearPlan) -> float:
+    """Nanoseconds that rounding one linear to nearest takes on the reference machine."""
+    method: Any = plan.method
+    kind = method.type_for(plan.in_features) if method.name == "ggml" else method.name
+    return ENCODE_NS[kind] * plan.out_features * plan.in_features
+
+
+def _passes(work: Work, probe: Probe) -> dict[str, float]:
+    """Running the model on the calibration set, and its statistics."""
+    rate = probe.device_flop_s or (probe.bfloat16_flop_s if work.linear_bytes == 2 else probe.float32_flop_s)
+    float32 = probe.float32_flop_s
+    tokens, blocks = work.tokens, work.blocks
+    linears = sum(2 * tokens * group.values for group in work.groups)
+    attention = 2 * tokens * work.length * work.attention
+    grams = sum(tokens * group.columns * (group.columns + 1) for group in work.groups)
+    passing = ACTIVATION_FLOP * tokens * (4 * work.hidden + sum(group.rows for group in work.groups))
+    gram_rate = probe.int8_op_s / GRAM_SLOWDOWN if work.eight_bit_gram and probe.int8_op_s else float32
+    return {
+        "linears": blocks * linears * LINEAR_SLOWDOWN / rate,
+        "attention": blocks * attention * ATTENTION_SLOWDOWN / rate,
+        "Gram matrices": blocks * grams / (probe.device_flop_s or gram_rate),
+        "norms, activations, copies": blocks * passing / (probe.device_flop_s or float32),
+    }
+
+
+def _solve_flop(work: Work, solved: Sequence[LinearPlan]) -> float:
+    """Of one block, all of whose linears are taken to have the settings of most."""
+    methods: list[Any] = [plan.method for plan in solved]
+    (method, _), *_ = Counter(methods).most_common(1)
+    sweeps = method.refine if getattr(method, "rounding", "gptq") == "gptq" else 0
+    return sum(
+        group.rows * group.columns**2 * (1 + 2 * sweeps) + FACTOR_FLOP * group.columns**3 + VALUE_FLOP * group.values
+        for group in work.groups
+    )

@@ -1,0 +1,136 @@
+"""The arithmetic of memory and time, against counts by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.model.reader import open_source
+from quantkit.plan import plan_linears
+from quantkit.planning import memory, times
+from quantkit.planning.memory import memory_of
+from quantkit.planning.probe import Probe
+from quantkit.planning.shapes import Work, work_of
+from quantkit.planning.times import encode_ns, time_of
+from quantkit.recipe import Recipe
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ROOM = 10**12
+UNIT = Probe(
+    identity={},
+    measured="",
+    float32_flop_s=times.REFERENCE_FLOP_S,
+    bfloat16_flop_s=2 * times.REFERENCE_FLOP_S,
+    int8_op_s=0,
+    device_flop_s=None,
+    read_bytes_s=1e9,
+    write_bytes_s=1e9,
+)
+
+
+def planned(folder: Path, method: dict[str, object], **sections: object) -> tuple[Work, list]:
+    recipe = Recipe.model_validate({"method": method, **sections})
+    source = open_source(str(folder))
+    plans = plan_linears(recipe, source)
+    return work_of(recipe, source, plans, CPU), plans
+
+
+GPTQ = {"name": "gptq", "group_size": 32}
+
+
+def test_what_is_counted_of_a_model(tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    # q 64, k and v 32 rows on 64 columns; o 64 on 64; gate and up 128 on 64; down 64 on 128
+    assert [(group.columns, group.rows) for group in work.groups] == [(64, 128), (64, 64), (64, 256), (128, 64)]
+    values = 64 * 128 + 64 * 64 + 64 * 256 + 128 * 64
+    assert work.block_values == values and work.blocks == 2 and work.quantized_values == 2 * values
+    assert work.block_bytes == 4 * (values + 2 * 64)
+    assert (work.hidden, work.attention, work.widest, work.tokens) == (64, 64, 128, 128)
+    assert work.largest_bytes == 4 * 384 * 64 and work.kind == "calibrated" and work.propagates
+
+
+def test_the_peak_of_a_calibrated_run(tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    found = memory_of(work, CPU, ROOM).host
+    assert found["libraries"] == memory.LIBRARIES_BYTES["calibrated"]
+    assert found["hidden states"] == 128 * 64 * 4
+    assert found["rows that wait inside a block"] == int(memory.RETAINED * 128 * (3 * 64 + 128) * 4)
+    # the down projection: Gram of 128 columns in float32 and twice in float64, and three copies of its weight
+    assert found["Gram matrix and its factor"] == int(memory.RETAINED * (20 * 128**2 + 12 * 128 * 64))
+
+
+def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    tight = memory_of(work, CPU, 1000)
+    assert "rows that wait inside a block" not in tight.host and "hidden states" not in tight.host
+    assert tight.scratch_bytes == 128 * 64 * 4
+
+
+def test_unquantized_inputs_hold_every_gram_and_no_rows(tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, GPTQ | {"propagate": "unquantized"}, calibration={"sequences": 4, "length": 32})
+    found = memory_of(work, CPU, ROOM).host
+    assert "rows that wait inside a block" not in found
+    others = 3 * 4 * 64**2
+    assert found["Gram matrix and its factor"] == int(memory.RETAINED * (20 * 128**2 + 12 * 128 * 64 + others))
+
+
+def test_on_a_gpu_the_block_is_the_gpus(tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    found = memory_of(work, CUDA, ROOM)
+    assert found.peak_vram_bytes == sum(found.device.values()) > 0
+    assert "Gram matrix and its factor" in found.device and "Gram matrix and its factor" not in found.host
+    assert found.host["CUDA"] == memory.CUDA_BYTES
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_an_uncalibrated_run_holds_its_largest_tensor(dtype: str, tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, {"name": "int8"}, model={"dtype": dtype})
+    found = memory_of(work, CPU, ROOM)
+    copies = memory.LARGEST_TENSOR_COPIES[dtype == "float16"]  # the model is stored in float32
+    assert found.host["largest tensor and its copies"] == int(copies * 4 * 384 * 64)
+    assert found.device == {} and found.scratch_bytes == 0
+
+
+def test_the_seconds_of_a_calibrated_run(tiny_llama: Path) -> None:
+    work, plans = planned(tiny_llama, GPTQ | {"refine": 1}, calibration={"sequences": 4, "length": 32})
+    work = replace(work, linear_bytes=4, eight_bit_gram=False)
+    parts = time_of(work, plans, UNIT, 10**9).parts
+    rate, blocks, tokens = times.REFERENCE_FLOP_S, 2, 128
+    assert parts["writing"] == 1.0 and parts["reading"] == pytest.approx(work.source_bytes / 1e9)
+    assert parts["linears"] == pytest.approx(blocks * 2 * tokens * work.block_values * times.LINEAR_SLOWDOWN / rate)
+    attention = blocks * 2 * tokens * 32 * 64
+    assert parts["attention"] == pytest.approx(attention * times.ATTENTION_SLOWDOWN / rate)
+    assert parts["Gram matrices"] == pytest.approx(blocks * tokens * (3 * 64 * 65 + 128 * 129) / rate)
+    rounding = 3 * (64**2 * (128 + 64 + 256) + 128**2 * 64)  # one sweep
+    factors = times.FACTOR_FLOP * (3 * 64**3 + 128**3)
+    solve = rounding + factors + times.VALUE_FLOP * work.block_values
+    assert parts["solving"] == pytest.approx(blocks * solve / rate)
+    assert "rounding" not in parts
+
+
+def test_faster_products_count_where_they_are_used(tiny_llama: Path) -> None:
+    work, plans = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    fast = UNIT.model_copy(update={"int8_op_s": 4 * times.REFERENCE_FLOP_S})
+    plain = replace(work, linear_bytes=4, eight_bit_gram=False)
+    mixed = replace(work, linear_bytes=2, eight_bit_gram=True)
+    before, after = time_of(plain, plans, fast, 0).parts, time_of(mixed, plans, fast, 0).parts
+    assert after["linears"] == pytest.approx(before["linears"] / 2)
+    assert after["Gram matrices"] == pytest.approx(before["Gram matrices"] * times.GRAM_SLOWDOWN / 4)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k_m", "iq4_xs", "q2_k"])
+def test_every_type_has_a_rate(kind: str, tiny_llama: Path) -> None:
+    work, plans = planned(tiny_llama, {"name": "ggml", "type": kind})
+    assert all(encode_ns(plan) > 0 for plan in plans if plan.method is not None)
+    parts = time_of(work, plans, UNIT, 0).parts
+    assert parts["rounding"] > 0 and "solving" not in parts
+
+
+def test_an_importance_is_calibrated_but_nothing_is_solved(tiny_llama: Path) -> None:
+    method = {"name": "ggml", "type": "q4_k_m", "importance": True}
+    work, plans = planned(tiny_llama, method, calibration={"sequences": 4, "length": 32})
+    parts = time_of(work, plans, UNIT, 0).parts
+    assert {"rounding", "linears"} <= parts.keys() and "solving" not in parts
