@@ -224,7 +224,7 @@ def test_results_fill_the_table_and_the_manifest_follows(
     before = text_of(artifact)
     assert cli.execute(["card", str(artifact), "--results", str(path)]) == 0
     text, manifest = text_of(artifact), read_manifest(artifact)
-    assert manifest is not None and check_files(manifest, artifact) == []
+    assert manifest is not None and verify(artifact).findings == []
     assert "| NF4 " in text and "| FP16 |" in text and "INT8" not in text and NOT_MEASURED not in text
     assert text.partition("<!-- measured -->")[0] == before.partition("<!-- measured -->")[0]
     assert text.partition("<!-- /measured -->")[2] == before.partition("<!-- /measured -->")[2]
@@ -236,10 +236,10 @@ def test_an_edited_card_is_taken_over_when_asked(artifact: Path) -> None:
     manifest = read_manifest(artifact)
     assert manifest is not None
     (artifact / "README.md").write_text(text_of(artifact) + "\nA word of our own.\n")
-    assert [line.partition(":")[0] for line in check_files(manifest, artifact)] == ["README.md"]
+    assert [Path(line.partition(":")[0]).name for line in verify(artifact).findings] == ["README.md"]
     assert cli.execute(["card", str(artifact)]) == 0
     manifest = read_manifest(artifact)
-    assert manifest is not None and check_files(manifest, artifact) == []
+    assert manifest is not None and verify(artifact).findings == []
 
 
 def test_other_results_are_refused(artifact: Path, tmp_path: Path) -> None:
