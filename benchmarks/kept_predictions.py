@@ -1,5 +1,5 @@
-"""What is lost when only the likeliest tokens of the baseline's predictions are kept: KL and total variation beside those
-over the whole vocabulary.
+"""What is lost when only the likeliest tokens of the baseline's predictions are kept: KL and total variation beside
+those over the whole vocabulary.
 
 usage: python benchmarks/kept_predictions.py MODEL ARTIFACT TEXT [--sequences 8] [--length 256]
 
