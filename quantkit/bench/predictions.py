@@ -113,7 +113,8 @@ class PredictionsFile:
     def sequence(self, row: int) -> Predictions:
         """The predictions of one sequence."""
         arrays = (self.tokens[row], self.log_probs[row], self.rest[row], self.losses[row])
-        return Predictions(*map(torch.from_numpy, arrays), self.vocabulary)
+        tokens, log_probs, rest, losses = map(torch.from_numpy, arrays)
+        return Predictions(tokens, log_probs, rest, losses, self.vocabulary)
 
 
 def write_predictions(path: Path, sequences: Iterable[Predictions], count: int) -> None:

@@ -35,5 +35,6 @@ def quantile(values: NDArray[np.float64], share: float) -> tuple[float, float | 
     generator = np.random.default_rng(SEED)
     draws = generator.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
     needed = share * len(values) * values.shape[1]
-    again = [ordered[min(np.searchsorted(np.cumsum(draw[owner]), needed), len(ordered) - 1)] for draw in draws]
+    places = [int(np.searchsorted(np.cumsum(draw[owner]), needed)) for draw in draws]
+    again = ordered[np.minimum(places, len(ordered) - 1)]
     return found, float(np.std(again, ddof=1))

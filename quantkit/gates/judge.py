@@ -11,7 +11,7 @@ from quantkit.errors import GateError, UsageError
 from quantkit.gates.outcome import BarName, GateOutcome, Verdict
 from quantkit.report.certainty import interval
 from quantkit.report.comparison import compare
-from quantkit.report.layout import UNITS, number
+from quantkit.report.entries import UNITS, number
 from quantkit.report.model import Cell, Line
 from quantkit.sections import GateSection
 

@@ -10,7 +10,8 @@ from quantkit.errors import DataError, GateError
 from quantkit.report.cells import by_key
 from quantkit.report.certainty import difference
 from quantkit.report.comparison import compare
-from quantkit.report.layout import UNITS, Document, Listing, TextTable, number
+from quantkit.report.entries import UNITS, number
+from quantkit.report.layout import Document, Listing, TextTable
 from quantkit.report.model import Cell, Column, Comparison, Line
 from quantkit.schema import Frozen
 

@@ -92,6 +92,12 @@ def entries(
     return found
 
 
+def number(value: float, unit: str) -> str:
+    """A number alone, in the unit it is shown in and with the digits that unit deserves; without the unit."""
+    column = Column(key="", title="", unit=unit, group="quality")
+    return entries([Cell(value=value)], column, Footnotes())[0].text
+
+
 def _decimals(cells: Sequence[Cell], column: Column, factor: float, brief: bool) -> int:
     """Decimals that a whole column shares: three digits of its smallest number, or as DECIMALS has it.
 

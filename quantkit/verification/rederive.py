@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint import Checkpoints
 from quantkit.environment import environment
 from quantkit.errors import QuantkitError
 from quantkit.formats import open_artifact
@@ -31,6 +32,7 @@ from quantkit.pipeline import Job, quantize
 from quantkit.plan import given_importance, plan_linears
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
+from quantkit.unfinished import unfinished
 from quantkit.verification.report import Report
 
 BLOCKS = 2
@@ -109,7 +111,9 @@ def rederive(artifact: ArtifactSource, manifest: Manifest, source: Source, repor
         with _threads(manifest), tempfile.TemporaryDirectory(prefix="quantkit-verify-") as scratch:
             out = Path(scratch) / "again"
             job = Job("verify", recipe, own, out, named)
-            quantize([job], part, calibration, torch.device("cpu"), Progress(quiet=True))
+            with unfinished([out], {}, restart=True) as work:
+                checkpoints = Checkpoints(work, 0, work.places)
+                quantize([job], part, calibration, torch.device("cpu"), Progress(quiet=True), checkpoints)
             differing = _compare(artifact, open_artifact(out), part, report)
     except (QuantkitError, ValueError) as error:
         message = error.message if isinstance(error, QuantkitError) else str(error)
