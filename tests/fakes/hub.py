@@ -15,6 +15,11 @@ from urllib.parse import unquote, urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def commit_of(branch: str) -> str:
+    """The commit that a branch points to."""
+    return COMMIT if branch == "main" else hashlib.sha1(branch.encode()).hexdigest()
+
+
 @dataclass
 class Repository:
     """Files by name, at one commit that main points to; `branches` have files of their own.
@@ -32,8 +37,11 @@ class Repository:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def at(self, revision: str) -> dict[str, bytes] | None:
-        """The files of a branch or of the commit, None when there is no such revision."""
-        return self.files if revision in ("main", COMMIT) else self.branches.get(revision)
+        """The files of a branch, or of the commit that it points to; None when there is no such revision."""
+        if revision in ("main", COMMIT):
+            return self.files
+        found = [files for branch, files in self.branches.items() if revision in (branch, commit_of(branch))]
+        return found[0] if found else None
 
     @classmethod
     def of_folder(cls, folder: Path, *, gated: bool = False) -> Repository:
@@ -128,14 +136,14 @@ class FakeHub:
         files = repository.at(rest[1] if len(rest) > 1 else "main")
         if files is None:
             return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}, b""
-        commit = COMMIT if files is repository.files else hashlib.sha1(rest[1].encode()).hexdigest()
+        branch = next((name for name, known in repository.branches.items() if known is files), "main")
         if is_api:
-            content = self._api(name, repository, files, commit, rest, posted)
+            content = self._api(name, repository, files, commit_of(branch), rest, posted)
             return 200, {"Content-Type": "application/json"}, content
         if repository.gated and token not in repository.readers:
             return 403 if token else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, b""
         path = "/".join(rest[2:])
-        return self._file(files, commit, path, repository.sizes.get(path))
+        return self._file(files, commit_of(branch), path, repository.sizes.get(path))
 
     def _api(
         self,
