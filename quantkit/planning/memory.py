@@ -13,15 +13,15 @@ import torch
 from quantkit.model.forward import BATCH_TOKENS
 from quantkit.planning.shapes import Group, Work
 
-LIBRARIES_BYTES = {"plain": 262_000_000, "gguf": 430_000_000, "calibrated": 470_000_000}
+LIBRARIES_BYTES = {"plain": 262_000_000, "gguf": 430_000_000, "calibrated": 520_000_000}
 """What a process holds before the first tensor: alone, with a GGUF file's tokenizer and the compiled kernels of its
-types, or with calibration, which takes transformers and a model without weights. Of the CPU build of torch;
-CUDA_BYTES come on top on a GPU."""
+types, or with calibration, which takes transformers, a model without weights and the compiled solver. Of the CPU build
+of torch; CUDA_BYTES come on top on a GPU."""
 
 CUDA_BYTES = 600_000_000
 """Host memory of a CUDA context and its libraries: an estimate, not measured here."""
 
-LARGEST_TENSOR_COPIES = {False: 1.0, True: 3.4}
+LARGEST_TENSOR_COPIES = {False: 1.0, True: 3.0}
 """Copies of the largest tensor, in its stored dtype, that an uncalibrated run holds: without and with a change of
 dtype."""
 
@@ -29,7 +29,7 @@ RETAINED = 1.25
 """What the C library keeps of freed memory: bytes resident for each that the terms count."""
 
 ERROR = 0.15
-"""How far a peak was off at most, in parts of it, in benchmarks/results/plan.json."""
+"""How far a peak was off at most, in parts of it, in the runs of docs/plan.md."""
 
 
 @dataclass(frozen=True)
