@@ -12,7 +12,7 @@ import pytest
 
 from fakes.fuzzing import FAILURES, KINDS, make_bases, run
 
-COUNTS = {"recipe": 300, "safetensors": 300, "gguf": 300, "json": 120}
+COUNTS = {"recipe": 300, "safetensors": 300, "gguf": 150, "json": 60}
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
-from quantkit.formats.folder import HALVES, FolderArtifact, FolderWriter, Part, read_quantization_config
+from quantkit.formats.folder import FLOATS, FolderArtifact, FolderWriter, Part, read_quantization_config
 from quantkit.formats.group import float16_scale, grid_of, require_grid, require_group_tensor
 from quantkit.formats.layout import ArtifactLayout, Shapes, folder_layout
 from quantkit.maths.packing import awq_deinterleave, awq_interleave, pack, unpack
@@ -142,7 +142,7 @@ class AWQArtifact(FolderArtifact):
         return {
             "qweight": Part(("I32",), (in_features, out_features // WORD)),
             "qzeros": Part(("I32",), (groups, out_features // WORD)),
-            "scales": Part(HALVES, (groups, out_features)),
+            "scales": Part(FLOATS, (groups, out_features)),
         }
 
     def odd_values(self, weight_name: str) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from quantkit import __version__
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
-from quantkit.formats.folder import HALVES, FolderArtifact, FolderWriter, Part, read_quantization_config
+from quantkit.formats.folder import FLOATS, FolderArtifact, FolderWriter, Part, read_quantization_config
 from quantkit.formats.group import float16_scale, grid_of, group_problems, require_grid, require_group_tensor
 from quantkit.formats.layout import ArtifactLayout, Shapes, folder_layout
 from quantkit.maths.packing import pack, unpack, words_for
@@ -244,8 +244,8 @@ class GPTQArtifact(FolderArtifact):
         return {
             "qweight": Part(("I32",), (in_features * bits // 32, out_features)),
             "qzeros": Part(("I32",), (groups, out_features * bits // 32)),
-            "scales": Part(HALVES, (groups, out_features)),
-            "g_idx": Part(("I32",), (in_features,), required=False),
+            "scales": Part(FLOATS, (groups, out_features)),
+            "g_idx": Part(("I32", "I64"), (in_features,), required=False),
         }
 
     def odd_values(self, weight_name: str) -> list[str]:

@@ -119,8 +119,7 @@ def read_quantization_config(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-HALVES = ("F16", "BF16")
-FLOATS = (*HALVES, "F32")
+FLOATS = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)

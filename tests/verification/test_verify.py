@@ -148,7 +148,12 @@ Q = "model.layers.0.self_attn.q_proj"
         ("gptq", f"{Q}.scales", with_value(0, float("nan")), f"{Q}.scales: found nan, expected finite values"),
         ("gptq", f"{Q}.g_idx", with_value(3, 9), f"{Q}.g_idx: found groups from 0 to 9, expected 0 to 1"),
         ("gptq", f"{Q}.qzeros", lambda t: t[:1], f"{Q}.qzeros: found I32 [1, 8], expected I32 [2, 8]"),
-        ("gptq", f"{Q}.scales", lambda t: t.float(), f"{Q}.scales: found F32 [2, 64], expected F16 or BF16 [2, 64]"),
+        (
+            "gptq",
+            f"{Q}.scales",
+            lambda t: t.int(),
+            f"{Q}.scales: found I32 [2, 64], expected F16 or BF16 or F32 [2, 64]",
+        ),
         ("gptq", f"{Q}.scales", lambda t: None, f"{Q}.scales: missing, expected F16 [2, 64]"),
         ("gptq", f"{Q}.qweight", lambda t: t[:, :32], f"{Q}.weight: found [32, 64], expected [64, 64] by config.json"),
         ("gptq", "model.norm.weight", lambda t: None, "model.norm.weight: missing, expected [64]"),
