@@ -18,35 +18,25 @@ SAMPLE_ROWS = 128
 """Output rows that a candidate is scored on: the best exponent is a property of the inputs, which all rows share."""
 
 
-Rounding = Callable[[Tensor, Tensor], Tensor]
-"""From a scaled weight float32 [out, in] and its scale [in] to what rounding makes of it, float32 [out, in]."""
-
-
 def candidate_scale(mean_abs: Tensor, exponent: float) -> Tensor:
     """The scale of each input channel for one exponent: float32 [in], centred so that max * min = 1."""
     scale = mean_abs.clamp(min=1e-4).pow(exponent)
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def search_scale(
-    weight: Tensor, mean_abs: Tensor, gram: Tensor, grid: Grid, exponents: int, rounding: Rounding | None = None
-) -> tuple[Tensor, float]:
+def search_scale(weight: Tensor, mean_abs: Tensor, gram: Tensor, grid: Grid, exponents: int) -> tuple[Tensor, float]:
     """The best scale among `mean_abs ** e`, e = 0, 1/n ... (n - 1)/n, and its e: float32 [in] and a number.
 
     weight: float32 [out, in], the linears of one input stacked by rows. mean_abs: float32 [in]. gram: float32 [in, in].
-    e = 0 is a scale of one everywhere: no fold. Candidates are scored on rows taken at even distances, as `rounding`
-    rounds them; None is to nearest on the full range of the grid's groups.
+    e = 0 is a scale of one everywhere: no fold. Candidates are scored on rows taken at even distances.
     """
     weight = weight[:: -(-len(weight) // SAMPLE_ROWS)]
 
-    def nearest(scaled: Tensor, _: Tensor) -> Tensor:
-        return nearest_values(scaled, *grid_for_range(*full_range(scaled, grid), grid), grid)
-
-    rounded = nearest if rounding is None else rounding
-
     def loss(step: int) -> float:
         scale = candidate_scale(mean_abs, step / exponents)
-        error = rounded(weight * scale, scale).div_(scale).sub_(weight)
+        scaled = weight * scale
+        rounded = nearest_values(scaled, *grid_for_range(*full_range(scaled, grid), grid), grid)
+        error = rounded.div_(scale).sub_(weight)
         return float((error @ gram).mul_(error).sum(dtype=torch.float64))
 
     best = _coarse_to_fine(loss, exponents)

@@ -18,7 +18,6 @@ from quantkit.errors import ModelError
 from quantkit.maths import fold
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, search_grid
 from quantkit.maths.compensate import InverseFactor, inverse_factor, round_compensated
-from quantkit.maths.fold import Rounding
 from quantkit.maths.gram import InputStatistics
 from quantkit.maths.refine import damped, refine
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_range, require_finite
@@ -189,7 +188,10 @@ class CalibratedBlock:
     def _factor(self, linears: list[str], gram: Tensor) -> InverseFactor:
         """What error compensation needs of a Gram matrix; what is odd about it is noted. Raises ModelError."""
         steps = self.steps
-        factor = self._inverse(linears, gram)
+        try:
+            factor = inverse_factor(gram, steps.damp, steps.act_order)
+        except ModelError as error:
+            raise ModelError(f"{', '.join(linears)}: {error.message}", hint=error.hint) from error
         dead = int(factor.dead.sum())
         for name in linears:
             if factor.damp != steps.damp:
@@ -199,16 +201,6 @@ class CalibratedBlock:
             if dead:
                 self._marks[name].append(f"{dead} dead columns")
         return factor
-
-    def _inverse(self, linears: list[str], gram: Tensor) -> InverseFactor:
-        try:
-            return inverse_factor(gram, self.steps.damp, self.steps.act_order)
-        except ModelError as error:
-            raise ModelError(f"{', '.join(linears)}: {error.message}", hint=error.hint) from error
-
-    def _trial(self, ours: list[str], gram: Tensor) -> Rounding | None:
-        """How candidates of a scale are rounded to be scored; None is to nearest on the grid."""
-        return None
 
     def _other(self, name: str) -> Tensor | None:
         """An unquantized tensor of the block as it stands now."""
@@ -234,9 +226,7 @@ class CalibratedBlock:
             repeats = stacked.shape[1] // channels
             tied = fold.tie_over_heads(mean_abs, self.given.head_dim, repeats, "mean")
             mean_abs = fold.spread_over_heads(tied, self.given.head_dim, repeats)
-        scale, exponent = fold.search_scale(
-            stacked, mean_abs, seen.gram, self.steps.grid, self.steps.exponents, self._trial(ours, seen.gram)
-        )
+        scale, exponent = fold.search_scale(stacked, mean_abs, seen.gram, self.steps.grid, self.steps.exponents)
         if group.producer_kind == "norm" and not self._norm_holds(f"{group.producer}.weight", scale):
             reason = f"{group.producer}.weight divided by it would leave float16's range"
             for name in ours:

@@ -6,18 +6,15 @@ again by the whole of it, and all of them improved in turn (maths/ggml_compensat
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
-from quantkit.maths.fold import Rounding
 from quantkit.maths.ggml import FLOAT_TYPES, encode
 from quantkit.maths.ggml_codes import LAYOUTS, put, take
-from quantkit.maths.ggml_compensate import compensate_codes, refine_blocks, values_of
+from quantkit.maths.ggml_compensate import compensate_codes, refine_blocks
 from quantkit.maths.refine import damped
 from quantkit.methods.base import BlockWeights
 from quantkit.methods.calibrated import CalibratedBlock, Steps
@@ -46,28 +43,12 @@ class GGMLBlock(CalibratedBlock):
         type_name = self._types[linear]
         return f"gguf {type_name}{'' if type_name in FLOAT_TYPES else ' gptq'}"
 
-    def _trial(self, ours: list[str], gram: Tensor) -> Rounding | None:
-        """By the type that most linears of an input have, with error compensation: what that makes up for anyway is no
-        reason for a scale."""
-        type_name = Counter(self._types[name] for name in ours).most_common(1)[0][0]
-        if type_name in FLOAT_TYPES:
-            return None
-        factor = self._inverse(ours, gram)
-
-        def rounded(scaled: Tensor, scale: Tensor) -> Tensor:
-            # (S^-1 H S^-1)^-1 = S U^T U S, if the damping is scaled too
-            own = replace(factor, upper=factor.upper * scale[factor.order])
-            coded = take(encode(scaled, type_name, _importance(gram.diagonal() / scale.square())), type_name)
-            return values_of(compensate_codes(scaled, coded, type_name, own), type_name)
-
-        return rounded
-
     def _round(self, ours: list[str], gram: Tensor) -> Mapping[str, QuantizedTensor]:
         """Linears of one input and one type are stacked by rows; the Gram matrix is factored once for all."""
         steps = self.steps
         factor = self._factor(ours, gram)
         loaded = damped(gram, factor.damp)
-        importance = _importance(gram.diagonal())
+        importance = gram.diagonal() / gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         rounded = {}
         for type_name in dict.fromkeys(self._types[name] for name in ours):
             names = [name for name in ours if self._types[name] == type_name]
@@ -86,9 +67,3 @@ class GGMLBlock(CalibratedBlock):
             for name, rows in self.rows_of(names).items():
                 rounded[name] = BlockTensor(data[rows], type_name, *self.weights[name].shape)
         return rounded
-
-
-def _importance(squares: Tensor) -> Tensor:
-    """Mean squares of the columns, float32 [in], as shares of their mean, so that no type's search leaves float32's
-    range."""
-    return squares / squares.mean().clamp(min=torch.finfo(torch.float32).tiny)

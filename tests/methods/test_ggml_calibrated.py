@@ -12,7 +12,6 @@ from quantkit.maths.ggml import encode
 from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.methods.base import BlockResult, BlockWeights
 from quantkit.methods.ggml import GGML
-from quantkit.methods.ggml_calibrated import GGMLBlock
 from quantkit.model.blocks import Block, LinearGroup
 
 LINEARS = ("up", "gate", "down")
@@ -66,34 +65,6 @@ def test_scales_are_folded_when_asked() -> None:
     gain = result.replaced["norm.weight"]
     # up also feeds down, whose scale divides its rows: the folded gain shows in gate alone
     assert torch.allclose(result.reference["gate"] * gain, weights["gate"], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "iq4_nl"])
-def test_a_scale_is_taken_only_where_compensation_leaves_something_to_gain(kind: str) -> None:
-    weights, statistics = _given()
-    given = BlockWeights(BLOCK, weights, {"norm.weight": torch.ones(64)})
-
-    def loss(exponents: int) -> float:
-        method = GGML(type=kind, rounding="gptq", exponents=exponents)  # type: ignore[arg-type]
-        result = method.quantize_block(given, statistics)
-        gain = result.replaced.get("norm.weight", torch.ones(64))
-        error = (result.quantized["gate"].dequantize() * gain - weights["gate"]).double()
-        return float(((error @ statistics["gate"].gram.double()) * error).sum())
-
-    assert loss(20) <= loss(0) * 1.01
-
-
-def test_candidates_of_a_scale_are_rounded_as_the_block_will_be() -> None:
-    weights, statistics = _given()
-    gram = statistics["up"].gram
-    block = GGMLBlock(BlockWeights(BLOCK, weights), GGML(type="q4_0", rounding="gptq", refine=0))
-    trial = block._trial(["up", "gate"], gram)
-    assert trial is not None
-    found = trial(weights["up"], torch.ones(64))
-    expected = block.round(BLOCK.groups[0], gram)["up"]
-    assert torch.equal(found, expected)
-    doubled = trial(weights["up"] * 2, torch.full((64,), 2.0)) / 2  # powers of two round nothing
-    assert torch.equal(doubled, expected)
 
 
 def test_the_head_has_no_statistics_and_is_rounded_to_nearest() -> None:
