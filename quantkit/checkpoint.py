@@ -91,7 +91,8 @@ class Checkpoints:
                     if holder is None:
                         run.hidden = hidden
                     else:
-                        states[holder].hidden = hidden
+                        position, name = holder
+                        setattr(states[position], name, hidden)
         except (FileNotFoundError, EOFError) as error:
             raise lost(path) from error
 
@@ -103,9 +104,14 @@ class Checkpoints:
         started = time.monotonic()
         if started - self._written < max(FIRST_S, self._cost_s / SHARE):
             return
-        held: list[tuple[int | None, HiddenStates]] = []
+        held: list[tuple[tuple[int, str] | None, HiddenStates]] = []
         if run is not None and done < self._work.total:
-            held = [(position, state.hidden) for position, state in enumerate(states) if state.hidden is not None]
+            held = [
+                ((position, name), hidden)
+                for position, state in enumerate(states)
+                for name in ("hidden", "beside")
+                if (hidden := getattr(state, name)) is not None
+            ]
             held += [(None, run.hidden)] if run.hidden is not None else []
             with self._states_path(done).open("wb", buffering=0) as file:
                 for _, hidden in held:

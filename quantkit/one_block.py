@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from quantkit.errors import ModelError
 from quantkit.formats.base import LinearPlan, Writer
 from quantkit.manifest import TensorRecord
+from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Importance, InputStatistics
 from quantkit.maths.measure import sqnr_db
 from quantkit.memory import MemoryLimit
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
+from quantkit.methods.calibrated import CalibratedBlock
 from quantkit.model.blocks import Block, LinearGroup
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
@@ -65,6 +67,7 @@ class JobState:
     records: list[TensorRecord] = field(default_factory=list)
     records_told: int = 0  # how many of them are in the journal
     hidden: HiddenStates | None = None  # its own hidden states, when quantized outputs are propagated
+    beside: HiddenStates | None = None  # the unquantized model's, when they run along to correct by
     own_s: float = 0.0
 
     @property
@@ -74,6 +77,10 @@ class JobState:
     @property
     def propagates(self) -> bool:
         return any(getattr(method, "propagate", None) == "quantized" for method in self.methods.values())
+
+    @property
+    def corrects(self) -> bool:
+        return any(getattr(method, "correction", 0) > 0 for method in self.methods.values())
 
 
 @dataclass
@@ -109,19 +116,38 @@ def quantize_staged(
             work.fold(seen)
             now |= {f"{name}.weight": block.oriented(weight) for name, weight in work.weights.items()} | work.replaced
 
-    def rounder(group: LinearGroup, seen: InputStatistics) -> dict[str, Tensor]:
-        done: dict[str, Tensor] = {}
-        for work in works:
-            if work.ours(group):
-                done |= work.round(group, seen.gram)
-        return {f"{name}.weight": block.oriented(weight) for name, weight in done.items()}
-
+    beside = None
+    if state.corrects:
+        state.beside = hidden.copy() if state.beside is None else state.beside  # they part behind the first block
+        beside = (runner.twin(block, tensors), state.beside)
     runner.assign(module, block, now)
-    keep = runner.kept_bytes(block, hidden) < run.memory.room_bytes(runner.device)
-    runner.staged(module, block, hidden, rounder, keep=keep, advance=not last)
+    needed = runner.kept_bytes(block, hidden) * (1 if beside is None else 2)
+    keep = needed < run.memory.room_bytes(runner.device)
+    runner.staged(module, block, hidden, _Rounder(block, works), keep=keep, advance=not last, beside=beside)
     results += [work.result() for work in works]
     _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class _Rounder:
+    """Gives each group of linears to the methods that quantize some of it."""
+
+    block: Block
+    works: list[CalibratedBlock]
+
+    def round(
+        self, group: LinearGroup, seen: InputStatistics, correction: CorrectionAccumulator | None
+    ) -> dict[str, Tensor]:
+        done: dict[str, Tensor] = {}
+        for work in self.works:
+            if work.ours(group):
+                done |= work.round(group, seen.gram, correction)
+        return {f"{name}.weight": self.block.oriented(weight) for name, weight in done.items()}
+
+    def input_scale(self, group: LinearGroup) -> Tensor | None:
+        scales = [work.input_scale(group) for work in self.works if work.ours(group)]
+        return scales[0] if scales else None
 
 
 def looked_at(hidden: HiddenStates) -> int:

@@ -34,6 +34,13 @@ class AWQ(CalibratedMethod):
     propagate: Literal["unquantized", "quantized"] = Field(
         "quantized", description="whose outputs the next linears are calibrated on"
     )
+    correction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of what went wrong before a linear that its weights make up for (GPTAQ), such as 0.5; "
+        "the unquantized model runs along",
+    )
 
     @property
     def grid(self) -> Grid:
@@ -51,4 +58,4 @@ class AWQ(CalibratedMethod):
     @property
     def steps(self) -> Steps:
         compensate = self.rounding == "gptq"
-        return Steps(self.grid, self.exponents, self.clip, compensate, self.damp, act_order=True, refine=self.refine)
+        return Steps(self.grid, self.exponents, self.clip, compensate, self.damp, True, self.refine, self.correction)

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.maths import fold
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, search_grid
 from quantkit.maths.compensate import InverseFactor, inverse_factor, round_compensated
+from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import InputStatistics
 from quantkit.maths.refine import damped, refine
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_range, require_finite
@@ -31,7 +33,8 @@ class Steps:
 
     exponents: candidates of AWQ's scale search; 0 leaves the scales out. search_range: look for the best share of each
     group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of GPTQ's rounding. refine: sweeps
-    of coordinate descent over codes and scales after it.
+    of coordinate descent over codes and scales after it. correction: share of GPTAQ's correction of the weights before
+    they are rounded.
     """
 
     grid: Grid
@@ -41,6 +44,7 @@ class Steps:
     damp: float
     act_order: bool
     refine: int = 0
+    correction: float = 0.0
 
     def label(self) -> str:
         """What rounds and how, such as "gptq 4-bit g64 asym"."""
@@ -51,6 +55,15 @@ class CalibratedMethod(Method):
     """A method that rounds by the statistics of the inputs: all at once, or input by input as the block runs."""
 
     head: ClassVar[bool] = False
+
+    @field_validator("correction", check_fields=False)
+    @classmethod
+    def _needs_quantized_inputs(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("propagate") == "unquantized":
+            raise ValueError(
+                "needs propagate: quantized; on the unquantized model's own inputs nothing went wrong before"
+            )
+        return value
 
     @property
     def calibrated(self) -> bool:
@@ -80,7 +93,7 @@ class CalibratedBlock:
         self.given, self.steps = given, steps
         self.weights: dict[str, Tensor] = {name: given.finite(name) for name in given.weights}
         self.replaced: dict[str, Tensor] = {}
-        self._folded: set[str] = set()
+        self._moved: set[str] = set()
         self._input_scale: dict[str, Tensor] = {}
         self._quantized: dict[str, QuantizedTensor] = {}
         self._notes: dict[str, str] = {}
@@ -114,14 +127,27 @@ class CalibratedBlock:
                 self.round(group, self.behind_scale(ours[0], statistics[ours[0]].gram))
         return self.result()
 
-    def round(self, group: LinearGroup, gram: Tensor) -> dict[str, Tensor]:
+    def input_scale(self, group: LinearGroup) -> Tensor | None:
+        """float32 [in], what folding divided out of the inputs of a group; None when nothing was."""
+        return self._input_scale.get(self.ours(group)[0])
+
+    def round(
+        self, group: LinearGroup, gram: Tensor, correction: CorrectionAccumulator | None = None
+    ) -> dict[str, Tensor]:
         """Round the linears of one input.
 
-        gram: float32 [in, in] of the inputs behind the folded scale. Returns the rounded weights, {linear: float32
+        gram: float32 [in, in] of the inputs behind the folded scale. correction: what was seen of the unquantized
+        model's inputs beside them. Returns the rounded weights, {linear: float32
         [out, in]}. Raises ModelError when the Gram matrix is not finite.
         """
         ours = self.ours(group)
         require_finite(f"inputs of {', '.join(ours)}", gram)
+        if correction is not None and self.steps.correction:
+            for name in ours:
+                self.weights[name] = correction.corrected(
+                    self.weights[name], gram, self.steps.damp, self.steps.correction
+                )
+                self._moved.add(name)
         self._quantized |= self._round(ours, gram)
         return {name: self._quantized[name].dequantize() for name in ours}
 
@@ -159,7 +185,7 @@ class CalibratedBlock:
 
     def result(self) -> BlockResult:
         """What was made of the block so far."""
-        changed = self._folded | set(self._input_scale)
+        changed = self._moved | set(self._input_scale)
         return BlockResult(
             quantized=self._quantized,
             applied={name: " ".join([self.label(name), *self._marks[name]]) for name in self._quantized},
@@ -280,7 +306,7 @@ class CalibratedBlock:
             return
         assert group.producer is not None
         self.weights[group.producer] = self.weights[group.producer] / scale[:, None]
-        self._folded.add(group.producer)
+        self._moved.add(group.producer)
 
 
 def _finite(linears: list[str], seen: InputStatistics) -> InputStatistics:

@@ -36,6 +36,13 @@ class GPTQ(CalibratedMethod):
     propagate: Literal["unquantized", "quantized"] = Field(
         "quantized", description="whose outputs the next linears are calibrated on"
     )
+    correction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of what went wrong before a linear that its weights make up for (GPTAQ), such as 0.5; "
+        "the unquantized model runs along",
+    )
 
     @property
     def grid(self) -> Grid:
@@ -52,4 +59,13 @@ class GPTQ(CalibratedMethod):
 
     @property
     def steps(self) -> Steps:
-        return Steps(self.grid, self.exponents, self.search_range, True, self.damp, self.act_order, self.refine)
+        return Steps(
+            self.grid,
+            self.exponents,
+            self.search_range,
+            True,
+            self.damp,
+            self.act_order,
+            self.refine,
+            self.correction,
+        )

@@ -6,17 +6,20 @@ recorder tells what each block is called with (masks, rotary tables), so no arch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
+from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import GramAccumulator, InputStatistics, SquaresAccumulator
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, linear_shape
 from quantkit.model.hidden import HiddenStates
@@ -27,8 +30,17 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens that go through a block at once: enough rows for a matrix product to run at full rate, few enough that what
 lies between a block's linears stays small beside the hidden states."""
 
-Rounder = Callable[[LinearGroup, InputStatistics], Mapping[str, Tensor]]
-"""Takes a group of linears and what was seen of their input; gives their new weights by tensor name."""
+
+class Rounder(Protocol):
+    """What `staged` gives each group of linears to, once what was seen of its input is known."""
+
+    def round(
+        self, group: LinearGroup, seen: InputStatistics, correction: CorrectionAccumulator | None
+    ) -> Mapping[str, Tensor]:
+        """The group's new weights by tensor name."""
+
+    def input_scale(self, group: LinearGroup) -> Tensor | None:
+        """float32 [in], what was divided out of the group's inputs; None when nothing was."""
 
 
 class _Recorder(nn.Module):
@@ -167,20 +179,32 @@ class BlockRunner:
         return found
 
     def staged(
-        self, module: nn.Module, block: Block, hidden: HiddenStates, rounder: Rounder, *, keep: bool, advance: bool
+        self,
+        module: nn.Module,
+        block: Block,
+        hidden: HiddenStates,
+        rounder: Rounder,
+        *,
+        keep: bool,
+        advance: bool,
+        beside: tuple[nn.Module, HiddenStates] | None = None,
     ) -> None:
         """Run a block so that each group of linears is rounded by inputs that have passed all rounded before it.
 
         For each group in turn: statistics of its inputs over all rows, then `rounder`, whose weights take their place.
         keep: hold every row where it waits, so that each linear runs once; else start again for every group, which
         gives the same numbers in less memory and about three times the work. advance: write the outputs over `hidden`.
+        beside: the unquantized block and its own hidden states, which run along where `rounder` wants to know how far
+        the inputs have moved from theirs.
         """
+        ways = [(module, hidden)] if beside is None else [(module, hidden), beside]
         if not keep:
             for group in block.groups:
-                self._round_group(module, block, group, rounder, self._from_start(module, block, group, hidden))
-            if advance:
-                for rows in self._batches(hidden):
-                    hidden[rows] = self._call(module, block, hidden[rows])
+                inputs = [self._from_start(one, block, group, states) for one, states in ways]
+                self._round_group(module, block, group, rounder, zip(*inputs, strict=True))
+            for one, states in ways if advance else []:
+                for rows in self._batches(states):
+                    states[rows] = self._call(one, block, states[rows])
             return
 
         from greenlet import getcurrent, greenlet
@@ -190,20 +214,30 @@ class BlockRunner:
 
         # one mode around all rows: each restores at its end what it found at its start, and they overlap
         with torch.inference_mode(), ExitStack() as hooks:
-            for group in block.groups:
-                hooks.enter_context(_watched(module, block, group, wait))
+            for (one, _), group in product(ways, block.groups):
+                hooks.enter_context(_watched(one, block, group, wait))
             batches = list(self._batches(hidden))
-            waiting = [greenlet(partial(self._call, module, block, hidden[rows])) for rows in batches]
+            waiting = [
+                [greenlet(partial(self._call, one, block, states[rows])) for one, states in ways] for rows in batches
+            ]
             try:
                 for group in block.groups:
-                    self._round_group(module, block, group, rounder, (task.switch() for task in waiting))
+                    inputs_now = ([task.switch() for task in tasks] for tasks in waiting)
+                    self._round_group(module, block, group, rounder, inputs_now)
                 if advance:
-                    for rows, task in zip(batches, waiting, strict=True):
-                        hidden[rows] = task.switch()
+                    for rows, tasks in zip(batches, waiting, strict=True):
+                        for (_, states), task in zip(ways, tasks, strict=True):
+                            states[rows] = task.switch()
             finally:
-                for task in waiting:
+                for task in chain.from_iterable(waiting):
                     if task:  # still waits
                         task.throw()
+
+    def twin(self, block: Block, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A module of a block beside the one in the model, with weights of its own: `tensors` by full name."""
+        module = copy.deepcopy(self.layers[block.index]).to_empty(device="meta")
+        self.assign(module, block, tensors)
+        return module
 
     def kept_bytes(self, block: Block, hidden: HiddenStates) -> int:
         """What `staged` holds at most with keep: for each token its input, the states behind attention, the norm's
@@ -212,12 +246,19 @@ class BlockRunner:
         return hidden.nbytes // hidden.shape[2] * (3 * hidden.shape[2] + widest)
 
     def _round_group(
-        self, module: nn.Module, block: Block, group: LinearGroup, rounder: Rounder, inputs: Iterable[Tensor]
+        self, module: nn.Module, block: Block, group: LinearGroup, rounder: Rounder, inputs: Iterable[Sequence[Tensor]]
     ) -> None:
-        accumulator = self._accumulator(group)
-        for rows in inputs:
+        """inputs: batches of those behind what was rounded and, where it runs along, of the unquantized block's."""
+        accumulator, correction = self._accumulator(group), None
+        for rows, *unquantized in inputs:
             accumulator.add(rows)
-        self.assign(module, block, rounder(group, accumulator.result()))
+            if unquantized:
+                if correction is None:
+                    linears = self.arithmetic.linears
+                    scale = rounder.input_scale(group)
+                    correction = CorrectionAccumulator(rows.shape[-1], self.device, linears, scale)
+                correction.add(unquantized[0], rows)
+        self.assign(module, block, rounder.round(group, accumulator.result(), correction))
 
     def _from_start(
         self, module: nn.Module, block: Block, group: LinearGroup, hidden: HiddenStates
