@@ -123,11 +123,47 @@ def test_a_config_of_another_model_is_told_by_its_shapes(tiny_llama: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def mean_error(artifact: Path, model: Path) -> float:
+    """Mean square of what an artifact's logits are off by on the text that it was calibrated on."""
+    from transformers import AutoModelForCausalLM
+
+    ids = load_calibration(load_recipe("gptq-4bit-g64", SMALL).calibration, model).ids
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = whole(ids).logits
+        made = open_artifact(artifact)
+        whole.load_state_dict({name: made.read(name).float() for name in made.names()}, strict=False)
+        return float((whole(ids).logits - wanted).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gptq-4bit-g64", ["method.group_size=32"]),
+        ("awq-4bit-g64-nearest", ["method.group_size=32", "method.propagate=quantized"]),
+        ("gguf-q4_0-gptq", []),
+    ],
+)
+def test_the_correction_brings_outputs_nearer(name: str, settings: list[str], tiny_llama: Path, tmp_path: Path) -> None:
+    make(name, tiny_llama, tmp_path / "without", *settings)
+    make(name, tiny_llama, tmp_path / "with", *settings, "method.correction=1.0")
+    assert mean_error(tmp_path / "with", tiny_llama) < 0.95 * mean_error(tmp_path / "without", tiny_llama)
+
+
+def test_a_correction_needs_inputs_in_which_something_went_wrong(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="needs propagate: quantized"):
+        make("gptq-4bit-g64", tiny_llama, tmp_path / "a", "method.propagate=unquantized", "method.correction=0.5")
+    with pytest.raises(RecipeError, match="expected 0: only rounding gptq"):
+        make("gguf-q4_0", tiny_llama, tmp_path / "b", "method.correction=0.5")
+
+
+@pytest.mark.parametrize("correction", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["gptq-4bit-g64", "awq-4bit-g64-nearest"])
 def test_a_memory_limit_changes_no_byte(
-    name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, correction: float, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(name, tiny_llama, tmp_path / "free")
+    own = [f"method.correction={correction}", *(["method.propagate=quantized"] if correction else [])]
+    make(name, tiny_llama, tmp_path / "free", *own)
     spilled, kept = [], []
     states, staged = HiddenStates.__init__, BlockRunner.staged
 
@@ -141,7 +177,7 @@ def test_a_memory_limit_changes_no_byte(
 
     monkeypatch.setattr(HiddenStates, "__init__", note_spill)
     monkeypatch.setattr(BlockRunner, "staged", note_keep)
-    settings = [*SMALL]
+    settings = [*SMALL, *own]
     quantize(
         name,
         model=str(tiny_llama),

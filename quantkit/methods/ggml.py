@@ -58,6 +58,20 @@ class GGML(Method):
     refine: int = Field(
         2, ge=0, le=20, description="sweeps of coordinate descent over codes, scales and minima after GPTQ's rounding"
     )
+    correction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of what went wrong before a linear that its weights make up for (GPTAQ), such as 0.5; "
+        "rounding gptq; the unquantized model runs along",
+    )
+
+    @field_validator("correction")
+    @classmethod
+    def _needs_calibration(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("rounding") != "gptq":
+            raise ValueError(f"found {value:g}, expected 0: only rounding gptq sees what went wrong before")
+        return value
 
     @field_validator("importance")
     @classmethod

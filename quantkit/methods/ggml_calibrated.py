@@ -30,7 +30,8 @@ class GGMLBlock(CalibratedBlock):
         layout = LAYOUTS[method.wanted]
         # what the search of AWQ's scales takes the grid to be; every linear then has its own
         grid = Grid(layout.bits, layout.group, not layout.has_minimum)
-        super().__init__(given, Steps(grid, method.exponents, True, True, method.damp, True, method.refine))
+        steps = Steps(grid, method.exponents, True, True, method.damp, True, method.refine, method.correction)
+        super().__init__(given, steps)
         self._types = {}
         for name, weight in given.weights.items():
             own = given.methods.get(name, method)
