@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from quantkit import __version__
 from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
-from quantkit.errors import ModelError
 from quantkit.formats.base import LinearPlan, Writer
 from quantkit.manifest import Manifest, TensorRecord, file_record, write_manifest
 from quantkit.maths.gram import Importance, InputStatistics
-from quantkit.maths.measure import sqnr_db
+from quantkit.maths.measure import energies, sqnr_db
 from quantkit.memory import NO_LIMIT, MemoryLimit, return_freed_memory
-from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
+from quantkit.methods.base import BlockResult, BlockWeights, Method, merge
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
@@ -36,6 +35,7 @@ from quantkit.model.source import Source
 from quantkit.output import no_space_explained, published
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe, recipe_sha256
+from quantkit.streaming import Measuring, skipped, store, stream
 from quantkit.tensors import on_cpu
 
 
@@ -150,23 +150,20 @@ def _run(
         assert calibration is not None, "the caller builds the calibration set that its recipes ask for"
         run = _start(source, calibration, device, how, memory, states[0].folder)
     title = "quantizing " + ", ".join(state.job.label for state in states)
-    with progress.task(title, len(blocks) + 1) as tracker:
-        for name in outside:
-            if name != f"{head}.weight":
-                tensor = source.read(name)
-                for state in states:
-                    _store(state, name, tensor)
-                del tensor
-        for block, tensors in _read(source, blocks, ahead=device.type == "cuda"):
-            if run is None:
-                for state in states:
-                    _quantize_block(state, block, tensors, {})
-            else:
+    with progress.task(title, len(blocks) + 1) as tracker, Measuring() as measuring:
+        stream(states, source, [name for name in outside if name != f"{head}.weight"], None, device, measuring)
+        if run is None:
+            for block in blocks:
+                stream(states, source, block.tensors, block, torch.device("cpu"), measuring)
+                tracker.advance(note=block.prefix.rstrip("."))
+        else:
+            for block, tensors in _read(source, blocks, ahead=device.type == "cuda"):
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
-            del tensors
-            tracker.advance(note=block.prefix.rstrip("."))
+                del tensors
+                tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
-            _run_head(states, head, source.read(f"{head}.weight"), device)
+            alone = Block(-1, "", (head,), (LinearGroup((head,)),), (f"{head}.weight",))
+            stream(states, source, alone.tensors, alone, device, measuring)
         tracker.advance(note=head)
     return time.perf_counter() - started - sum(state.own_s for state in states)
 
@@ -321,17 +318,9 @@ def _finish_block(state: _State, block: Block, tensors: Mapping[str, Tensor], me
         if name.endswith(".weight") and linear in merged.quantized:
             _write_quantized(state, linear, block.oriented(tensor), merged)
         else:
-            stored = _store(state, name, merged.replaced.get(name, tensor))
+            stored = store(state, name, merged.replaced.get(name, tensor))
             if name.endswith(".weight") and linear in block.linears:
-                _record_skipped(state, linear, stored, tensor.numel())
-
-
-def _run_head(states: Sequence[_State], head: str, weight: Tensor, device: torch.device) -> None:
-    """The output projection of a model that does not tie it to the embedding."""
-    name = f"{head}.weight"
-    block = Block(-1, "", (head,), (LinearGroup((head,)),), (name,))
-    for state in states:
-        _quantize_block(state, block, {name: weight.to(device) if head in state.methods else weight}, {})
+                state.records.append(skipped(linear, stored, tensor.numel()))
 
 
 def _write_quantized(state: _State, linear: str, weight: Tensor, result: BlockResult) -> None:
@@ -344,32 +333,10 @@ def _write_quantized(state: _State, linear: str, weight: Tensor, result: BlockRe
             requested=state.methods[linear].label(),
             applied=result.applied[linear],
             bits_per_weight=stored * 8 / weight.numel(),
-            sqnr_db=sqnr_db(reference, tensor.dequantize()),
+            sqnr_db=sqnr_db(*energies(reference, tensor.pieces())),
             reason=result.notes.get(linear),
         )
     )
-
-
-def _record_skipped(state: _State, linear: str, stored: int, count: int) -> None:
-    state.records.append(
-        TensorRecord(name=linear, requested="skip", applied="unquantized", bits_per_weight=stored * 8 / count)
-    )
-
-
-def _store(state: _State, name: str, tensor: Tensor) -> int:
-    """Write a tensor that stays unquantized; the writer converts it. Raises ModelError when it is not finite or its
-    dtype is too narrow."""
-    if tensor.is_floating_point() and tensor.numel():
-        check_finite(name, tensor)
-        largest = torch.finfo(state.dtype).max
-        found = max(float(value.abs()) for value in tensor.aminmax())
-        if found > largest:
-            raise ModelError(
-                f"{name}: values up to {found:.3g} do not fit {state.job.recipe.model.dtype}, "
-                f"whose largest is {largest:.6g}",
-                hint="--set model.dtype=bfloat16",
-            )
-    return state.writer.add(name, tensor.cpu())
 
 
 def _manifest(

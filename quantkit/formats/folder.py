@@ -57,6 +57,8 @@ class FolderWriter(Writer):
         self._head = f"{architecture_of(source.config).head}.weight"
         self._missing = {name for name in source.names() if not self._left_out(name)}
         linears = {f"{plan.name}.weight": plan.name for plan in plans if plan.method is not None}
+        self._linears = linears
+        self._shapes = {name: source.shape(name) for name in source.names()}
         names = [name for name in self._missing if name not in linears]
         names += [f"{module}.{part}" for module in linears.values() for part in parts]
         self._stream = SafetensorsStream(folder, names, max_shard_bytes)
@@ -65,14 +67,17 @@ class FolderWriter(Writer):
         """A tied head, and the tables that old checkpoints store and every reader computes."""
         return (name == self._head and self.source.tied_head) or name.endswith("rotary_emb.inv_freq")
 
-    def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
+    def takes_parts(self, name: str) -> bool:
+        return name not in self._linears
+
+    def add(self, name: str, value: Tensor | QuantizedTensor, first_row: int = 0) -> int:
         if self._left_out(name):
             return 0
         self._missing.discard(name)
         if not isinstance(value, Tensor):
             return self._stream.add(self._pack(name, on_cpu(value)))
         stored = value.to(self.dtype) if value.is_floating_point() else value
-        return self._stream.add({name: stored})
+        return self._stream.add_rows(name, stored, self._shapes.get(name, tuple(stored.shape)), first_row)
 
     def finish(self) -> list[Path]:
         assert not self._missing, f"never written: {', '.join(sorted(self._missing))}"

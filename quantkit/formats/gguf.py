@@ -66,7 +66,7 @@ class GGUFWriter(Writer):
         table |= {name: (name, tuple(values.shape), "F32") for name, values in factors.items()}
         self._places: dict[str, TensorInfo] = {}
         self._file = self._begin(table, metadata)
-        self._missing = set(table)
+        self._missing = {name: place.size for name, place in self._places.items()}  # bytes not written yet
         for name, values in factors.items():
             self._write(name, values)
 
@@ -100,7 +100,13 @@ class GGUFWriter(Writer):
         file.truncate(self._base + offset)  # padding is zeros
         return file
 
-    def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
+    def takes_parts(self, name: str) -> bool:
+        if is_buffer(name):
+            return True
+        interleaved = self.family.interleaved and rotary_heads(name, self.config) is not None
+        return not interleaved and not is_transposed(name, len(self._places[name].shape), self.family)
+
+    def add(self, name: str, value: Tensor | QuantizedTensor, first_row: int = 0) -> int:
         if is_buffer(name):
             return 0
         place = self._places[name]
@@ -110,9 +116,9 @@ class GGUFWriter(Writer):
                 self._weighing[place.name] = value.importance
         else:
             assert isinstance(value, Tensor), f"{name}: a {type(value).__name__} does not belong in GGUF"
-        return self._write(name, value)
+        return self._write(name, value, first_row)
 
-    def _write(self, name: str, value: Tensor | BlockTensor) -> int:
+    def _write(self, name: str, value: Tensor | BlockTensor, first_row: int = 0) -> int:
         place = self._places[name]
         rows = value.data if isinstance(value, BlockTensor) else value
         heads = rotary_heads(name, self.config) if self.family.interleaved else None
@@ -123,7 +129,8 @@ class GGUFWriter(Writer):
             rows = rows.float() + offset
         if isinstance(value, Tensor) and is_transposed(name, value.dim(), self.family):
             rows = rows.T
-        self._file.seek(self._base + place.start)
+        start = self._base + place.start + first_row * (place.size // max(1, place.shape[0]))
+        self._file.seek(start)
         if isinstance(value, BlockTensor):
             self._file.write(rows.contiguous().numpy().data)
         else:
@@ -134,13 +141,13 @@ class GGUFWriter(Writer):
                 except ModelError as error:
                     raise ModelError(f"{name}: {error.message}", hint="--set method.embedding_type=bf16") from error
                 self._file.write(data.numpy().data)
-        written = self._file.tell() - self._base - place.start
-        assert written == place.size, f"{name}: wrote {written} of {place.size} bytes"
-        self._missing.discard(name)
+        written = self._file.tell() - start
+        self._missing[name] -= written
         return written
 
     def finish(self) -> list[Path]:
-        assert not self._missing, f"never written: {', '.join(sorted(self._missing))}"
+        missing = sorted(name for name, left in self._missing.items() if left)
+        assert not missing, f"not written as planned: {', '.join(missing)}"
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -75,16 +75,32 @@ class SafetensorsStream:
     def add(self, tensors: Mapping[str, Tensor]) -> int:
         """Append tensors that belong together: they share a shard. Returns the bytes of their data."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        twice = self._names & tensors.keys()
-        assert not twice, f"written twice: {', '.join(sorted(twice))}"
-        self._names |= tensors.keys()
         with explained(self.folder, size):
-            held = self._shards[-1].data_bytes if self._shards else None
-            if held is None or (held > 0 and held + size > self.max_shard_bytes):
-                self._next_shard()
+            self._make_place(tensors.keys(), size)
             for name, tensor in tensors.items():
-                self._shards[-1].append(name, tensor)
+                self._shards[-1].begin(name, tensor.to("meta"))
+                self._shards[-1].append(tensor)
         return size
+
+    def add_rows(self, name: str, rows: Tensor, shape: tuple[int, ...], first_row: int) -> int:
+        """Append rows of a tensor of `shape` from `first_row` on; the last rows come before any other tensor. Returns
+        the bytes of their data."""
+        with explained(self.folder, rows.numel() * rows.element_size()):
+            if first_row == 0:
+                whole = torch.empty(shape, dtype=rows.dtype, device="meta")
+                self._make_place({name}, whole.numel() * whole.element_size())
+                self._shards[-1].begin(name, whole)
+            self._shards[-1].append(rows)
+        return rows.numel() * rows.element_size()
+
+    def _make_place(self, names: Set[str], size: int) -> None:
+        """Begin a shard where the last one has no room for so many bytes of tensors that belong together."""
+        twice = self._names & names
+        assert not twice, f"written twice: {', '.join(sorted(twice))}"
+        self._names |= names
+        held = self._shards[-1].data_bytes if self._shards else None
+        if held is None or (held > 0 and held + size > self.max_shard_bytes):
+            self._next_shard()
 
     def _next_shard(self) -> None:
         if self._shards:
@@ -121,21 +137,27 @@ class _Shard:
         self.data_bytes = 0  # what waits included
         self.tail_bytes = 0
         self._file: IO[bytes] = path.open("wb", buffering=0)
+        self._to: IO[bytes] = self._file
         self._file.seek(8 + room)
         self._at = 0
         self._tail = tempfile.SpooledTemporaryFile(max_size=_TAIL_IN_MEMORY, dir=str(path.parent))  # noqa: SIM115
         self._waiting: list[tuple[str, Tensor, int]] = []  # name, a tensor without data, bytes
 
-    def append(self, name: str, tensor: Tensor) -> None:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self.data_bytes += len(data)
-        if len(data) % ALIGNMENT == 0:
-            self._enter(name, tensor, len(data))
-            _write(self._file, data)
+    def begin(self, name: str, tensor: Tensor) -> None:
+        """A tensor, of which shape and dtype count, is what is appended from here on."""
+        size = tensor.numel() * tensor.element_size()
+        self.data_bytes += size
+        self._to = self._file
+        if size % ALIGNMENT == 0:
+            self._enter(name, tensor, size)
         else:
-            self.tail_bytes += len(data)
-            self._waiting.append((name, tensor.to("meta"), len(data)))
-            _write(self._tail, data)
+            self.tail_bytes += size
+            self._waiting.append((name, tensor, size))
+            self._to = self._tail
+
+    def append(self, rows: Tensor) -> None:
+        """The next of the data, all of it or some rows."""
+        _write(self._to, rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def _enter(self, name: str, tensor: Tensor, size: int) -> None:
         offsets = [self._at, self._at + size]
