@@ -36,6 +36,14 @@ def return_freed_memory() -> None:
         return
 
 
+def trim_freed_memory() -> None:
+    """Have the C library give back now what it keeps of freed memory, where it is glibc."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
 @dataclass(frozen=True)
 class MemoryLimit:
     """limit_bytes: the most resident memory the process should take; None leaves it half of what is free."""

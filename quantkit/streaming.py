@@ -19,6 +19,7 @@ from quantkit.errors import ModelError
 from quantkit.manifest import TensorRecord
 from quantkit.maths.ggml import SEARCHED
 from quantkit.maths.measure import energies, sqnr_db
+from quantkit.memory import trim_freed_memory
 from quantkit.methods.base import BlockWeights, Method, check_finite
 from quantkit.model.blocks import Block, LinearGroup
 from quantkit.model.source import Source
@@ -92,6 +93,7 @@ def stream(
         for linear, made in done:
             for state, result in zip(states, made, strict=True):
                 state.records.append(_record(linear, state.methods.get(linear), result))
+    trim_freed_memory()  # once a block costs little; parts of a block go on in the memory of those before them
 
 
 def _through(
