@@ -15,7 +15,7 @@ from quantkit.formats.base import LinearPlan, Writer
 from quantkit.manifest import TensorRecord
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Importance, InputStatistics
-from quantkit.maths.measure import sqnr_db
+from quantkit.maths.measure import energies, sqnr_db
 from quantkit.memory import MemoryLimit
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
 from quantkit.methods.calibrated import CalibratedBlock
@@ -193,7 +193,7 @@ def _finish_block(state: JobState, block: Block, tensors: Mapping[str, Tensor], 
         else:
             stored = store(state, name, merged.replaced.get(name, tensor))
             if name.endswith(".weight") and linear in block.linears:
-                _record_skipped(state, linear, stored, tensor.numel())
+                state.records.append(skipped(linear, stored, tensor.numel()))
 
 
 def _write_quantized(state: JobState, linear: str, weight: Tensor, result: BlockResult) -> None:
@@ -206,21 +206,20 @@ def _write_quantized(state: JobState, linear: str, weight: Tensor, result: Block
             requested=state.methods[linear].label(),
             applied=result.applied[linear],
             bits_per_weight=stored * 8 / weight.numel(),
-            sqnr_db=sqnr_db(reference, tensor.dequantize()),
+            sqnr_db=sqnr_db(*energies(reference, tensor.pieces())),
             reason=result.notes.get(linear),
         )
     )
 
 
-def _record_skipped(state: JobState, linear: str, stored: int, count: int) -> None:
-    state.records.append(
-        TensorRecord(name=linear, requested="skip", applied="unquantized", bits_per_weight=stored * 8 / count)
-    )
+def skipped(linear: str, stored: int, count: int) -> TensorRecord:
+    """The record of a linear that is stored as it is. stored: bytes. count: weights."""
+    return TensorRecord(name=linear, requested="skip", applied="unquantized", bits_per_weight=stored * 8 / count)
 
 
-def store(state: JobState, name: str, tensor: Tensor) -> int:
-    """Write a tensor that stays unquantized; the writer converts it. Raises ModelError when it is not finite or its
-    dtype is too narrow."""
+def store(state: JobState, name: str, tensor: Tensor, first_row: int = 0) -> int:
+    """Write a tensor that stays unquantized, or rows of it; the writer converts it. Raises ModelError when it is not
+    finite or its dtype is too narrow."""
     if tensor.is_floating_point() and tensor.numel():
         check_finite(name, tensor)
         largest = torch.finfo(state.dtype).max
@@ -231,4 +230,4 @@ def store(state: JobState, name: str, tensor: Tensor) -> int:
                 f"whose largest is {largest:.6g}",
                 hint="--set model.dtype=bfloat16",
             )
-    return state.writer.add(name, tensor.cpu())
+    return state.writer.add(name, tensor.cpu(), first_row)

@@ -29,10 +29,11 @@ from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
 from quantkit.model.source import Source
-from quantkit.one_block import Job, JobState, Layout, ModelRun, quantize_block, quantize_staged, store
+from quantkit.one_block import Job, JobState, Layout, ModelRun, quantize_block, quantize_staged
 from quantkit.output import no_space_explained
 from quantkit.progress import Progress
 from quantkit.recipe import recipe_sha256
+from quantkit.streaming import Measuring, stream
 
 RETURN_EVERY = 4
 """Blocks after which freed memory goes back to the system: it takes a twentieth of a second or so to get it again."""
@@ -116,27 +117,26 @@ def _run(
         return checkpoints.seconds + time.perf_counter() - started - sum(state.own_s for state in states) + own_s
 
     title = "quantizing " + ", ".join(state.job.label for state in states)
-    with progress.task(title, len(blocks) + 1) as tracker:
+    with progress.task(title, len(blocks) + 1) as tracker, Measuring() as measuring:
         tracker.advance(checkpoints.done)
-        for name in outside if not checkpoints.done else []:
-            if name != f"{head}.weight":
-                tensor = source.read(name)
-                for state in states:
-                    store(state, name, tensor)
-                del tensor
-        for block, tensors in _read(source, blocks[checkpoints.done :], ahead=device.type == "cuda"):
-            if run is None:
-                for state in states:
-                    quantize_block(state, block, tensors, {})
-            else:
+        if not checkpoints.done:
+            stream(states, source, [name for name in outside if name != f"{head}.weight"], None, device, measuring)
+        if run is None:
+            for block in blocks[checkpoints.done :]:
+                stream(states, source, block.tensors, block, torch.device("cpu"), measuring)
+                checkpoints.after_block(block.index + 1, states, run, shared_s())
+                tracker.advance(note=block.prefix.rstrip("."))
+        else:
+            for block, tensors in _read(source, blocks[checkpoints.done :], ahead=device.type == "cuda"):
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
-            del tensors
-            checkpoints.after_block(block.index + 1, states, run, shared_s())
-            if block.index % RETURN_EVERY == 0:
-                return_freed_memory()
-            tracker.advance(note=block.prefix.rstrip("."))
+                del tensors
+                checkpoints.after_block(block.index + 1, states, run, shared_s())
+                if block.index % RETURN_EVERY == 0:
+                    return_freed_memory()
+                tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
-            _run_head(states, head, source.read(f"{head}.weight"), device)
+            alone = Block(-1, "", (head,), (LinearGroup((head,)),), (f"{head}.weight",))
+            stream(states, source, alone.tensors, alone, device, measuring)
         tracker.advance(note=head)
     return shared_s()
 
@@ -203,14 +203,6 @@ def _run_block(
                 quantize_staged(state, run, module, block, on_device, last=last)
             else:
                 quantize_block(state, block, on_device, statistics)
-
-
-def _run_head(states: Sequence[JobState], head: str, weight: Tensor, device: torch.device) -> None:
-    """The output projection of a model that does not tie it to the embedding."""
-    name = f"{head}.weight"
-    block = Block(-1, "", (head,), (LinearGroup((head,)),), (name,))
-    for state in states:
-        quantize_block(state, block, {name: weight.to(device) if head in state.methods else weight}, {})
 
 
 def _manifest(

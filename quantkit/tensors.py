@@ -90,20 +90,23 @@ class GroupTensor:
         size = self.grid.group_size or self.shape[1]
         return torch.arange(self.shape[1], device=self.codes.device) // size
 
-    def dequantize(self) -> Tensor:
-        """The weight these codes stand for: float32 [out, in]."""
+    def pieces(self) -> Iterator[Tensor]:
+        """The weight these codes stand for, some rows at a time: float32 [rows * in]."""
         middle = torch.full_like(self.scale, 2 ** (self.grid.bits - 1)) if self.zero is None else self.zero.float()
-        weight = torch.empty(self.shape, device=self.codes.device)
         size = self.grid.group_size or self.shape[1]
         in_order = self.group_of is None and self.shape[1] % size == 0
         columns = None if in_order else self.column_groups()
-        for rows in row_bands(weight):
+        for rows in row_bands(self.codes):
             if columns is None:
                 codes = self.codes[rows].float().unflatten(1, (-1, size))  # [rows, groups, group_size]
-                weight[rows] = codes.sub_(middle[rows].unsqueeze(2)).mul_(self.scale[rows].unsqueeze(2)).flatten(1)
+                yield codes.sub_(middle[rows].unsqueeze(2)).mul_(self.scale[rows].unsqueeze(2)).flatten()
             else:
-                weight[rows] = (self.codes[rows].float() - middle[rows][:, columns]) * self.scale[rows][:, columns]
-        return weight
+                codes = self.codes[rows].float() - middle[rows][:, columns]
+                yield codes.mul_(self.scale[rows][:, columns]).flatten()
+
+    def dequantize(self) -> Tensor:
+        """The weight these codes stand for: float32 [out, in]."""
+        return _joined(self.pieces(), self.shape, self.codes.device)
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,15 @@ class Int8Rows:
     def shape(self) -> tuple[int, int]:
         return (self.codes.shape[0], self.codes.shape[1])
 
+    def pieces(self) -> Iterator[Tensor]:
+        """The weight some rows at a time: float32 [rows * in]."""
+        scale = (self.absmax.float() / 127.0).unsqueeze(1)
+        for rows in row_bands(self.codes):
+            yield torch.mul(self.codes[rows], scale[rows]).flatten()
+
     def dequantize(self) -> Tensor:
         """float32 [out, in]."""
-        weight = torch.empty(self.shape, device=self.codes.device)
-        scale = (self.absmax.float() / 127.0).unsqueeze(1)
-        for rows in row_bands(weight):
-            torch.mul(self.codes[rows], scale[rows], out=weight[rows])
-        return weight
+        return _joined(self.pieces(), self.shape, self.codes.device)
 
 
 @dataclass(frozen=True)
@@ -165,16 +170,15 @@ class CodebookBlocks:
         outer = self.nested_absmax.float().repeat_interleave(self.nested_block_size)[: inner.numel()]
         return inner * outer + (self.nested_offset or 0.0)
 
-    def dequantize(self) -> Tensor:
-        """float32 [out, in]."""
+    def pieces(self) -> Iterator[Tensor]:
+        """The weight some blocks at a time: float32 [blocks * block_size], the last one perhaps shorter."""
         codebook = self.codebook.float()
         # both values of a byte in one look-up, the high nibble first
         pairs = torch.stack((codebook.repeat_interleave(16), codebook.repeat(16)), dim=1)  # [256, 2]
         scale = self.block_scale().unsqueeze(1)
         count = self.out_features * self.in_features
         packed = self.packed.reshape(-1)
-        weight = torch.empty(count, device=packed.device)
-        band = max(1, band_size(weight) // (2 * self.block_size)) * 2 * self.block_size  # whole blocks, whole bytes
+        band = max(1, band_size(packed) // (2 * self.block_size)) * 2 * self.block_size  # whole blocks, whole bytes
         for start in range(0, count, band):
             end = min(start + band, count)
             values = embedding(packed[start // 2 : -(-end // 2)].int(), pairs).reshape(-1)
@@ -183,8 +187,11 @@ class CodebookBlocks:
             blocks = values if whole else pad(values, (0, -len(values) % self.block_size))
             blocks = blocks.view(-1, self.block_size)
             blocks *= scale[first : first + len(blocks)]
-            weight[start:end] = blocks.view(-1)[: end - start]
-        return weight.reshape(self.shape)
+            yield blocks.view(-1)[: end - start]
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]."""
+        return _joined(self.pieces(), self.shape, self.packed.device)
 
 
 @dataclass(frozen=True)
@@ -206,11 +213,28 @@ class BlockTensor:
     def shape(self) -> tuple[int, int]:
         return (self.out_features, self.in_features)
 
+    def pieces(self) -> Iterator[Tensor]:
+        """The weight some rows at a time: float32 [rows * in]."""
+        from quantkit.maths.ggml import COMPILED_BAND, decode
+
+        for data in self.data.split(max(1, COMPILED_BAND // self.in_features)):
+            yield decode(data, self.type_name, (len(data), self.in_features)).flatten()
+
     def dequantize(self) -> Tensor:
         """float32 [out, in]."""
         from quantkit.maths.ggml import decode
 
         return decode(self.data, self.type_name, self.shape)
+
+
+def _joined(pieces: Iterator[Tensor], shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Pieces of a weight in order as the whole: float32 [out, in]."""
+    weight = torch.empty(shape[0] * shape[1], device=device)
+    start = 0
+    for piece in pieces:
+        weight[start : start + len(piece)] = piece
+        start += len(piece)
+    return weight.reshape(shape)
 
 
 QuantizedTensor = GroupTensor | Int8Rows | CodebookBlocks | BlockTensor

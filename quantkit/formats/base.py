@@ -39,8 +39,13 @@ class Writer(ABC):
     """Records of tensors that are no planned linears and got another type than the one they should."""
 
     @abstractmethod
-    def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
-        """Store one tensor, such as "model.layers.0.mlp.up_proj.weight". Returns the bytes it takes in the file."""
+    def add(self, name: str, value: Tensor | QuantizedTensor, first_row: int = 0) -> int:
+        """Store one tensor, such as "model.layers.0.mlp.up_proj.weight", or its rows from `first_row` on, one part
+        after the other. Returns the bytes that these take in the file."""
+
+    def takes_parts(self, name: str) -> bool:
+        """Whether the rows of a tensor may come in parts; otherwise it comes whole."""
+        return False
 
     @abstractmethod
     def finish(self) -> list[Path]:

@@ -21,7 +21,7 @@ from quantkit.model.config_check import check_config, check_quantization
 from quantkit.model.reader import TOKENIZER_FILES, is_side_file, open_shards, read_json_object, weight_files
 from quantkit.model.safetensors_file import ALL_DTYPES, Entry
 from quantkit.model.source import Source
-from quantkit.tensors import QuantizedTensor, StoredTensors, on_cpu
+from quantkit.tensors import QuantizedTensor, on_cpu
 
 CONFIG = "config.json"
 GROUPED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -58,21 +58,29 @@ class FolderWriter(Writer):
         self._extra_files = extra_files or {}
         self._shapes = stored_shapes(source, plans, dtype, layout_of)
         self._missing = set(self._shapes)
+        self._quantized = {f"{plan.name}.weight" for plan in plans if plan.method is not None}
         self._added: list[str] = []  # since the last checkpoint
         names = [name for shapes in self._shapes.values() for name in shapes]
         self._stream = SafetensorsStream(folder, names, max_shard_bytes)
 
-    def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
+    def takes_parts(self, name: str) -> bool:
+        return name not in self._quantized
+
+    def add(self, name: str, value: Tensor | QuantizedTensor, first_row: int = 0) -> int:
         if is_left_out(self.source, name):
             return 0
-        self._missing.discard(name)
-        self._added.append(name)
+        planned = self._shapes[name]
+        if first_row == 0:
+            self._missing.discard(name)
+            self._added.append(name)
         if isinstance(value, Tensor):
-            stored: StoredTensors = {name: value.to(self.dtype) if value.is_floating_point() else value}
-        else:
-            stored = self.pack(name, on_cpu(value))
+            rows = value.to(self.dtype) if value.is_floating_point() else value
+            dtype, shape = planned[name]
+            assert (rows.dtype, tuple(rows.shape[1:])) == (dtype, shape[1:]), f"{name}: planned as {planned}"
+            return self._stream.add_rows(name, rows, shape, first_row)
+        stored = self.pack(name, on_cpu(value))
         found = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in stored.items()}
-        assert found == self._shapes[name], f"{name}: planned as {self._shapes[name]}, got {found}"
+        assert found == planned, f"{name}: planned as {planned}, got {found}"
         return self._stream.add(stored)
 
     def checkpoint(self) -> dict[str, Any]:

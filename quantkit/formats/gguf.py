@@ -77,7 +77,7 @@ class GGUFWriter(Writer):
         metadata |= imatrix_metadata(source, plans, self._matrix_path.name)
         self._places = tensor_table(source, types)
         self._file = self._begin(metadata)
-        self._missing = set(self._places)
+        self._missing = {name: place.size for name, place in self._places.items()}  # bytes not written yet
         self._added: list[str] = []  # since the last checkpoint
         for name, values in rope_tensors(source.config).items():
             self._write(name, values)
@@ -110,7 +110,13 @@ class GGUFWriter(Writer):
         file.truncate(self._base + end)  # padding is zeros
         return file
 
-    def add(self, name: str, value: Tensor | QuantizedTensor) -> int:
+    def takes_parts(self, name: str) -> bool:
+        if is_buffer(name):
+            return True
+        interleaved = self.family.interleaved and rotary_heads(name, self.config) is not None
+        return not interleaved and not is_transposed(name, len(self._places[name].shape), self.family)
+
+    def add(self, name: str, value: Tensor | QuantizedTensor, first_row: int = 0) -> int:
         if is_buffer(name):
             return 0
         place = self._places[name]
@@ -120,9 +126,9 @@ class GGUFWriter(Writer):
                 self._weighing[place.name] = value.importance
         else:
             assert isinstance(value, Tensor), f"{name}: a {type(value).__name__} does not belong in GGUF"
-        return self._write(name, value)
+        return self._write(name, value, first_row)
 
-    def _write(self, name: str, value: Tensor | BlockTensor) -> int:
+    def _write(self, name: str, value: Tensor | BlockTensor, first_row: int = 0) -> int:
         place = self._places[name]
         rows = value.data if isinstance(value, BlockTensor) else value
         heads = rotary_heads(name, self.config) if self.family.interleaved else None
@@ -133,7 +139,8 @@ class GGUFWriter(Writer):
             rows = rows.float() + offset
         if isinstance(value, Tensor) and is_transposed(name, value.dim(), self.family):
             rows = rows.T
-        self._file.seek(self._base + place.start)
+        start = self._base + place.start + first_row * (place.size // max(1, place.shape[0]))
+        self._file.seek(start)
         if isinstance(value, BlockTensor):
             self._file.write(rows.contiguous().numpy().data)
         else:
@@ -144,10 +151,10 @@ class GGUFWriter(Writer):
                 except ModelError as error:
                     raise ModelError(f"{name}: {error.message}", hint="--set method.embedding_type=bf16") from error
                 self._file.write(data.numpy().data)
-        written = self._file.tell() - self._base - place.start
-        assert written == place.size, f"{name}: wrote {written} of {place.size} bytes"
-        self._missing.discard(name)
-        self._added.append(name)
+        written = self._file.tell() - start
+        self._missing[name] -= written
+        if not self._missing[name]:
+            self._added.append(name)
         return written
 
     def checkpoint(self) -> dict[str, Any]:
@@ -165,7 +172,7 @@ class GGUFWriter(Writer):
         if self._found_bytes < self._file.seek(0, os.SEEK_END):
             raise lost(self.path)
         for checkpoint in checkpoints:
-            self._missing.difference_update(checkpoint["added"])
+            self._missing |= dict.fromkeys(checkpoint["added"], 0)
             for name, (squares, count) in checkpoint["weighing"].items():
                 values = torch.frombuffer(bytearray(base64.b64decode(squares)), dtype=torch.float32)
                 self._weighing[name] = Importance(values, count)
@@ -179,7 +186,8 @@ class GGUFWriter(Writer):
         self._file.close()
 
     def finish(self) -> list[Path]:
-        assert not self._missing, f"never written: {', '.join(sorted(self._missing))}"
+        missing = sorted(name for name, left in self._missing.items() if left)
+        assert not missing, f"not written as planned: {', '.join(missing)}"
         self._sync()
         self.close()
         if not self._weighing:

@@ -43,7 +43,7 @@ _COPY_BYTES = 1 << 20
 class Shard:
     """One file. Tensors of a size that would leave the next one misaligned wait, and follow all others at the end.
 
-    again: the file is there already, and its tensors come by `append_again` first.
+    again: the file is there already, and its tensors come by `begin_again` first.
     """
 
     def __init__(self, path: Path, room: int, *, again: bool = False):
@@ -58,33 +58,34 @@ class Shard:
         if again:  # the header, where there is one, may have outgrown the room that was planned
             self.room = int.from_bytes(self._file.read(8), "little") or room
         self._file.seek(8 + self.room)
+        self._to: IO[bytes] = self._file
         self._at = 0
         self._tail = tempfile.SpooledTemporaryFile(max_size=_TAIL_IN_MEMORY, dir=str(path.parent))  # noqa: SIM115
         self._waiting: list[tuple[str, Tensor, int]] = []  # name, a tensor without data, bytes
         self._tail_told = 0
 
-    def append(self, name: str, tensor: Tensor) -> None:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self.data_bytes += len(data)
-        if len(data) % ALIGNMENT == 0:
-            self._enter(name, tensor, len(data))
-            _write(self._file, data)
+    def begin(self, name: str, tensor: Tensor) -> None:
+        """A tensor, of which shape and dtype count, is what is appended from here on."""
+        size = tensor.nbytes
+        self.data_bytes += size
+        self._to = self._file
+        if size % ALIGNMENT == 0:
+            self._enter(name, tensor, size)
         else:
-            self._wait(name, tensor, data)
+            self.tail_bytes += size
+            self._waiting.append((name, tensor.to("meta"), size))
+            self._tail.seek(0, os.SEEK_END)
+            self._to = self._tail
 
-    def append_again(self, name: str, tensor: Tensor, tail: IO[bytes]) -> None:
+    def append(self, rows: Tensor) -> None:
+        """The next of the data, all of it or some rows."""
+        _write(self._to, rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def begin_again(self, name: str, tensor: Tensor, tail: IO[bytes]) -> None:
         """A tensor, given without data, that the file holds already; its data are in `tail` if it has to wait."""
-        self.data_bytes += tensor.nbytes
-        if tensor.nbytes % ALIGNMENT == 0:
-            self._enter(name, tensor, tensor.nbytes)
-        else:
-            self._wait(name, tensor, memoryview(tail.read(tensor.nbytes)))
-
-    def _wait(self, name: str, tensor: Tensor, data: memoryview) -> None:
-        self.tail_bytes += len(data)
-        self._waiting.append((name, tensor.to("meta"), len(data)))
-        self._tail.seek(0, os.SEEK_END)
-        _write(self._tail, data)
+        self.begin(name, tensor)
+        if self._to is self._tail:
+            _write(self._tail, memoryview(tail.read(tensor.nbytes)))
 
     def new_tail(self) -> bytes:
         """What began to wait since this was last asked for."""

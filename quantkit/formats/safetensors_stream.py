@@ -77,9 +77,20 @@ class SafetensorsStream:
         with explained(self.folder, size):
             self._begin_group(tensors, size)
             for name, tensor in tensors.items():
-                self._shards[-1].append(name, tensor)
-        self._new.append([[name, DTYPE_NAMES[value.dtype], list(value.shape)] for name, value in tensors.items()])
+                self._shards[-1].begin(name, tensor)
+                self._shards[-1].append(tensor)
         return size
+
+    def add_rows(self, name: str, rows: Tensor, shape: tuple[int, ...], first_row: int) -> int:
+        """Append rows of a tensor of `shape` from `first_row` on; the last rows come before any other tensor. Returns
+        the bytes of their data."""
+        with explained(self.folder, rows.nbytes):
+            if first_row == 0:
+                whole = torch.empty(shape, dtype=rows.dtype, device="meta")
+                self._begin_group({name: whole}, whole.nbytes)
+                self._shards[-1].begin(name, whole)
+            self._shards[-1].append(rows)
+        return rows.nbytes
 
     def _begin_group(self, tensors: Mapping[str, Tensor], size: int, *, again: bool = False) -> None:
         """Choose the shard. again: the group was written before, by a stream that this one goes on behind."""
@@ -92,6 +103,9 @@ class SafetensorsStream:
                 self._shards[-1].complete()
             path = self.folder / _partial_name(len(self._shards) + 1)
             self._shards.append(Shard(path, self._room, again=again))
+        if not again:
+            new = [[name, DTYPE_NAMES[value.dtype], list(value.shape)] for name, value in tensors.items()]
+            self._new.append(new)
 
     def checkpoint(self) -> dict[str, Any]:
         """Put on disk what was added since the last checkpoint, and tell what `restore` needs to know of it: JSON."""
@@ -120,7 +134,7 @@ class SafetensorsStream:
                     }
                     self._begin_group(tensors, sum(value.nbytes for value in tensors.values()), again=True)
                     for name, tensor in tensors.items():
-                        self._shards[-1].append_again(name, tensor, tail)
+                        self._shards[-1].begin_again(name, tensor, tail)
             for shard in self._shards:
                 shard.new_tail()  # the journal has it
             if self._shards:

@@ -50,29 +50,44 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None) -> 
     block, _ = block_layout(type_name)
     for band in bands:
         blocks = weight[band].float().reshape(-1, block)  # [blocks, block]
-        coded = _compiled(blocks, type_name, importance) if compiled else CODECS[type_name].encode(blocks)
-        largest = max(float(end.abs()) for end in blocks.aminmax()) if blocks.numel() else 0.0
-        if largest > torch.finfo(torch.float16).max and not _finite(coded, type_name, tuple(blocks.shape)):
-            raise ModelError(f"values up to {largest:.3g} overflow the float16 of ggml type {type_name}")
-        data[band] = coded.reshape(-1, data.shape[1])
+        if compiled:
+            _compiled(blocks, type_name, importance, data[band])
+        else:
+            data[band] = CODECS[type_name].encode(blocks).reshape(-1, data.shape[1])
+        _check_overflow(blocks, data[band], type_name)
     return data
 
 
-def _compiled(blocks: Tensor, type_name: str, importance: Tensor | None) -> Tensor:
-    """Encode float32 [blocks, block] by the compiled loops, which run on the CPU: uint8 [blocks, bytes]."""
+def _check_overflow(blocks: Tensor, coded: Tensor, type_name: str) -> None:
+    """Raises ModelError where finite weights [blocks, block] have become bytes that stand for others."""
+    if not blocks.numel():
+        return
+    if type_name in _LEADING_HALVES:
+        # a byte of each float16 is read instead of every weight: where its exponent is full, it is not finite
+        upper = coded.view(len(blocks), -1)[:, 1 : 2 * _LEADING_HALVES[type_name] : 2]
+        if not bool((upper & 0x7C == 0x7C).any()):
+            return
+    largest = max(float(end.abs()) for end in blocks.aminmax())
+    if largest > torch.finfo(torch.float16).max and not _finite(coded, type_name, tuple(blocks.shape)):
+        raise ModelError(f"values up to {largest:.3g} overflow the float16 of ggml type {type_name}")
+
+
+def _compiled(blocks: Tensor, type_name: str, importance: Tensor | None, out: Tensor) -> None:
+    """Encode float32 [blocks, block] by the compiled loops, which run on the CPU, into uint8 [rows, row_bytes]."""
     import numpy as np
 
     from quantkit.maths import ggml_iq4, ggml_k, ggml_plain, ggml_weighted
 
     columns, values = blocks.shape[1], blocks.cpu().contiguous().numpy()
     if type_name not in SEARCHED and (importance is None or type_name not in WEIGHTED):
-        return torch.from_numpy(ggml_plain.ENCODERS[type_name](values))
+        ggml_plain.ENCODERS[type_name](values, out.numpy().reshape(len(values), -1))
+        return
     weights = np.empty((0, columns), np.float32)
     if importance is not None:
         weights = importance.float().cpu().contiguous().numpy().reshape(-1, columns)
     encoders = {**ggml_k.ENCODERS, **ggml_iq4.ENCODERS, **ggml_weighted.ENCODERS}
     coded = encoders[type_name](values, weights)
-    return torch.from_numpy(coded).to(blocks.device)
+    out.copy_(torch.from_numpy(coded).view(out.shape))
 
 
 def decode(data: Tensor, type_name: str, shape: tuple[int, ...]) -> Tensor:
@@ -290,6 +305,9 @@ CODECS: dict[str, Codec] = {
     "Q5_1": Codec(32, 2 + 2 + 4 + 16, _encode_q5_1, _decode_q5_1),
 }
 """The types that tensor operations encode and decode."""
+
+_LEADING_HALVES = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2}
+"""Float16 numbers that a block begins with, where it has no others."""
 
 WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 """Plain types whose scales are searched for where the importance of the columns is known."""

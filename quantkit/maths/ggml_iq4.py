@@ -88,7 +88,7 @@ def _search(values: NDArray[np.float32], weights: NDArray[np.float32], state: ND
         state[SCALE, k] = zero if state[MAGNITUDE, k] < SMALLEST else state[SCALE, k]
 
 
-@njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _encode(blocks: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """IQ4_NL (blocks of 32) and IQ4_XS (super-blocks of eight groups whose scales are levels of a float16).
 

@@ -94,7 +94,7 @@ def mean_square(row: NDArray[np.float32]) -> np.float32:
     return total / np.float32(row.size)
 
 
-@njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _encode_affine(
     blocks: NDArray[np.float32],
     importance: NDArray[np.float32],
@@ -174,7 +174,7 @@ def _encode_affine(
                 pack_nibbles(codes, 32, row[row.size - 128 :])
 
 
-@njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _encode_symmetric(
     blocks: NDArray[np.float32],
     importance: NDArray[np.float32],

@@ -14,7 +14,9 @@ import numpy as np
 from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from quantkit.maths.ggml_bits import pack_nibbles, put_half
+from quantkit.maths.ggml_bits import put_half
+
+Encoder = Callable[[NDArray[np.float32], NDArray[np.uint8]], None]
 
 _BLOCK = 32
 _TOGETHER = 64
@@ -29,29 +31,18 @@ def _reciprocal(scale: np.float32) -> np.float32:
 
 
 @njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
-def _truncated(value: np.float32, top: np.int32) -> np.int32:
-    """Towards zero, inside [0, top]; 0 for what is not finite, where a scale has no finite reciprocal."""
-    finite = abs(value) < np.float32(np.inf)
-    code = np.int32(value if finite else np.float32(0.0))
-    return max(np.int32(0), min(top, code))
-
-
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
-def _largest(x: NDArray[np.float32]) -> np.float32:
-    """The value of largest magnitude, the first on a tie; a positive zero where all are zeros."""
+def _magnitude(x: NDArray[np.float32]) -> np.float32:
+    """The largest magnitude of a block."""
     bits = x.view(np.int32)
     most = np.int32(0)
     for j in range(_BLOCK):
         most = max(most, np.int32(bits[j] & _MAGNITUDE))
-    place = np.int32(_BLOCK - 1)
-    for j in range(_BLOCK):
-        place = min(place, np.int32(j) if np.int32(bits[j] & _MAGNITUDE) == most else np.int32(_BLOCK - 1))
-    return x[place] + np.float32(0.0)
+    return np.int32(most).view(np.float32)
 
 
 @njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
 def _ends(x: NDArray[np.float32]) -> tuple[np.float32, np.float32]:
-    """The least and the largest value; of zeros of both signs the first, as a scan finds it."""
+    """The least and the largest value; a zero may have either sign."""
     bits = x.view(np.int32)
     least, most = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for j in range(_BLOCK):
@@ -60,62 +51,100 @@ def _ends(x: NDArray[np.float32]) -> tuple[np.float32, np.float32]:
         least, most = min(least, ordered), max(most, ordered)
     low = np.int32(least ^ ((least >> np.int32(31)) & _MAGNITUDE)).view(np.float32)
     high = np.int32(most ^ ((most >> np.int32(31)) & _MAGNITUDE)).view(np.float32)
-    if low == np.float32(0.0) or high == np.float32(0.0):
-        for j in range(_BLOCK):
-            if x[j] == np.float32(0.0):
-                low = x[j] if low == np.float32(0.0) else low
-                high = x[j] if high == np.float32(0.0) else high
-                break
     return low, high
 
 
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _first_zero(x: NDArray[np.float32]) -> np.float32:
+    """The first zero of a block, with its sign, as a scan for an extreme finds it."""
+    for j in range(_BLOCK):
+        if x[j] == np.float32(0.0):
+            return x[j]
+    return np.float32(0.0)
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _first_of(x: NDArray[np.float32], magnitude: np.float32) -> np.float32:
+    """The first value of this magnitude."""
+    for j in range(_BLOCK):
+        if abs(x[j]) == magnitude:
+            return x[j]
+    return magnitude
+
+
 @njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
-def _pack(codes: NDArray[np.uint8], five_bits: bool, row: NDArray[np.uint8], start: int) -> None:
-    """Nibbles from `start` on, after the fifth bits of the 32 codes where there are any."""
-    if five_bits:
+def _largest(x: NDArray[np.float32]) -> np.float32:
+    """The value of largest magnitude, the first on a tie; a positive zero where all are zeros."""
+    low, high = _ends(x)
+    if high == -low:
+        return _first_of(x, high) + np.float32(0.0)
+    return high if high > -low else low
+
+
+@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+def _put_codes(
+    x: NDArray[np.float32],
+    low: np.float32,
+    inverse: np.float32,
+    shift: np.float32,
+    top: np.int32,
+    row: NDArray[np.uint8],
+) -> None:
+    """Codes `(x - low) * inverse + shift`, which is above 0, truncated: their fifth bits where `top` is 31, then
+    nibbles.
+
+    All are 0 where the scale is so small that it has no finite reciprocal, as on the reference implementation's
+    processor.
+    """
+    if not abs(inverse) < np.float32(np.inf):
+        row[:] = 0
+        return
+    at = 0
+    if top == 31:
+        fifth = np.uint32(0)
+        for j in range(_BLOCK):
+            code = min(top, np.int32((x[j] - low) * inverse + shift))
+            fifth |= np.uint32(code >> 4) << np.uint32(j)
         for byte in range(4):
-            packed = 0
-            for bit in range(8):
-                packed |= (codes[8 * byte + bit] >> 4) << bit
-            row[start + byte] = packed
-        start += 4
-    pack_nibbles(codes, 16, row[start:])
+            row[byte] = np.uint8((fifth >> np.uint32(8 * byte)) & np.uint32(0xFF))
+        at = 4
+    first, second, out = x[:16], x[16:], row[at:]
+    for j in range(16):
+        lower = min(top, np.int32((first[j] - low) * inverse + shift))
+        upper = min(top, np.int32((second[j] - low) * inverse + shift))
+        out[j] = np.uint8((lower & 15) | (upper & 15) << 4)
 
 
-@njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _encode_four_five(blocks: NDArray[np.float32], top: np.int32, symmetric: bool, out: NDArray[np.uint8]) -> None:
     """Q4_0, Q5_0 (symmetric), Q4_1, Q5_1. blocks: [blocks, 32]. top: the largest code. out: uint8 [blocks, bytes]."""
-    half = np.float32((top + 1) // 2)
+    half, zero = np.float32((top + 1) // 2), np.float32(0.0)
     for unit in prange((blocks.shape[0] + _TOGETHER - 1) // _TOGETHER):
-        codes = np.empty(_BLOCK, np.uint8)
         for b in range(unit * _TOGETHER, min((unit + 1) * _TOGETHER, blocks.shape[0])):
             x, row = blocks[b], out[b]
             if symmetric:
                 scale = _largest(x) / -half
-                inverse = _reciprocal(scale)
-                for j in range(_BLOCK):
-                    codes[j] = _truncated(x[j] * inverse + (half + np.float32(0.5)), top)
                 put_half(row, 0, scale)
-                _pack(codes, top == 31, row, 2)
+                _put_codes(x, zero, _reciprocal(scale), half + np.float32(0.5), top, row[2:])
             else:
                 low, high = _ends(x)
+                if low == zero or high == zero:
+                    low = _first_zero(x) if low == zero else low
+                    high = _first_zero(x) if high == zero else high
                 scale = (high - low) / np.float32(top)
-                inverse = _reciprocal(scale)
-                for j in range(_BLOCK):
-                    codes[j] = _truncated((x[j] - low) * inverse + np.float32(0.5), top)
                 put_half(row, 0, scale)
                 put_half(row, 2, low)
-                _pack(codes, top == 31, row, 4)
+                _put_codes(x, low, _reciprocal(scale), np.float32(0.5), top, row[4:])
 
 
-@njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _encode_eight(blocks: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Q8_0. Arrays as in `_encode_four_five`."""
     half = np.float32(0.5)
     for unit in prange((blocks.shape[0] + _TOGETHER - 1) // _TOGETHER):
         for b in range(unit * _TOGETHER, min((unit + 1) * _TOGETHER, blocks.shape[0])):
             x, row = blocks[b], out[b]
-            scale = abs(_largest(x)) / np.float32(127.0)
+            scale = _magnitude(x) / np.float32(127.0)
             inverse = _reciprocal(scale)
             put_half(row, 0, scale)
             codes = row[2:]
@@ -129,26 +158,15 @@ def _encode_eight(blocks: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
                 codes[j] = np.uint8(whole & 0xFF)
 
 
-def _four_five(top: int, symmetric: bool, bytes_: int) -> Callable[[NDArray[np.float32]], NDArray[np.uint8]]:
-    def encode(blocks: NDArray[np.float32]) -> NDArray[np.uint8]:
-        out = np.empty((len(blocks), bytes_), np.uint8)
-        _encode_four_five(blocks, np.int32(top), symmetric, out)
-        return out
-
-    return encode
+def _four_five(top: int, symmetric: bool) -> Encoder:
+    return lambda blocks, out: _encode_four_five(blocks, np.int32(top), symmetric, out)
 
 
-def _eight(blocks: NDArray[np.float32]) -> NDArray[np.uint8]:
-    out = np.empty((len(blocks), 34), np.uint8)
-    _encode_eight(blocks, out)
-    return out
-
-
-ENCODERS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.uint8]]] = {
-    "Q8_0": _eight,
-    "Q4_0": _four_five(15, True, 18),
-    "Q4_1": _four_five(15, False, 20),
-    "Q5_0": _four_five(31, True, 22),
-    "Q5_1": _four_five(31, False, 24),
+ENCODERS: dict[str, Encoder] = {
+    "Q8_0": lambda blocks, out: _encode_eight(blocks, out),
+    "Q4_0": _four_five(15, True),
+    "Q4_1": _four_five(15, False),
+    "Q5_0": _four_five(31, True),
+    "Q5_1": _four_five(31, False),
 }
-"""Weights [blocks, 32] to bytes, for each plain type."""
+"""Weights [blocks, 32] to bytes [blocks, bytes], for each plain type."""

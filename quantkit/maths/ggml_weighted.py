@@ -32,7 +32,7 @@ WeightedEncoder = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[n
 """Weights [blocks, 32] and importance [blocks of a row, 32] to bytes."""
 
 
-@njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _mean_squares(weight: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """Mean of the squares of each row, summed in order. weight: [rows, columns]. out: [rows]."""
     rows, columns = weight.shape
@@ -46,7 +46,7 @@ def _mean_squares(weight: NDArray[np.float32], out: NDArray[np.float32]) -> None
             out[first + i] = sums[i] / np.float32(columns)
 
 
-@njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _encode(
     blocks: NDArray[np.float32],
     importance: NDArray[np.float32],

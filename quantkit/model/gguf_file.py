@@ -195,13 +195,21 @@ class GGUFFile:
         """The bytes of the file from start to end; none when end comes first."""
         return self._map[start:end]
 
-    def raw(self, name: str) -> Tensor:
-        """The bytes of a tensor: uint8 [rows, row_bytes], a copy."""
+    def raw(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """The bytes of a tensor, or of some rows of its first axis: uint8 [rows, row_bytes], a copy."""
         info = self.tensors[name]
-        data = np.frombuffer(self._map, dtype=np.uint8, count=info.size, offset=info.start)
-        return torch.from_numpy(data.copy()).reshape(-1, type_size(info.type_name, info.shape[-1]))
+        first, end, _ = rows.indices(info.shape[0] if info.shape else 1)
+        each = info.size // max(1, info.shape[0] if info.shape else 1)
+        start, count = info.start + first * each, (end - first) * each
+        copied = np.frombuffer(self._map, dtype=np.uint8, count=count, offset=start).copy()
+        if count and hasattr(mmap, "MADV_DONTNEED"):
+            # mapped pages count as resident until they are let go: a pass over the file would seem to hold all of it
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, page, start + count - page)
+        return torch.from_numpy(copied).reshape(-1, type_size(info.type_name, info.shape[-1]))
 
-    def decoded(self, name: str) -> Tensor:
-        """The values of a tensor: float32 in its shape."""
+    def decoded(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """The values of a tensor, or of some rows of its first axis: float32 in its shape."""
         info = self.tensors[name]
-        return decode(self.raw(name), info.type_name, info.shape)
+        shape = (len(range(*rows.indices(info.shape[0]))), *info.shape[1:]) if info.shape else info.shape
+        return decode(self.raw(name, rows), info.type_name, shape)

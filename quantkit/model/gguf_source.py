@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -130,7 +131,20 @@ class GGUFSource(Source):
         return values - offset if offset else values
 
     def read(self, name: str) -> Tensor:
-        values, dtype = self.decoded(name), self.dtype(name)
+        return self._typed(name, self.decoded(name))
+
+    def in_parts(self, name: str, rows: int) -> Iterator[Tensor]:
+        info = self.info(name)
+        reordered = self.family.interleaved and rotary_heads(name, self.config) is not None
+        if len(info.shape) < 2 or reordered or is_transposed(name, len(info.shape), self.family):
+            yield from super().in_parts(name, rows)
+            return
+        for first in range(0, info.shape[0], rows):
+            yield self._typed(name, self.file.decoded(info.name, slice(first, first + rows)))
+
+    def _typed(self, name: str, values: Tensor) -> Tensor:
+        """Values of a tensor in the dtype that `read` gives. Raises ModelError when they do not fit it."""
+        dtype = self.dtype(name)
         largest = float(values.abs().max()) if dtype == torch.float16 else 0.0
         # infinity in the file itself is left for the method, which names the tensor
         if torch.finfo(torch.float16).max < largest < math.inf:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Lock
@@ -146,6 +146,11 @@ class SafetensorsSource(Source):
 
     def weight_paths(self) -> list[Path]:
         return sorted({file.path for file in self._files.values()})
+
+    def in_parts(self, name: str, rows: int) -> Iterator[Tensor]:
+        stored = self._stored_name(name)
+        for first in range(0, self.shape(name)[0], rows):
+            yield self._files[stored].read(stored, slice(first, first + rows))
 
     def tokenizer_folder(self) -> Path:
         if not any((self.path / name).is_file() for name in TOKENIZER_FILES):

@@ -60,14 +60,19 @@ class SafetensorsFile:
         self.dtypes = dtypes
         self.entries = _entries(path, dtypes)
 
-    def read(self, name: str) -> Tensor:
-        """A tensor in memory of its own. Raises ModelError when the bytes are not there (any more)."""
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some rows of its first axis, in memory of its own. Raises ModelError when the bytes are not
+        there (any more)."""
         entry = self.entries[name]
-        count = entry.end - entry.start
+        start, count, shape = entry.start, entry.end - entry.start, entry.shape
+        if rows is not None:
+            first, end, _ = rows.indices(shape[0])
+            row_bytes = count // max(1, shape[0])
+            start, count, shape = start + first * row_bytes, (end - first) * row_bytes, (end - first, *shape[1:])
         raw = torch.empty(count, dtype=torch.uint8)
         try:
             with self.path.open("rb", buffering=0) as stream:
-                stream.seek(entry.start)
+                stream.seek(start)
                 view = raw.numpy().data
                 done = 0
                 while done < count:  # one call reads 2 GB at most
@@ -79,7 +84,7 @@ class SafetensorsFile:
                     done += got
         except OSError as error:
             raise ModelError(f"{self.path}: {name}: cannot be read: {error.strerror}") from error
-        return raw.view(self.dtypes[entry.dtype]).reshape(entry.shape)
+        return raw.view(self.dtypes[entry.dtype]).reshape(shape)
 
 
 def _entries(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Entry]:

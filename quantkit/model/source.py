@@ -7,6 +7,7 @@ that measures decoded weights read alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ class Source(ABC):
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """The tensor itself, on the CPU; a block-quantized one comes decoded. Raises ModelError when damaged."""
+
+    def in_parts(self, name: str, rows: int) -> Iterator[Tensor]:
+        """The tensor so many rows of its first axis at a time, in order; where the file allows it, no more is held."""
+        yield from self.read(name).split(rows)
 
     @abstractmethod
     def tokenizer_folder(self) -> Path:

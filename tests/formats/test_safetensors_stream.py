@@ -83,6 +83,20 @@ def test_same_tensors_give_same_bytes(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
+def test_rows_in_parts_give_the_same_file_as_whole_tensors(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in sample_tensors().items() if tensor.dim() == 2 and len(tensor)}
+    whole = write(tmp_path / "whole", tensors, max_shard_bytes=600)
+    (tmp_path / "parts").mkdir()
+    stream = SafetensorsStream(tmp_path / "parts", list(tensors), max_shard_bytes=600)
+    for name, tensor in tensors.items():
+        for first, rows in zip(range(0, len(tensor), 2), tensor.split(2), strict=True):
+            stored = stream.add_rows(name, rows, tuple(tensor.shape), first)
+            assert stored == rows.numel() * rows.element_size()
+    parts = stream.finish()
+    assert len(parts) > 2 and [path.name for path in parts] == [path.name for path in whole]
+    assert [path.read_bytes() for path in parts] == [path.read_bytes() for path in whole]
+
+
 def test_a_header_that_outgrows_its_room_costs_a_copy_only(tmp_path: Path) -> None:
     tensors = sample_tensors()
     (path,) = write(tmp_path / "out", tensors, names=[])

@@ -7,7 +7,7 @@ import torch
 from oracles import awq as oracle
 from quantkit.maths.fold import candidate_scale, search_scale, spread_over_heads, tie_over_heads
 from quantkit.maths.gram import GramAccumulator
-from quantkit.maths.measure import sqnr_db
+from quantkit.maths.measure import energies, sqnr_db
 from quantkit.tensors import Grid
 
 
@@ -46,5 +46,5 @@ def test_heads_that_share_a_value_head_get_one_scale() -> None:
 
 def test_sqnr_counts_in_decibels() -> None:
     weight = torch.ones(10, 10)
-    assert sqnr_db(weight, weight * 0.9) == pytest.approx(20.0, abs=1e-3)
-    assert sqnr_db(weight, weight) is None
+    assert sqnr_db(*energies(weight, [(weight * 0.9).flatten()])) == pytest.approx(20.0, abs=1e-3)
+    assert sqnr_db(*energies(weight, weight.flatten().split(30))) is None

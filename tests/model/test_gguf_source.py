@@ -105,6 +105,8 @@ def test_reads_names_rows_and_values(tiny_llama: Path, tmp_path: Path, type_name
         read = source.read(name)
         assert read.dtype == dtype
         assert torch.equal(read, torch.from_numpy(values.copy()).to(dtype)), name
+        parts = list(source.in_parts(name, 7))
+        assert len(parts) == -(-len(read) // 7) and torch.equal(torch.cat(parts), read), name
     assert not source.tied_head
 
 

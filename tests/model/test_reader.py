@@ -74,6 +74,14 @@ def test_what_is_read_is_the_callers_own(folder: Path) -> None:
     assert torch.equal(source.read(name), before)
 
 
+def test_parts_are_the_rows_in_order(folder: Path) -> None:
+    source = SafetensorsSource(folder)
+    for name in source.names():
+        whole = source.read(name)
+        parts = list(source.in_parts(name, 5))
+        assert len(parts) == -(-len(whole) // 5) and torch.equal(torch.cat(parts), whole), name
+
+
 def test_shards_read_as_one_model_in_the_order_of_their_bytes(sharded: Path, tiny_llama: Path) -> None:
     source, whole = open_source(str(sharded)), open_source(str(tiny_llama))
     assert sorted(source.names()) == sorted(whole.names())
