@@ -13,7 +13,7 @@ from torch import Tensor
 from quantkit.formats.base import ArtifactSource
 from quantkit.formats.gguf import GGUFArtifact
 from quantkit.formats.gguf_types import written_names
-from quantkit.maths.measure import sqnr_db
+from quantkit.maths.measure import energies, sqnr_db
 from quantkit.model.gguf_config import family_of_config
 from quantkit.model.gguf_names import norm_offset
 from quantkit.progress import Progress
@@ -56,8 +56,7 @@ def compare_weights(artifact: ArtifactSource, exported: GGUFArtifact, progress: 
         for name in names:
             expected, found = artifact.read(name).float(), exported.read(name)
             if not torch.equal(expected, found):
-                rows = (-1, expected.shape[-1])
-                unequal[name] = sqnr_db(expected.reshape(rows), found.reshape(rows))
+                unequal[name] = sqnr_db(*energies(expected, [found.flatten()]))
                 largest = max(largest, float((expected - found).abs().max()))
                 if not norm_offset(name, family):  # the file holds gain + 1, which float32 rounds
                     wrong.append(name)
