@@ -29,7 +29,6 @@ from quantkit.manifest import (
     Manifest,
     TensorRecord,
     file_record,
-    fsync_folder,
     read_manifest,
     write_manifest,
 )
@@ -84,8 +83,7 @@ def export(artifact: Path, out: Path, *, exact: bool, force: bool, progress: Pro
         progress.say("comparing logits")
         logits = compare_logits(artifact, path, difference)
         manifest = _manifest(artifact, source, plan, path, stored, difference, logits, exact, started)
-        _publish(path, manifest, out)
-    return manifest
+        return _publish(path, manifest, out)
 
 
 def _check_out(out: Path, *, force: bool) -> None:
@@ -195,12 +193,11 @@ def _write(
     return path, stored
 
 
-def _publish(path: Path, manifest: Manifest, out: Path) -> None:
+def _publish(path: Path, manifest: Manifest, out: Path) -> Manifest:
     """Put a whole file in its place, then its manifest: at no time does one stand beside a file that it is not of."""
     (out.parent / MANIFEST_NAME).unlink(missing_ok=True)
     path.replace(out)
-    write_manifest(manifest, out.parent)
-    fsync_folder(out.parent)
+    return write_manifest(manifest, out.parent)
 
 
 def _manifest(
