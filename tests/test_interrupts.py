@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,11 @@ def test_a_run_ends_at_once_and_is_gone_on_with(
     out = tmp_path / "out"
     arguments = ["quantize", "gptq-4bit-g64", "--model", str(model), "--out", str(out), *SETTINGS, "--json"]
     program = [sys.executable, "-c", PROGRAM.format(what=what), *arguments]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    # a shell starts what runs in its background deaf to Ctrl-C, and so would be what these tests start there
+    listening = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening
+    ) as running:
         assert running.stderr is not None and running.stdout is not None
         said = ""
         while "block 3\n" not in said:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,46 +14,34 @@ import pytest
 
 from fakes.hub import COMMIT, Repository
 from fakes.hub_uploads import UploadHub
-from quantkit.manifest import Manifest, file_record, write_manifest
+from quantkit import __version__, jobs
+from quantkit.manifest import file_record, read_manifest, write_manifest
+from quantkit.progress import Progress
 
 TOKEN = "hf_writer"
-WEIGHTS = bytes(range(256)) * 4096
 
 
-def write_artifact(folder: Path, **more: bytes) -> Path:
-    """An artifact as far as its manifest goes: a weight file, a config and a card."""
-    folder.mkdir()
-    card = b"---\nlibrary_name: transformers\ntags: [quantkit]\n---\n\n# Tiny\n"
-    contents = {"config.json": b"{}\n", "README.md": card, "model.safetensors": WEIGHTS, **more}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    manifest = Manifest(
-        name="nf4",
-        created="2026-01-01T00:00:00+00:00",
-        quantkit_version="1",
-        recipe={},
-        recipe_sha256="0",
-        method="nf4 double",
-        method_name="nf4",
-        format="bitsandbytes",
-        source={"id": "tiny"},
-        calibration=None,
-        quantize_s=1.0,
-        peak_rss_bytes=1,
-        tensors=[],
-        bits_per_weight=4.1,
-        bits_per_weight_all=5.0,
-        files=[file_record(folder / name, folder) for name in sorted(contents)],
-        environment={},
+@pytest.fixture(scope="module")
+def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real artifact, which each test gets a copy of."""
+    out = tmp_path_factory.mktemp("artifacts") / "nf4"
+    jobs.quantize(
+        "nf4-double",
+        model=str(tiny_llama),
+        out=out,
+        settings=["method.block_size=64"],
+        device="cpu",
+        force=False,
+        progress=Progress(quiet=True),
     )
-    write_manifest(manifest, folder)
-    (folder / "notes.txt").write_text("not part of the artifact")
-    return folder
+    return out
 
 
 @pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    return write_artifact(tmp_path / "artifact")
+def artifact(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "artifact")
+    (tmp_path / "artifact" / "notes.txt").write_text("not part of the artifact")
+    return tmp_path / "artifact"
 
 
 def push(
@@ -73,7 +62,10 @@ def push(
 
 
 def contents(artifact: Path) -> dict[str, bytes]:
-    names = ("README.md", "config.json", "model.safetensors", "quantkit.json")
+    """What the manifest lists, and the manifest."""
+    manifest = read_manifest(artifact)
+    assert manifest is not None
+    names = [*(record.name for record in manifest.files), "quantkit.json"]
     return {name: (artifact / name).read_bytes() for name in names}
 
 
@@ -88,7 +80,7 @@ def test_an_artifact_arrives_byte_for_byte(artifact: Path) -> None:
     assert arrived == contents(artifact), "and nothing that the manifest does not list"
     assert sorted(said["files"]) == sorted(arrived) and said["bytes"] == sum(map(len, arrived.values()))
     assert repository.private
-    assert hub.messages == ["nf4 double by quantkit 1"]
+    assert hub.messages == [f"nf4 double by quantkit {__version__}"]
     asked = zip(hub.requests, hub.tokens, strict=True)
     sent = {token for (method, path), token in asked if method != "PUT" and ("repos" in path or "acme/tiny" in path)}
     assert sent == {f"Bearer {TOKEN}"}
@@ -96,15 +88,23 @@ def test_an_artifact_arrives_byte_for_byte(artifact: Path) -> None:
 
 
 def test_a_second_push_replaces_what_the_first_one_left(artifact: Path, tmp_path: Path) -> None:
-    first = write_artifact(tmp_path / "first", **{"model-00002-of-00002.safetensors": b"stale", "old.json": b"[]"})
+    first = tmp_path / "first"
+    shutil.copytree(artifact, first)
+    manifest = read_manifest(first)
+    assert manifest is not None
+    for name in ("NOTICE.old", "old.txt"):
+        (first / name).write_text("of the first one")
+        manifest.files.append(file_record(first / name, first))
+    write_manifest(manifest, first)
     with UploadHub({}, writers={TOKEN: ("acme",)}) as hub:
-        assert push(first, "acme/tiny", hub).returncode == 0
+        done = push(first, "acme/tiny", hub)
+        assert done.returncode == 0, done.stderr
         hub.repositories["acme/tiny"].files["mine.md"] = b"added on the hub"
         done = push(artifact, "acme/tiny", hub, "--message", "smaller", "--json")
         assert done.returncode == 0, done.stderr
     kept = {".gitattributes": b"", "mine.md": b"added on the hub"}
     assert hub.repositories["acme/tiny"].files == contents(artifact) | kept
-    assert sorted(json.loads(done.stdout)["deleted"]) == ["model-00002-of-00002.safetensors", "old.json"]
+    assert sorted(json.loads(done.stdout)["deleted"]) == ["NOTICE.old", "old.txt"]
     assert hub.messages[1] == "smaller"
 
 
@@ -126,10 +126,11 @@ def test_a_branch_is_made_and_main_stays_as_it_is(artifact: Path) -> None:
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
 def test_an_unverified_artifact_is_refused_before_anything_is_sent(damage: str, artifact: Path) -> None:
     weights = artifact / "model.safetensors"
+    content = weights.read_bytes()
     if damage == "flip":
-        weights.write_bytes(WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]))
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif damage == "truncate":
-        weights.write_bytes(WEIGHTS[:-1])
+        weights.write_bytes(content[:-1])
     elif damage == "remove":
         weights.unlink()
     else:
@@ -137,7 +138,7 @@ def test_an_unverified_artifact_is_refused_before_anything_is_sent(damage: str, 
     with UploadHub({}, writers={TOKEN: ("acme",)}) as hub:
         done = push(artifact, "acme/tiny", hub, "--json")
     assert done.returncode == 6 and hub.requests == []
-    assert ("quantkit.json" if damage == "manifest" else "model.safetensors: ") in done.stderr
+    assert ("quantkit.json" if damage == "manifest" else "model.safetensors") in done.stderr
     assert json.loads(done.stdout)["error"]["kind"] == "VerificationError"
 
 
@@ -157,7 +158,7 @@ def test_a_manifest_cannot_reach_outside_its_folder(artifact: Path) -> None:
     path.write_text(json.dumps(document))
     with UploadHub({}, writers={TOKEN: ("acme",)}) as hub:
         done = push(artifact, "acme/tiny", hub)
-    assert done.returncode == 6 and "../secret: outside the artifact's folder" in done.stderr and hub.requests == []
+    assert done.returncode == 6 and "../secret" in done.stderr and hub.requests == []
 
 
 @pytest.mark.parametrize(

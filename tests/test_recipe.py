@@ -63,7 +63,7 @@ def test_every_problem_of_a_file_in_the_users_own_keys(tmp_path: Path) -> None:
             'bench.accuracy.tasks: found "piqa", expected a list',
             'bench.acuracy.name: found "acuracy", expected one of memory, throughput, divergence, accuracy; '
             "did you mean accuracy?",
-            "bench.2.name: missing; expected one of memory, throughput, divergence, accuracy",
+            "bench.2.name: missing; expected one of memory, throughput, divergence, accuracy, speculative",
             "bench.3: found 3, expected a mapping",
         ]
     )

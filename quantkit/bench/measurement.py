@@ -14,7 +14,7 @@ METRICS_VERSION = 2
 
 1: the first definitions.
 2: kl is over the 4096 likeliest tokens of the baseline and all others as one event, a lower bound that is below by
-   what docs/statistics.md says; quantiles of kl, total variation and the baseline's own noise are new.
+   what docs/bench.md says; quantiles of kl, total variation and the baseline's own noise are new.
 """
 
 RESULTS_SCHEMA_VERSION = 1

@@ -2,7 +2,7 @@
 
 Divergences between such predictions and another model's are lower bounds of the whole ones, since telling fewer events
 apart never makes two distributions look more different (the data processing inequality; Cover and Thomas, Elements of
-Information Theory, 2006, section 2.8). docs/statistics.md has what is lost on real text.
+Information Theory, 2006, section 2.8). docs/bench.md has what is lost on real text.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from quantkit.reference.results import Figure
 from quantkit.sections import DivergenceBench
 
 TIMEOUT_S = 3600.0
+SHOWN = ("perplexity", "kl", "top1")
 REASON = "a comparison measures decoded weights"
 
 
@@ -52,7 +53,11 @@ class Judge:
         for one in found:
             if one.value is None:
                 raise WorkerFailed(f"{one.metric}: {one.missing}")
-        return {one.metric: Figure(value=one.value, error=one.error) for one in found if one.value is not None}
+        return {
+            one.metric: Figure(value=one.value, error=one.error)
+            for one in found
+            if one.metric in SHOWN and one.value is not None
+        }
 
 
 def what_was_written(folder: Path) -> dict[str, Any]:

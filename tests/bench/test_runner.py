@@ -11,7 +11,7 @@ import torch
 
 from oracles.memory_source import MemorySource, store
 from quantkit.bench import process, runner
-from quantkit.bench.measurement import Measurement, Results
+from quantkit.bench.measurement import DIVERGENCES, Measurement, Results
 from quantkit.bench.process import WorkerFailed, run_worker
 from quantkit.bench.runner import bench
 from quantkit.bench.unmeasured import missing
@@ -30,7 +30,7 @@ SECTIONS: tuple[AnyBench, ...] = (
     MemoryBench(),
 )
 METRICS = {"artifact", "bits_per_weight", "bits_per_weight_all", "loaded", "peak_rss", "peak_vram", "prefill", "decode"}
-METRICS |= {"load", "first_token", "perplexity", "kl", "top1", "accuracy/basics"}
+METRICS |= {"load", "first_token", "token_time", "perplexity", *DIVERGENCES, "accuracy/basics"}
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_baseline_and_artifact_are_measured_each_in_a_process_of_its_own(tiny_ll
     assert base.label == "FP32" and results.model == "tiny-llama"
     assert (row.label, row.artifact, row.format, row.method) == ("Q4", "q4", "gguf", "gguf Q4_0")
     assert {found.metric for found in row.measurements} == METRICS
-    assert {found.metric for found in base.measurements} == METRICS - {"kl", "top1"}
+    assert {found.metric for found in base.measurements} == METRICS - set(DIVERGENCES) | {"kl_noise"}
     by_metric = {found.metric: found for found in row.measurements}
     assert by_metric["kl"].value and by_metric["kl"].value > 0
     assert len(row.samples["basics"]) == len(base.samples["basics"]) == 8
@@ -86,7 +86,7 @@ def test_a_crash_of_every_process_leaves_rows_of_reasons(
     monkeypatch.setattr(runner, "run_worker", crash)
     results = bench([artifact], baseline=str(tiny_llama), sections=SECTIONS, name="t", device="cpu", progress=QUIET)
     for row in (results.baseline, *results.rows):
-        assert {found.metric for found in row.measurements} >= METRICS - {"kl", "top1"}
+        assert {found.metric for found in row.measurements} >= METRICS - set(DIVERGENCES)
         assert all(found.missing == "the process was ended by SIGKILL" for found in row.measurements)
         assert row.notes == ["the process was ended by SIGKILL"]
 

@@ -222,7 +222,7 @@ class Cases:
         from quantkit.model.forward import BlockRunner
         from quantkit.model.reader import open_source
         from quantkit.model.sequences import load_tokenizer
-        from quantkit.plan import check_plans, plan_linears, predicted_bytes
+        from quantkit.plan import check_plans, plan_linears
 
         source = open_source(str(path))
         cpu = torch.device("cpu")
@@ -231,7 +231,7 @@ class Cases:
             for recipe in self.recipes:
                 plans = plan_linears(recipe, source)
                 check_plans("x", recipe, source, plans)
-                predicted_bytes(source, plans, 2)
+                recipe.resolved_format.layout(source, plans, torch.float16)
 
         def read() -> None:
             for name in source.names():

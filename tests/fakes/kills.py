@@ -42,7 +42,7 @@ from quantkit.progress import Progress  # noqa: E402
 from quantkit.recipe import load_recipe  # noqa: E402
 
 SMALL = ["calibration.sequences=4", "calibration.length=32"]
-NOT_COMPARED = ("created", "quantize_s", "peak_rss_bytes")
+NOT_COMPARED = ("created", "quantize_s", "peak_rss_bytes", "manifest_sha256")
 
 COMMANDS: dict[str, dict[str, list[str]]] = {
     "gptq": {"gptq-4bit-g64": []},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quantkit import cli
-from quantkit.bench.measurement import Results
+from quantkit.bench.measurement import METRICS_VERSION, Results
 from quantkit.errors import DataError
 from quantkit.report.certainty import difference, interval
 from quantkit.report.difference import Change, compare_runs, worse
@@ -62,7 +62,7 @@ def test_more_speed_is_better_and_ratios_follow() -> None:
         (with_kl(0.5, None), "measured once"),
         (with_kl(0.5, engine="llama.cpp"), "computed by None before, by llama.cpp now"),
         (with_kl(0.5, settings={"length": 512}), "measured with another length"),
-        (with_kl(0.5, metrics_version=2), "metrics_version 1 before, 2 now"),
+        (with_kl(0.5, metrics_version=METRICS_VERSION + 1), f"metrics_version {METRICS_VERSION} before"),
         (results(row("GPTQ", without={"kl": "no text"})), "not measured now: no text"),
     ],
 )
