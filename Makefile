@@ -1,6 +1,7 @@
 # make demo    quantize a real 135M model with all five methods, measure every artifact, print the table
 # make test    lint, types and tests; offline once the environment is there
 # make model   the demo's model alone, into models/, for trying the commands of README.md
+# make report  recipes/table.yaml on the demo's model, and on stories15M where its data lie beside: reports/table-*
 # make bench   the committed comparisons with other engines: benchmarks/results/ and docs/performance.md; hours
 # make venv    the environment alone: .venv, installed from requirements.lock; made again when the lock changes
 
@@ -14,7 +15,7 @@ OUT ?= reports/demo
 RUNS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo model bench test test-slow lint format readme docs lock wheel clean
+.PHONY: help venv demo model report bench test test-slow lint format readme docs lock wheel clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -39,6 +40,20 @@ demo: $(STAMP)
 
 model: $(STAMP)
 	$(BIN)/python -m quantkit.demo --fetch models
+
+# The table of recipes/table.yaml on both models; the stock tasks take their questions from files where those lie beside.
+DATA := ../shared/data
+TABLE = $(BIN)/quantkit run table --force
+TASKS = $(if $(wildcard $(DATA)/tasks),arc_easy,basics)
+QUESTIONS = --set 'bench.accuracy.tasks=[$(TASKS)]' \
+	$(if $(wildcard $(DATA)/tasks),--set 'bench.accuracy.data={arc_easy: $(DATA)/tasks/arc_easy.test.jsonl}')
+report: model
+	$(TABLE) --model models/SmolLM2-135M-Instruct.Q4_1.gguf --out reports/table-smollm2 $(QUESTIONS) --set method.group_size=64
+	@if test -d $(DATA)/models/stories15M; then \
+		$(TABLE) --model $(DATA)/models/stories15M --out reports/table-stories15m $(QUESTIONS) \
+			--set method.group_size=32 --set method.block_size=32 --set model.dtype=float32 \
+			--set bench.divergence.set=$(DATA)/text/tinystories.txt --set calibration.set=$(DATA)/text/tinystories.txt; \
+	else echo "no $(DATA)/models/stories15M: its table is left as it is" >&2; fi
 
 # MODEL is a Hugging Face folder, which is all that the other engines read; the committed figures are of SmolLM2-135M,
 # re-gauged. SET='KEY=VALUE ...' changes the recipes, such as the texts they name; ENGINES leaves engines out.

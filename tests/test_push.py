@@ -80,7 +80,7 @@ def test_an_artifact_arrives_byte_for_byte(artifact: Path) -> None:
     assert arrived == contents(artifact), "and nothing that the manifest does not list"
     assert sorted(said["files"]) == sorted(arrived) and said["bytes"] == sum(map(len, arrived.values()))
     assert repository.private
-    assert hub.messages == [f"nf4 double by quantkit {__version__}"]
+    assert hub.messages == [f"nf4 double-quant by quantkit {__version__}"]
     asked = zip(hub.requests, hub.tokens, strict=True)
     sent = {token for (method, path), token in asked if method != "PUT" and ("repos" in path or "acme/tiny" in path)}
     assert sent == {f"Bearer {TOKEN}"}

@@ -61,8 +61,8 @@ def test_every_problem_of_a_file_in_the_users_own_keys(tmp_path: Path) -> None:
             "bench.accuracy.limit: found 0, expected 1 or more",
             "bench.accuracy.data.piqa: found 2, expected text",
             'bench.accuracy.tasks: found "piqa", expected a list',
-            'bench.acuracy.name: found "acuracy", expected one of memory, throughput, divergence, accuracy; '
-            "did you mean accuracy?",
+            'bench.acuracy.name: found "acuracy", expected one of memory, throughput, divergence, accuracy, '
+            "speculative; did you mean accuracy?",
             "bench.2.name: missing; expected one of memory, throughput, divergence, accuracy, speculative",
             "bench.3: found 3, expected a mapping",
         ]

@@ -58,11 +58,12 @@ def memory_of(work: Work, device: torch.device, room_bytes: int) -> MemoryForeca
     if not work.calibrated:
         host["largest tensor and its copies"] = int(LARGEST_TENSOR_COPIES[work.converted] * work.largest_bytes)
         return MemoryForecast(host, {}, 0)
+    ways = 2 if work.corrects else 1  # the unquantized model runs along
     states = work.tokens * work.hidden * work.state_bytes
     spilled = states > room_bytes // 4
     parts = _block_parts(work)
     if work.propagates:
-        rows = work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
+        rows = ways * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
         if rows < room_bytes:
             parts["rows that wait inside a block"] = rows
     on_device: dict[str, int] = {}
@@ -70,8 +71,8 @@ def memory_of(work: Work, device: torch.device, room_bytes: int) -> MemoryForeca
         on_device, parts = parts, {"block, read ahead": 2 * work.block_bytes}
     host |= {name: int(RETAINED * size) for name, size in parts.items()}
     if not spilled:
-        host["hidden states"] = states
-    return MemoryForecast(host, on_device, states if spilled else 0)
+        host["hidden states"] = ways * states
+    return MemoryForecast(host, on_device, ways * states if spilled else 0)
 
 
 def _block_parts(work: Work) -> dict[str, int]:
@@ -80,7 +81,7 @@ def _block_parts(work: Work) -> dict[str, int]:
     inner = max(group.rows for group in work.groups)
     return {
         "block as stored": work.block_bytes,
-        "block in the model": values * work.linear_bytes,
+        "block in the model": (2 if work.corrects else 1) * values * work.linear_bytes,
         "block in float32": 4 * values,
         "codes": values,
         "Gram matrix and its factor": max(_solve_bytes(group, work) for group in work.groups),

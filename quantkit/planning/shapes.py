@@ -53,6 +53,7 @@ class Work:
     state_bytes: int
     eight_bit_gram: bool
     propagates: bool
+    corrects: bool
     calibrated: bool
     gguf: bool
 
@@ -104,6 +105,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         state_bytes=how.states.itemsize,
         eight_bit_gram=how.eight_bit_gram,
         propagates=any(getattr(method, "propagate", None) == "quantized" for method in methods),
+        corrects=any(getattr(method, "correction", 0) > 0 for method in methods),
         calibrated=calibrated,
         gguf=recipe.resolved_format.name == "gguf",
     )

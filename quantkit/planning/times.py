@@ -127,12 +127,15 @@ def _passes(work: Work, probe: Probe) -> dict[str, float]:
     attention = 2 * tokens * work.length * work.attention
     grams = sum(tokens * group.columns * (group.columns + 1) for group in work.groups)
     passing = ACTIVATION_FLOP * tokens * (4 * work.hidden + sum(group.rows for group in work.groups))
+    ways = 2 if work.corrects else 1  # the unquantized model runs along
+    crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0
     gram_rate = probe.int8_op_s / GRAM_SLOWDOWN if work.eight_bit_gram and probe.int8_op_s else float32
     return {
-        "linears": blocks * linears * LINEAR_SLOWDOWN / rate,
-        "attention": blocks * attention * ATTENTION_SLOWDOWN / rate,
+        "linears": ways * blocks * linears * LINEAR_SLOWDOWN / rate,
+        "attention": ways * blocks * attention * ATTENTION_SLOWDOWN / rate,
         "Gram matrices": blocks * grams / (probe.device_flop_s or gram_rate),
-        "norms, activations, copies": blocks * passing / (probe.device_flop_s or float32),
+        "norms, activations, copies": ways * blocks * passing / (probe.device_flop_s or float32),
+        **({"correction": blocks * crossed / rate} if work.corrects else {}),
     }
 
 
