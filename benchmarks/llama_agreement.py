@@ -26,7 +26,7 @@ from quantkit.quiet import quiet_libraries
 quiet_libraries()
 
 from quantkit import jobs  # noqa: E402
-from quantkit.bench.divergence import compare, standard_error  # noqa: E402
+from quantkit.bench.statistics import standard_error  # noqa: E402
 from quantkit.bench.subject import Artifact, Baseline  # noqa: E402
 from quantkit.engines import DECODED, Session  # noqa: E402
 from quantkit.environment import environment  # noqa: E402
@@ -77,6 +77,13 @@ def round_inputs(session: Session, source: ArtifactSource) -> None:
 
 def losses(log_probs: Tensor, ids: Tensor) -> float:
     return float(-log_probs.gather(1, ids[1:, None]).double().mean())
+
+
+def compare(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """Mean KL(reference || other) in nats over the whole vocabulary, and the share of positions with the same likeliest
+    token. Both: float32 log-probabilities [positions, vocabulary]."""
+    kl = (reference.exp() * (reference - other)).sum(-1).double().mean()
+    return float(kl), float((reference.argmax(-1) == other.argmax(-1)).double().mean())
 
 
 def measure(folder: Path, baseline: list[Tensor], windows: Tensor) -> dict[str, Any]:
