@@ -24,9 +24,9 @@ TYPES = """## What each type costs
 
 `python benchmarks/gguf_types.py` makes every recipe `gguf-*` and measures it by llama.cpp's logits. (n of m): so many
 linears got a larger type because 256 does not divide their rows. MB and bits a weight are those of the whole file;
-run s is all of `quantize`, calibration included; the other times are of encoding alone, without reading and writing,
-beside llama.cpp's `ggml_quantize_chunk` on the same weights and threads, which is what `llama-quantize` spends its
-time in. Same bytes: tensors that both encode alike; GPTQ's rounding chooses other codes on purpose."""
+times are of encoding alone, without reading and writing, beside llama.cpp's `ggml_quantize_chunk` on the same weights and
+threads, which is what `llama-quantize` spends its time in; a dash where they have not been measured. Same bytes: tensors
+that both encode alike; GPTQ's rounding chooses other codes on purpose."""
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,7 +46,7 @@ def types(results: dict[str, Any]) -> str:
 
 def _model(name: str, found: dict[str, Any]) -> str:
     text, baseline = found["text"], found["baseline"]["perplexity"]["value"]
-    headers = ["", "MB", "bits/weight", "perplexity", "KL", "top-1 %", "run s", "encode s", "llama.cpp s", "same bytes"]
+    headers = ["", "MB", "bits/weight", "perplexity", "KL", "top-1 %", "encode s", "llama.cpp s", "same bytes"]
     rows = [_row(row) for row in sorted(found["recipes"].values(), key=lambda row: -row["bytes"])]
     timed = [row["encode"] for row in found["recipes"].values() if row.get("encode")]
     encoding = f"; encode times with {timed[0]['threads']} threads" if timed else ""
@@ -72,7 +72,6 @@ def _row(row: dict[str, Any]) -> list[str]:
         f"{losses['perplexity']:.3f}",
         f"{losses['kl']:.4f}",
         f"{100 * losses['top1']:.1f}",
-        f"{row['quantize_s']:.1f}",
         *encoded,
     ]
 
