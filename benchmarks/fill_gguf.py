@@ -24,9 +24,9 @@ TYPES = """## What each type costs
 
 `python benchmarks/gguf_types.py` makes every recipe `gguf-*` and measures it by llama.cpp's logits. (n of m): so many
 linears got a larger type because 256 does not divide their rows. MB and bits a weight are those of the whole file;
-times are of encoding alone, without reading and writing, beside llama.cpp's `ggml_quantize_chunk` on the same weights and
-threads, which is what `llama-quantize` spends its time in; a dash where they have not been measured. Same bytes: tensors
-that both encode alike; GPTQ's rounding chooses other codes on purpose."""
+times are of encoding alone, without reading and writing, beside llama.cpp's `ggml_quantize_chunk` on the same weights
+and threads, which is what `llama-quantize` spends its time in; a dash where they have not been measured. Same bytes:
+tensors that both encode alike; GPTQ's rounding chooses other codes on purpose."""
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

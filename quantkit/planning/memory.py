@@ -29,7 +29,7 @@ RETAINED = 1.25
 """What the C library keeps of freed memory: bytes resident for each that the terms count."""
 
 ERROR = 0.15
-"""How far a peak was off at most, in parts of it, in the runs of docs/plan.md."""
+"""How far a peak was off at most, in parts of it, in the table of docs/plan.md."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ ENCODE_NS = {
 """Nanoseconds a value on that machine, all threads together: rounding, packing, the noise that the manifest records."""
 
 ERROR = 0.3
-"""How far a time was off at most, in parts of it, on an idle machine of the kind above; more on others."""
+"""How far a time is off, in parts of it, in most of the runs that docs/plan.md speaks of."""
 
 
 @dataclass(frozen=True)
