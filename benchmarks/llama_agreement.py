@@ -26,6 +26,7 @@ from quantkit.quiet import quiet_libraries
 quiet_libraries()
 
 from quantkit import jobs  # noqa: E402
+from quantkit.bench.predictions import compare_whole  # noqa: E402
 from quantkit.bench.statistics import standard_error  # noqa: E402
 from quantkit.bench.subject import Artifact, Baseline  # noqa: E402
 from quantkit.engines import DECODED, Session  # noqa: E402
@@ -79,13 +80,6 @@ def losses(log_probs: Tensor, ids: Tensor) -> float:
     return float(-log_probs.gather(1, ids[1:, None]).double().mean())
 
 
-def compare(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """Mean KL(reference || other) in nats over the whole vocabulary, and the share of positions with the same likeliest
-    token. Both: float32 log-probabilities [positions, vocabulary]."""
-    kl = (reference.exp() * (reference - other)).sum(-1).double().mean()
-    return float(kl), float((reference.argmax(-1) == other.argmax(-1)).double().mean())
-
-
 def measure(folder: Path, baseline: list[Tensor], windows: Tensor) -> dict[str, Any]:
     """One row: every window goes through llama.cpp, the decoded weights, and these with rounded inputs."""
     artifact = Artifact(folder)
@@ -100,11 +94,11 @@ def measure(folder: Path, baseline: list[Tensor], windows: Tensor) -> dict[str, 
         }
         for name, log_probs in both.items():
             found[f"{name}_loss"].append(losses(log_probs, ids))
-            found[f"{name}_kl"].append(compare(before, log_probs)[0])
-        kl, same = compare(both["decoded"], both["llama"])
+            found[f"{name}_kl"].append(compare_whole(before, log_probs)[0])
+        kl, same = compare_whole(both["decoded"], both["llama"])
         found["between_kl"].append(kl)
         found["between_top1"].append(same)
-        found["rounded_kl"].append(compare(both["decoded"], rounded.logits(ids)[:-1].log_softmax(-1))[0])
+        found["rounded_kl"].append(compare_whole(both["decoded"], rounded.logits(ids)[:-1].log_softmax(-1))[0])
     settings = {"dtype": llama.dtype, **llama.details}
     for session in (llama, decoded, rounded):
         session.close()

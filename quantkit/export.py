@@ -21,7 +21,7 @@ from quantkit.errors import ModelError, UsageError, VerificationError
 from quantkit.export_check import Difference, compare_logits, compare_weights
 from quantkit.formats import open_artifact
 from quantkit.formats.base import ArtifactSource
-from quantkit.formats.gguf import GGUFArtifact, GGUFWriter, unwritable
+from quantkit.formats.gguf import GGUFArtifact, GGUFWriter, tensor_table, unwritable
 from quantkit.formats.gguf_types import DTYPE_TYPES, is_added, written_names
 from quantkit.inspection import method_label
 from quantkit.manifest import (
@@ -32,7 +32,6 @@ from quantkit.manifest import (
     read_manifest,
     write_manifest,
 )
-from quantkit.maths.ggml import type_size
 from quantkit.maths.ggml_export import BLOCK, HOLDERS, holding_type, to_blocks
 from quantkit.model.blocks import architecture_of
 from quantkit.output import check_space, no_space_explained
@@ -70,7 +69,7 @@ def export(artifact: Path, out: Path, *, exact: bool, force: bool, progress: Pro
         raise ModelError(f"{artifact}: is a GGUF file already", hint="expected a folder with quantized weights")
     _check_out(out, force=force)
     plan = _plan(source, exact, progress)
-    check_space(out, _bytes(source, plan))
+    check_space(out, sum(info.size for info in tensor_table(source, plan.types).values()))
     with no_space_explained(out.parent), _beside(out) as folder:
         path, stored = _write(source, plan, folder, out.name, progress)
         difference = compare_weights(source, GGUFArtifact(path), progress)
@@ -154,14 +153,6 @@ def _float_type(dtype: torch.dtype) -> str:
         known = ", ".join(str(known).removeprefix("torch.") for known in DTYPE_TYPES)
         raise ModelError(f"stored in {str(dtype).removeprefix('torch.')}, expected {known}")
     return DTYPE_TYPES[dtype]
-
-
-def _bytes(source: ArtifactSource, plan: _Plan) -> int:
-    total = 0
-    for name, type_name in plan.types.items():
-        *rows, columns = source.shape(name)
-        total += type_size(type_name, columns) * (rows[0] if rows else 1)
-    return total
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.bench.predictions import compare_whole
 from quantkit.formats.base import ArtifactSource
 from quantkit.formats.gguf import GGUFArtifact
 from quantkit.formats.gguf_types import written_names
@@ -112,9 +113,5 @@ def _logits(engine: Any, path: Path, ids: Tensor) -> list[Tensor]:
 
 def _compared(reference: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, float]:
     ours, theirs = (torch.cat(list(logits)) for logits in (reference, other))  # [positions, vocabulary]
-    p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
-    return {
-        "kl_nats": float((p.exp() * (p - q)).sum(-1).double().mean()),
-        "top1": float((p.argmax(-1) == q.argmax(-1)).double().mean()),
-        "largest_difference": float((ours - theirs).abs().max()),
-    }
+    kl, top1 = compare_whole(ours.log_softmax(-1), theirs.log_softmax(-1))
+    return {"kl_nats": kl, "top1": top1, "largest_difference": float((ours - theirs).abs().max())}

@@ -28,14 +28,14 @@ def inspect(path: Path) -> dict[str, Any]:
     Raises ModelError when there is no artifact or it is damaged.
     """
     from quantkit.formats import open_artifact
-    from quantkit.manifest import read_manifest
+    from quantkit.manifest import WEIGHT_FILES, read_manifest
 
     source = open_artifact(path)
     manifest = read_manifest(path)
     tensors = _tensors(source, manifest)
     linears = [tensor for tensor in tensors if tensor["quantized"] and tensor["name"] != _embedding(source)]
     files = _files(path)
-    weight_bytes = sum(file["bytes"] for file in files if file["name"].endswith((".safetensors", ".gguf")))
+    weight_bytes = sum(file["bytes"] for file in files if file["name"].endswith(WEIGHT_FILES))
     parameters = source.parameter_count()
     return {
         "artifact": path.name,

@@ -241,7 +241,7 @@ def _passes(jobs: Sequence[Job]) -> list[tuple[CalibrationSection | None, list[J
     groups: dict[str, tuple[CalibrationSection | None, list[Job]]] = {}
     plain = []
     for job in jobs:
-        if not any(plan.method is not None and plan.method.calibrated for plan in job.plans):
+        if not job.calibrated:
             plain.append(job)
             continue
         section = job.recipe.calibration

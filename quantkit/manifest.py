@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from quantkit.schema import Frozen
 MANIFEST_NAME = "quantkit.json"
 MANIFEST_SCHEMA_VERSION = 2
 """2 adds manifest_sha256; 1 is read as well."""
+
+WEIGHT_FILES = (".safetensors", ".gguf")
+"""Endings of the files of an artifact that hold weights."""
 
 _NO_HASH = "0" * 64
 
@@ -38,6 +42,11 @@ class FileRecord(Frozen):
     name: str
     bytes: int
     sha256: str
+
+
+def weight_bytes(files: Iterable[FileRecord]) -> int:
+    """Of the files that hold weights."""
+    return sum(record.bytes for record in files if record.name.endswith(WEIGHT_FILES))
 
 
 class Manifest(Frozen):

@@ -78,6 +78,12 @@ class JobState:
     def propagates(self) -> bool:
         return any(getattr(method, "propagate", None) == "quantized" for method in self.methods.values())
 
+    def given(self, block: Block, weights: dict[str, Tensor], others: dict[str, Tensor]) -> BlockWeights:
+        """Weights of linears as their methods want them, {linear: [out, in]}, beside other tensors of the block."""
+        own = {linear: self.methods[linear] for linear in weights}
+        layout = self.layout
+        return BlockWeights(block, weights, others, layout.norm_offset, layout.head_dim, self.job.importance, own)
+
     @property
     def corrects(self) -> bool:
         return any(getattr(method, "correction", 0) > 0 for method in self.methods.values())
@@ -164,11 +170,7 @@ def _shares(state: JobState, block: Block, tensors: Mapping[str, Tensor]) -> Ite
     others = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in state.methods}
     for method, linears in by_method.items():
         weights = {linear: block.oriented(tensors[f"{linear}.weight"]) for linear in linears}
-        layout, own = state.layout, {linear: state.methods[linear] for linear in linears}
-        yield (
-            method,
-            BlockWeights(block, weights, others, layout.norm_offset, layout.head_dim, state.job.importance, own),
-        )
+        yield method, state.given(block, weights, others)
 
 
 def quantize_block(

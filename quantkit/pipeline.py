@@ -22,7 +22,7 @@ from quantkit.card import with_card
 from quantkit.checkpoint import Checkpoints
 from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
-from quantkit.manifest import Manifest, file_record, write_manifest
+from quantkit.manifest import Manifest, file_record, weight_bytes, write_manifest
 from quantkit.maths.gram import InputStatistics
 from quantkit.memory import NO_LIMIT, MemoryLimit, map_large_memory, return_freed_memory
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
@@ -216,7 +216,6 @@ def _manifest(
 ) -> Manifest:
     recipe = state.job.recipe
     files = [file_record(path, state.folder) for path in sorted(paths)]
-    weight_bytes = sum(record.bytes for record in files if record.name.endswith((".safetensors", ".gguf")))
     counts = {plan.name: plan.out_features * plan.in_features for plan in state.job.plans}
     quantized = [record for record in state.records if record.requested != "skip"]
     bits = sum(record.bits_per_weight * counts[record.name] for record in quantized)
@@ -242,7 +241,7 @@ def _manifest(
         peak_rss_bytes=peak_rss_bytes(),
         tensors=[*state.records, *state.writer.substitutes],
         bits_per_weight=bits / sum(counts[record.name] for record in quantized) if quantized else None,
-        bits_per_weight_all=weight_bytes * 8 / source.parameter_count(),
+        bits_per_weight_all=weight_bytes(files) * 8 / source.parameter_count(),
         files=files,
         environment=environment(device.type),
         inputs=[file_record(path, path.parent) for path in state.job.inputs],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import DataError, HubError, UsageError, VerificationError
 from quantkit.manifest import MANIFEST_NAME, Manifest, read_manifest
 from quantkit.model.front_matter import CARD
-from quantkit.model.hub import HUB_ID
+from quantkit.model.hub import HUB_ID, first_line
 from quantkit.progress import Progress
 from quantkit.verification import verify
 
@@ -161,11 +161,11 @@ def explained(repo_id: str, branch: str) -> Iterator[None]:
         raise _refused(repo_id, branch, error.response.status_code, error) from error
     except (HTTPError, OSError) as error:
         raise HubError(
-            f"{repo_id}: the hub cannot be reached: {_first_line(error)}",
+            f"{repo_id}: the hub cannot be reached: {_said(error)}",
             hint="check the network, HF_ENDPOINT and the proxy settings; what was uploaded is not sent again",
         ) from error
     except (RuntimeError, ValueError) as error:  # a failed transfer, a card or answer that the client refuses
-        raise HubError(f"{repo_id}: the upload failed: {_first_line(error)}", hint="try again") from error
+        raise HubError(f"{repo_id}: the upload failed: {_said(error)}", hint="try again") from error
 
 
 def _refused(repo_id: str, branch: str, status: int, error: Exception) -> HubError:
@@ -178,9 +178,9 @@ def _refused(repo_id: str, branch: str, status: int, error: Exception) -> HubErr
         )
     if status == 404:
         return HubError(f"{repo_id} ({branch}): the hub shows no such repository or branch (404)", hint="check the id")
-    return HubError(f"{repo_id}: the hub answered {status}: {_first_line(error)}", hint="try again later")
+    return HubError(f"{repo_id}: the hub answered {status}: {_said(error)}", hint="try again later")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+def _said(error: Exception) -> str:
+    """What the HTTP library says where it is the cause, else the hub's client."""
+    return first_line(error.__cause__ or error)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from quantkit.manifest import TensorRecord
 from quantkit.maths.ggml import SEARCHED
 from quantkit.maths.measure import energies, sqnr_db
 from quantkit.memory import return_freed_memory
-from quantkit.methods.base import BlockWeights, Method
+from quantkit.methods.base import Method
 from quantkit.model.blocks import Block, LinearGroup
 from quantkit.model.source import Source
 from quantkit.one_block import JobState, skipped, store
@@ -133,9 +134,7 @@ def _one_thread() -> Iterator[None]:
 def _parts(states: Sequence[JobState], source: Source, name: str) -> Iterator[Tensor]:
     """A tensor whole, or some rows at a time where it is large and every writer takes that."""
     shape = source.shape(name)
-    row = 1
-    for size in shape[1:]:
-        row *= size
+    row = prod(shape[1:])
     if shape and shape[0] * row > PART and all(state.writer.takes_parts(name) for state in states):
         yield from source.in_parts(name, max(1, PART // row))
     else:
@@ -153,13 +152,9 @@ def _quantize(
 ) -> None:
     """Rows of the one linear of `block`, through the job's method to its writer."""
     (linear,) = block.linears
-    own = state.methods[linear]
     weight = block.oriented(part.to(device))
-    layout = state.layout
-    given = BlockWeights(
-        block, {linear: weight}, {}, layout.norm_offset, layout.head_dim, state.job.importance, {linear: own}
-    )
-    result = own.of_block().quantize_block(given, {})
+    given = state.given(block, {linear: weight}, {})
+    result = state.methods[linear].of_block().quantize_block(given, {})
     tensor = result.quantized[linear]
     made.energies.append(measuring.begin(weight, tensor))
     made.stored += state.writer.add(f"{linear}.weight", on_cpu(tensor), first_row)

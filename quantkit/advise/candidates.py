@@ -11,14 +11,14 @@ from pydantic import Field
 from quantkit.advise.needs import (
     bits_per_weight,
     cache_bytes,
+    misfit,
     needed,
     parameters_that_fit,
-    problem_with_shapes,
     unquantized_bytes,
     weight_bytes,
 )
 from quantkit.advise.rules import Rules
-from quantkit.errors import DataError
+from quantkit.errors import DataError, RecipeError
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe, load_recipe
 from quantkit.schema import Frozen
@@ -76,11 +76,10 @@ def candidates(
         if refused is not None:
             left_out[shipped.name] = f"{engine} {refused}"
             continue
-        misfit = None if source is None else problem_with_shapes(shipped.name, recipe, source)
-        if misfit is not None:
-            left_out[shipped.name] = misfit
-            continue
-        found.append(_candidate(shipped.name, recipe, bits, memory, rules, source, context, known))
+        try:
+            found.append(_candidate(shipped.name, recipe, bits, memory, rules, source, context, known))
+        except RecipeError as error:
+            left_out[shipped.name] = misfit(shipped.name, error)
     return found, left_out
 
 

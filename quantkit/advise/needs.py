@@ -65,11 +65,7 @@ def parameters_that_fit(memory: float, bits: float, rules: Rules) -> float:
     return max(0.0, (memory - rules.overhead.fixed_bytes) / (1 + rules.overhead.share) / (bits / 8))
 
 
-def problem_with_shapes(name: str, recipe: Recipe, source: Source) -> str | None:
-    """Why a recipe does not fit a model, in one line; None when it does."""
-    try:
-        check_plans(name, recipe, source, plan_linears(recipe, source))
-    except RecipeError as error:
-        first = error.message.splitlines()[0].removeprefix(f"{name}: ")
-        return f"{first}; {error.hint}" if error.hint else first
-    return None
+def misfit(name: str, error: RecipeError) -> str:
+    """Why a recipe does not fit a model, in one line."""
+    first = error.message.splitlines()[0].removeprefix(f"{name}: ")
+    return f"{first}; {error.hint}" if error.hint else first

@@ -76,6 +76,13 @@ def compare(reference: Predictions, log_probs: Tensor) -> Divergence:
     return Divergence(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
+def compare_whole(reference: Tensor, log_probs: Tensor) -> tuple[float, float]:
+    """Mean KL(reference || other) in nats over the whole vocabulary, and the share of positions with the same likeliest
+    token. Both: float32 log-probabilities [positions, vocabulary]."""
+    kl = (reference.exp() * (reference - log_probs)).sum(1).double().mean()
+    return float(kl), float((reference.argmax(1) == log_probs.argmax(1)).double().mean())
+
+
 def _compare(tokens: Tensor, ours: Tensor, rest: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     theirs = log_probs.gather(1, tokens)
     other_rest = _rest(log_probs, tokens)

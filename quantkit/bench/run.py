@@ -17,12 +17,11 @@ import torch
 from quantkit.bench.subject import Artifact, Baseline, Subject, Unavailable
 from quantkit.engines import Session
 from quantkit.engines.base import dtype_name, quality_dtype
+from quantkit.manifest import WEIGHT_FILES
 from quantkit.model.reader import open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHT_FILES = (".safetensors", ".gguf")
 
 
 @dataclass

@@ -10,7 +10,7 @@ import yaml
 
 from quantkit.card.licence import Licence
 from quantkit.card.loading import Loading, loadings_of
-from quantkit.manifest import Manifest
+from quantkit.manifest import Manifest, weight_bytes
 from quantkit.report.markdown import escaped
 
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
@@ -82,7 +82,6 @@ def _lead(manifest: Manifest, card: Mapping[str, Any]) -> str:
 
 def _table(manifest: Manifest) -> str:
     source, method, calibration = manifest.source, manifest.recipe["method"], manifest.calibration
-    weights = sum(record.bytes for record in manifest.files if record.name.endswith((".safetensors", ".gguf")))
     rows = [("source", f"`{source['id']}`" + (f" at `{source['revision']}`" if source.get("revision") else ""))]
     rows += [("of the source", note) for note in source.get("notes", ())]
     rows.append(("method", escaped(manifest.method)))
@@ -96,7 +95,7 @@ def _table(manifest: Manifest) -> str:
     if manifest.bits_per_weight is not None:
         rows.append(("bits per weight, quantized layers", f"{manifest.bits_per_weight:.2f}"))
     rows.append(("bits per weight, whole file", f"{manifest.bits_per_weight_all:.2f}"))
-    rows.append(("weights", f"{weights:,} bytes"))
+    rows.append(("weights", f"{weight_bytes(manifest.files):,} bytes"))
     rows.append(("made by", f"quantkit {manifest.quantkit_version}"))
     lines = ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
     return "\n".join(["## What it is", "", *lines, "", "`quantkit.json` has the hash of every file and of the source."])

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.formats.base import ArtifactSource, LinearPlan, PackFunction, Writer
-from quantkit.formats.layout import LayoutOf, is_left_out, stored_shapes
+from quantkit.formats.layout import LayoutOf, stored_shapes
 from quantkit.formats.safetensors_stream import MAX_SHARD_BYTES, SafetensorsStream, explained
 from quantkit.manifest import fsync_folder, write_atomic
+from quantkit.model.blocks import is_left_out
 from quantkit.model.config_check import check_config, check_quantization
 from quantkit.model.reader import TOKENIZER_FILES, is_side_file, open_shards, read_json_object, weight_files
 from quantkit.model.safetensors_file import ALL_DTYPES, Entry

@@ -106,7 +106,7 @@ class GGUFWriter(Writer):
         file = self.path.open("r+b" if self._found_bytes else "w+b")
         file.write(beside.read_bytes())
         beside.unlink()
-        self._base = -(-file.tell() // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+        self._base = _padded(file.tell())
         file.truncate(self._base + end)  # padding is zeros
         return file
 

@@ -13,7 +13,7 @@ from quantkit.formats.imatrix import read_imatrix
 from quantkit.manifest import TensorRecord
 from quantkit.maths.ggml import type_size
 from quantkit.methods.ggml_mixes import misfit_reason
-from quantkit.model.blocks import architecture_of, is_buffer, linear_shape
+from quantkit.model.blocks import architecture_of, is_left_out, linear_shape
 from quantkit.model.gguf_config import family_of_config
 from quantkit.model.gguf_names import file_order
 from quantkit.model.source import Source
@@ -23,8 +23,7 @@ DTYPE_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32
 
 def written_names(source: Source) -> list[str]:
     """The tensors of a source that go into a file, in the order of the file; a tied head is not among them."""
-    head = f"{architecture_of(source.config).head}.weight"
-    names = [name for name in source.names() if not is_buffer(name) and not (name == head and source.tied_head)]
+    names = [name for name in source.names() if not is_left_out(source, name)]
     family = family_of_config(source.config)
     return sorted(names, key=lambda name: file_order(name, family))
 

@@ -13,7 +13,7 @@ import torch
 
 from quantkit.formats.base import LinearPlan
 from quantkit.formats.safetensors_stream import MAX_SHARD_BYTES, stream_bytes
-from quantkit.model.blocks import architecture_of
+from quantkit.model.blocks import is_left_out
 from quantkit.model.source import Source
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -40,12 +40,6 @@ class ArtifactLayout:
     def total_bytes(self) -> int:
         """Of all tensors, without headers."""
         return sum(self.tensor_bytes.values())
-
-
-def is_left_out(source: Source, name: str) -> bool:
-    """Whether a folder does not store a tensor: a tied head, and tables that every reader computes."""
-    head = f"{architecture_of(source.config).head}.weight"
-    return (name == head and source.tied_head) or name.endswith("rotary_emb.inv_freq")
 
 
 def stored_shapes(

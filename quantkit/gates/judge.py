@@ -11,7 +11,7 @@ from quantkit.errors import GateError, UsageError
 from quantkit.gates.outcome import BarName, GateOutcome, Verdict
 from quantkit.report.certainty import interval
 from quantkit.report.comparison import compare
-from quantkit.report.entries import UNITS, number
+from quantkit.report.entries import UNITS, number, quantity
 from quantkit.report.model import Cell, Line
 from quantkit.sections import GateSection
 
@@ -24,9 +24,6 @@ class Bar:
     side: Literal["min", "max"]
     title: str
     unit: str
-
-    def shown(self, value: float) -> str:
-        return f"{number(value, self.unit)} {UNITS.get(self.unit, self.unit)}".rstrip()
 
 
 BARS: dict[BarName, Bar] = {
@@ -98,7 +95,7 @@ def measured(outcome: GateOutcome) -> str:
     if outcome.value is None:
         return "n/a"
     if outcome.low is None or outcome.high is None or outcome.low == outcome.high:
-        return bar.shown(outcome.value)
+        return quantity(outcome.value, bar.unit)
     ends = f"[{number(outcome.low, bar.unit)}, {number(outcome.high, bar.unit)}]"
     return f"{number(outcome.value, bar.unit)} {ends} {UNITS.get(bar.unit, bar.unit)}".rstrip()
 
@@ -106,7 +103,7 @@ def measured(outcome: GateOutcome) -> str:
 def at(outcome: GateOutcome) -> str:
     """The bar itself, such as "at most 90.0 MB"."""
     bar = BARS[outcome.bar]
-    return f"at {'least' if bar.side == 'min' else 'most'} {bar.shown(outcome.limit)}"
+    return f"at {'least' if bar.side == 'min' else 'most'} {quantity(outcome.limit, bar.unit)}"
 
 
 def warnings(outcomes: Sequence[GateOutcome]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from quantkit.methods.base import affine_bits, affine_misfit
-from quantkit.methods.calibrated import CalibratedMethod, Steps
+from quantkit.methods.calibrated import CalibratedMethod, Correction, Steps
 from quantkit.tensors import Grid
 
 
@@ -34,13 +34,7 @@ class AWQ(CalibratedMethod):
     propagate: Literal["unquantized", "quantized"] = Field(
         "quantized", description="whose outputs the next linears are calibrated on"
     )
-    correction: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of what went wrong before a linear that its weights make up for (GPTAQ), such as 0.5; "
-        "the unquantized model runs along",
-    )
+    correction: Correction = 0.0
 
     @property
     def grid(self) -> Grid:

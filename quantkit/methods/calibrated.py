@@ -9,10 +9,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from quantkit.errors import ModelError
@@ -25,6 +25,16 @@ from quantkit.maths.refine import damped, refine
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_range, require_finite
 from quantkit.model.blocks import LinearGroup
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
+
+Correction = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="share of what went wrong before a linear that its weights make up for (GPTAQ), such as 0.5; "
+        "the unquantized model runs along",
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,11 @@ def is_buffer(name: str) -> bool:
     return re.search(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$", name) is not None
 
 
+def is_left_out(source: Source, name: str) -> bool:
+    """Whether an artifact does not store a tensor of its source: a tied head, and tables that every reader computes."""
+    return (source.tied_head and name == f"{architecture_of(source.config).head}.weight") or is_buffer(name)
+
+
 def linear_shape(source: Source, linear: str) -> tuple[int, int]:
     """(out_features, in_features) of a linear by its module name, however it is stored."""
     rows, columns = source.shape(f"{linear}.weight")

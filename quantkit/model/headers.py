@@ -13,6 +13,7 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.model.blocks import architecture_of
 from quantkit.model.hub import HUB_ID, fetch_files, hub_errors
+from quantkit.model.load import built
 from quantkit.model.reader import (
     INDEX,
     WEIGHTS,
@@ -157,26 +158,21 @@ def _remote_bytes(model: str, commit: str, name: str, token: str | None, start: 
 
 def _of_config(folder: Path, *, hub_id: str | None = None, commit: str | None = None) -> HeaderSource:
     """The model that transformers builds from a config, without weights. Raises ModelError."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = read_config(folder)
-    settings = {key: value for key, value in config.items() if key != "model_type"}
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
     try:
-        with init_empty_weights():
-            built = AutoModelForCausalLM.from_config(AutoConfig.for_model(str(config.get("model_type")), **settings))
+        model = built(config, dtype)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
             f"{folder}: no weights, and transformers builds no model from config.json: {str(error)[:200]}",
             hint="give a folder with weights, or a hub id of a repository that has safetensors",
         ) from error
-    tied = bool(config.get("tie_word_embeddings", built.config.tie_word_embeddings))
+    tied = bool(config.get("tie_word_embeddings", model.config.tie_word_embeddings))
     config["tie_word_embeddings"] = tied
     head = f"{architecture_of(config).head}.weight"
     shapes = {
         name: (dtype, tuple(parameter.shape))
-        for name, parameter in built.named_parameters(remove_duplicate=False)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
         if not (tied and name == head)
     }
     notes = ("no weights were found: shapes are those that config.json asks for",)

@@ -91,10 +91,10 @@ def hub_errors(model_id: str, revision: str) -> Iterator[None]:
             ) from error
         raise _unreachable(where, error) from error
     except HFValidationError as error:
-        raise ModelError(f"{model_id}: not a hub id: {_first_line(error)}", hint="expected OWNER/NAME") from error
+        raise ModelError(f"{model_id}: not a hub id: {first_line(error)}", hint="expected OWNER/NAME") from error
     except HfHubHTTPError as error:
         raise ModelError(
-            f"{where}: the hub answered {error.response.status_code}: {_first_line(error)}",
+            f"{where}: the hub answered {error.response.status_code}: {first_line(error)}",
             hint="try again later; 401 and 403 mean that HF_TOKEN is wrong or lacks the right to read",
         ) from error
     except OSError as error:
@@ -111,11 +111,12 @@ def _unreachable(where: str, error: Exception) -> ModelError:
     cause = error.__cause__ or error
     return ModelError(
         f"{where}: neither a file or folder here nor in the hub's cache, and the hub cannot be reached: "
-        f"{_first_line(cause)}",
+        f"{first_line(cause)}",
         hint="check the network, HF_ENDPOINT and the proxy settings, or give a local folder or .gguf file",
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its kind when it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,15 +63,9 @@ def without_weights(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises ModelError when transformers cannot build it.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {key: value for key, value in source.config.items() if key not in ("model_type", "quantization_config")}
-    settings["tie_word_embeddings"] = source.tied_head
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     try:
-        config = AutoConfig.for_model(source.config["model_type"], **settings)
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return built({**config, "tie_word_embeddings": source.tied_head}, dtype)
     except MemoryError:
         raise
     except Exception as error:  # what the library raises for odd settings is of any kind
@@ -79,6 +74,17 @@ def without_weights(source: Source, dtype: torch.dtype) -> PreTrainedModel:
             f"{source.path}: config.json: transformers cannot build the model: {said}",
             hint="the file is damaged, or belongs to no model of this kind",
         ) from error
+
+
+def built(config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """What transformers builds from a config.json, on the meta device but for its buffers. Raises what it raises."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    known = AutoConfig.for_model(config["model_type"], **settings)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(known, dtype=dtype)
     return model
 
 

@@ -46,7 +46,8 @@ def plan(
     source = open_headers(chosen, revision=loaded.model.revision)
     label = Path(recipe).stem
     plans = plan_linears(loaded, source)
-    problems, hint = _problems(label, loaded, source, plans)
+    misfits, hint = problems_of_plans(label, loaded, source, plans)
+    problems, hint = (misfits, hint) if misfits else _refusals(label, loaded, source, plans)
     document = PlanDocument(
         recipe=label,
         recipe_sha256=recipe_sha256(loaded),
@@ -64,16 +65,15 @@ def plan(
         time=None,
         engines=[],
     )
-    if problems_of_plans(label, loaded, source, plans)[0]:
+    if misfits:
         return document  # shapes that fit no group have no bytes to count
     return document.model_copy(update=_forecasts(loaded, source, plans, where, limit, probe_again))
 
 
-def _problems(label: str, recipe: Recipe, source: Source, plans: list[LinearPlan]) -> tuple[list[str], str | None]:
-    """Why `quantize` would refuse: the shapes, then the target, then a named importance matrix."""
-    problems, hint = problems_of_plans(label, recipe, source, plans)
-    if problems:
-        return problems, hint
+def _refusals(label: str, recipe: Recipe, source: Source, plans: list[LinearPlan]) -> tuple[list[str], str | None]:
+    """Why `quantize` would refuse a plan whose shapes fit: the target, then a named importance matrix."""
+    problems: list[str] = []
+    hint = None
     for check in (check_target, _check_importance):
         try:
             check(label, recipe, source, plans)

@@ -1,4 +1,5 @@
-"""How sure a cell is: the one place that turns errors, spreads and intervals into what gates and diffs reason with."""
+"""How sure a cell is: the one place that turns errors, spreads and intervals into what gates, diffs, plots and the mark
+of the best reason with."""
 
 from __future__ import annotations
 

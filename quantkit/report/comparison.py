@@ -58,9 +58,6 @@ HIGHER_IS_BETTER = frozenset(
 )
 """Accuracy of a task besides. What stands in neither is never marked as the best."""
 
-EXACT = frozenset(("artifact", "memory_saved", "bits_per_weight", "bits_per_weight_all"))
-"""Counted, not measured: these numbers are certain without an interval."""
-
 SAME = 1e-9
 """Below this relative difference two baselines computed the same thing: what is left is the rounding of JSON."""
 

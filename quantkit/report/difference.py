@@ -10,7 +10,7 @@ from quantkit.errors import DataError, GateError
 from quantkit.report.cells import by_key
 from quantkit.report.certainty import difference
 from quantkit.report.comparison import compare
-from quantkit.report.entries import UNITS, number
+from quantkit.report.entries import number, quantity
 from quantkit.report.layout import Document, Listing, TextTable
 from quantkit.report.model import Cell, Column, Comparison, Line
 from quantkit.schema import Frozen
@@ -221,11 +221,7 @@ def _line(change: Change) -> str:
 
 
 def _values(change: Change) -> tuple[str, str]:
-    unit = UNITS.get(change.unit, change.unit)
-    before, now = (
-        "n/a" if value is None else f"{number(value, change.unit)} {unit}".rstrip()
-        for value in (change.before, change.after)
-    )
+    before, now = ("n/a" if value is None else quantity(value, change.unit) for value in (change.before, change.after))
     return before, now
 
 

@@ -98,6 +98,11 @@ def number(value: float, unit: str) -> str:
     return entries([Cell(value=value)], column, Footnotes())[0].text
 
 
+def quantity(value: float, unit: str) -> str:
+    """A number with the unit that it is shown in."""
+    return f"{number(value, unit)} {UNITS.get(unit, unit)}".rstrip()
+
+
 def _decimals(cells: Sequence[Cell], column: Column, factor: float, brief: bool) -> int:
     """Decimals that a whole column shares: three digits of its smallest number, or as DECIMALS has it.
 

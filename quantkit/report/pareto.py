@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantkit.report.best import interval
+from quantkit.report.certainty import interval
 from quantkit.report.entries import FACTORS, shown_unit
 from quantkit.report.model import Cell, Column, Comparison, Line
 
@@ -100,7 +100,7 @@ def _ends(line: Line, column: Column) -> tuple[float, float, float] | None:
         cell = Cell(value=BY_DEFINITION[column.key])
     if cell is None or cell.value is None:
         return None
-    low, high = interval(cell, column) or (cell.value, cell.value)
+    low, high = interval(column.key, cell) or (cell.value, cell.value)
     factor = FACTORS.get(column.unit, 1.0)
     return low * factor, cell.value * factor, high * factor
 

@@ -112,7 +112,6 @@ def _check_manifest(artifact: ArtifactSource, manifest: Manifest, report: Report
 
 def _stored_as(artifact: ArtifactSource, name: str) -> str:
     if isinstance(artifact, GGUFArtifact):
-        type_name = artifact.info(name).type_name
-        return type_name
+        return artifact.info(name).type_name
     assert isinstance(artifact, FolderArtifact)
     return "codes" if artifact.is_quantized(name) else "unquantized"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from quantkit.bench.measurement import Row
-from quantkit.report.best import best_line, interval
+from quantkit.report.best import best_line
+from quantkit.report.certainty import interval
 from quantkit.report.comparison import compare
-from quantkit.report.model import Cell, Column
+from quantkit.report.model import Cell
 from report.results_samples import measured, missing, results, row
 
 
@@ -68,9 +69,8 @@ def test_a_column_without_a_better_side_is_never_marked() -> None:
 
 
 def test_an_interval_is_what_was_recorded_first() -> None:
-    column = Column(key="kl", title="KL", unit="nats", group="quality")
-    assert interval(Cell(value=1.0, low=0.5, high=1.2, error=9.0), column) == (0.5, 1.2)
-    assert interval(Cell(value=1.0, error=0.5), column) == pytest.approx((0.02, 1.98))
-    assert interval(Cell(value=1.0, spread=0.5), column) == (0.5, 1.5)
-    assert interval(Cell(value=1.0), column) is None
-    assert interval(Cell(missing="why"), column) is None
+    assert interval("kl", Cell(value=1.0, low=0.5, high=1.2, error=9.0)) == (0.5, 1.2)
+    assert interval("kl", Cell(value=1.0, error=0.5)) == pytest.approx((0.02, 1.98))
+    assert interval("kl", Cell(value=1.0, spread=0.5)) == (0.5, 1.5)
+    assert interval("kl", Cell(value=1.0)) is None
+    assert interval("kl", Cell(missing="why")) is None
