@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fakes.runs import quietly
 from quantkit import words
 from quantkit.errors import ModelError
 from quantkit.formats import open_artifact
-from quantkit.jobs import quantize
 from quantkit.manifest import Manifest, read_manifest
-from quantkit.progress import Progress
 
 CALIBRATED = ["awq-4bit-g64", "awq-4bit-g64-nearest", "gptq-4bit-g64", "gptq-4bit-g64-plain"]
 FIRST, SECOND = "model.layers.0", "model.layers.1"
@@ -26,15 +25,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 def make(recipe: str, model: Path, out: Path, *settings: str) -> Manifest:
     small = ["calibration.sequences=4", "calibration.length=64"] if recipe in CALIBRATED else []
-    return quantize(
-        recipe,
-        model=str(model),
-        out=out,
-        settings=[*small, *settings],
-        device="cpu",
-        force=False,
-        progress=Progress(quiet=True),
-    )
+    return quietly(recipe, model, out, [*small, *settings])
 
 
 def changed(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:

@@ -9,14 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fakes.families import SETTINGS, write_family
+from fakes.runs import quietly
 from quantkit.errors import RecipeError
 from quantkit.formats import open_artifact
-from quantkit.jobs import quantize
 from quantkit.manifest import Manifest
 from quantkit.model.load import load_transformers
 from quantkit.model.reader import open_source
 from quantkit.model.source import Source
-from quantkit.progress import Progress
 
 IDS = torch.arange(48)[None] * 7 % 380
 SETS = ["calibration.sequences=8", "calibration.length=64"]
@@ -32,15 +31,7 @@ RECIPES: dict[str, tuple[list[str], float]] = {
 
 
 def _make(recipe: str, model: Path, out: Path, *settings: str) -> Manifest:
-    return quantize(
-        recipe,
-        model=str(model),
-        out=out,
-        settings=[*SETS, *settings],
-        device="cpu",
-        force=False,
-        progress=Progress(quiet=True),
-    )
+    return quietly(recipe, model, out, [*SETS, *settings])
 
 
 def _logits(source: Source) -> torch.Tensor:

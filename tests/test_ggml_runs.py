@@ -11,10 +11,10 @@ import torch
 
 from conftest import write_tiny_llama
 from fakes.families import write_family
+from fakes.runs import quietly
 from oracles import llama_cpp
 from quantkit.errors import ModelError, RecipeError
 from quantkit.formats.imatrix import read_imatrix, write_imatrix
-from quantkit.jobs import quantize
 from quantkit.manifest import Manifest
 from quantkit.maths.ggml import encode
 from quantkit.maths.gram import GramAccumulator
@@ -27,7 +27,6 @@ from quantkit.model.gguf_names import interleave, rotary_heads, to_gguf
 from quantkit.model.gguf_source import GGUFSource
 from quantkit.model.load import load_transformers
 from quantkit.model.reader import open_source
-from quantkit.progress import Progress
 from quantkit.recipe import load_recipe
 
 SMALL = ["calibration.sequences=6", "calibration.length=64"]
@@ -41,15 +40,7 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(recipe: str, model: Path, out: Path, *settings: str) -> tuple[Manifest, gguf.GGUFReader]:
-    made = quantize(
-        recipe,
-        model=str(model),
-        out=out,
-        settings=[*SMALL, *settings],
-        device="cpu",
-        force=False,
-        progress=Progress(quiet=True),
-    )
+    made = quietly(recipe, model, out, [*SMALL, *settings])
     return made, gguf.GGUFReader(next(out.glob("*.gguf")))
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import write_tiny_llama
+from fakes.runs import quietly
 from quantkit import one_block, pipeline
 from quantkit.errors import ModelError, RecipeError, UsageError
 from quantkit.formats import open_artifact
@@ -33,15 +34,7 @@ SMALL = ["calibration.sequences=6", "calibration.length=64"]
 
 
 def make(recipe: str, model: Path, out: Path, *settings: str, force: bool = False) -> Manifest:
-    return quantize(
-        recipe,
-        model=str(model),
-        out=out,
-        settings=[*SMALL, *settings],
-        device="cpu",
-        force=force,
-        progress=Progress(quiet=True),
-    )
+    return quietly(recipe, model, out, [*SMALL, *settings], force=force)
 
 
 def plain_run(recipe: Recipe, model: Path) -> dict[str, torch.Tensor]:

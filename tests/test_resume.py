@@ -16,11 +16,12 @@ import pytest
 
 from conftest import REPOSITORY, write_tiny_llama
 from fakes.kills import COMMANDS, SMALL, fingerprints
+from fakes.runs import quietly
 from quantkit import checkpoint, one_block, pipeline
 from quantkit.checkpoint import Checkpoints
 from quantkit.errors import DataError, ModelError, UsageError
 from quantkit.formats import safetensors_shard
-from quantkit.jobs import quantize, run
+from quantkit.jobs import run
 from quantkit.manifest import Manifest, read_manifest
 from quantkit.model.safetensors_file import SafetensorsFile
 from quantkit.progress import Progress
@@ -44,16 +45,7 @@ def _behind_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(model: Path, out: Path, *settings: str, recipe: str = "gptq-4bit-g64", **options: Any) -> Manifest:
-    options = {"force": False, **options}
-    return quantize(
-        recipe,
-        model=str(model),
-        out=out,
-        settings=[*SMALL, *settings],
-        device="cpu",
-        progress=Progress(quiet=True),
-        **options,
-    )
+    return quietly(recipe, model, out, [*SMALL, *settings], **options)
 
 
 def ending_behind(block: int, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:

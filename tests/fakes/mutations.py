@@ -272,6 +272,20 @@ def mutate_gguf(random: Random, data: bytes) -> bytes:
     return data
 
 
+def _one_less_or_more(random: Random, made: bytearray, entries: list[tuple[int, int]], count_at: int) -> None:
+    """Drop one of the entries, or double it, and let the count at this place of the header say so."""
+    start, end = random.choice(entries)
+    if random.random() < 0.5:
+        del made[start:end]
+        change = -1
+    else:
+        made[start:start] = made[start:end]
+        change = 1
+    made[count_at : count_at + 8] = (int.from_bytes(made[count_at : count_at + 8], "little") + change).to_bytes(
+        8, "little"
+    )
+
+
 def _mutate_field(random: Random, data: bytes, found: GGUFFields) -> bytes:
     made = bytearray(data)
     kind = random.randrange(10)
@@ -291,23 +305,9 @@ def _mutate_field(random: Random, data: bytes, found: GGUFFields) -> bytes:
         type_name, content = _odd_value(random)
         made[start + 8 + length : end] = struct.pack("<I", type_name) + content
     elif kind == 6 and found.keys:
-        start, end = random.choice(found.keys)
-        if random.random() < 0.5:
-            del made[start:end]
-            change = -1
-        else:
-            made[start:start] = made[start:end]
-            change = 1
-        made[16:24] = (int.from_bytes(made[16:24], "little") + change).to_bytes(8, "little", signed=False)
+        _one_less_or_more(random, made, found.keys, 16)
     elif kind == 7 and found.tensors:
-        start, end = random.choice(found.tensors)
-        if random.random() < 0.5:
-            del made[start:end]
-            change = -1
-        else:
-            made[start:start] = made[start:end]
-            change = 1
-        made[8:16] = (int.from_bytes(made[8:16], "little") + change).to_bytes(8, "little")
+        _one_less_or_more(random, made, found.tensors, 8)
     elif kind == 8:
         del made[random.choice((place, place + size, found.end, len(made) - 1)) :]
     else:

@@ -8,10 +8,9 @@ import pytest
 
 from conftest import write_tiny_llama
 from fakes.families import write_family
-from quantkit.jobs import quantize
+from fakes.runs import quietly
 from quantkit.manifest import Manifest, read_manifest, write_manifest
 from quantkit.model.reader import open_source
-from quantkit.progress import Progress
 from quantkit.verification import verify
 from quantkit.verification.rederive import SomeBlocks
 
@@ -25,15 +24,7 @@ def deeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(recipe: str, model: Path, out: Path, *settings: str) -> Manifest:
-    return quantize(
-        recipe,
-        model=str(model),
-        out=out,
-        settings=[*SMALL, *settings],
-        device="cpu",
-        force=False,
-        progress=Progress(quiet=True),
-    )
+    return quietly(recipe, model, out, [*SMALL, *settings])
 
 
 @pytest.mark.parametrize("recipe", ["nf4-double", "gguf-q4_k_m", "rtn-w8a16"])
