@@ -42,15 +42,17 @@ model: $(STAMP)
 	$(BIN)/python -m quantkit.demo --fetch models
 
 # The table of recipes/table.yaml on both models; the stock tasks take their questions from files where those lie beside.
+# REPORTS=DIR writes elsewhere, such as for benchmarks/repeat.py.
+REPORTS ?= reports
 DATA := ../shared/data
 TABLE = $(BIN)/quantkit run table --force
 TASKS = $(if $(wildcard $(DATA)/tasks),arc_easy,basics)
 QUESTIONS = --set 'bench.accuracy.tasks=[$(TASKS)]' \
 	$(if $(wildcard $(DATA)/tasks),--set 'bench.accuracy.data={arc_easy: $(DATA)/tasks/arc_easy.test.jsonl}')
 report: model
-	$(TABLE) --model models/SmolLM2-135M-Instruct.Q4_1.gguf --out reports/table-smollm2 $(QUESTIONS) --set method.group_size=64
+	$(TABLE) --model models/SmolLM2-135M-Instruct.Q4_1.gguf --out $(REPORTS)/table-smollm2 $(QUESTIONS) --set method.group_size=64
 	@if test -d $(DATA)/models/stories15M; then \
-		$(TABLE) --model $(DATA)/models/stories15M --out reports/table-stories15m $(QUESTIONS) \
+		$(TABLE) --model $(DATA)/models/stories15M --out $(REPORTS)/table-stories15m $(QUESTIONS) \
 			--set method.group_size=32 --set method.block_size=32 --set model.dtype=float32 \
 			--set bench.divergence.set=$(DATA)/text/tinystories.txt --set calibration.set=$(DATA)/text/tinystories.txt; \
 	else echo "no $(DATA)/models/stories15M: its table is left as it is" >&2; fi
