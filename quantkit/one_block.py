@@ -129,7 +129,10 @@ def quantize_staged(
     runner.assign(module, block, now)
     needed = runner.kept_bytes(block, hidden) * (1 if beside is None else 2)
     keep = needed < run.memory.room_bytes(runner.device)
-    runner.staged(module, block, hidden, _Rounder(block, works), keep=keep, advance=not last, beside=beside)
+    whole = any(work.steps.compensate or work.steps.grid.group_size is None for work in works)
+    every = 1 if whole else tokens_apart(hidden)
+    rounder = _Rounder(block, works)
+    runner.staged(module, block, hidden, rounder, keep=keep, advance=not last, beside=beside, every=every)
     results += [work.result() for work in works]
     _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started
@@ -159,6 +162,12 @@ class _Rounder:
 def looked_at(hidden: HiddenStates) -> int:
     """Of how many sequences one is looked at for the scales: an eighth, but 2048 tokens where there are as many."""
     return max(1, min(8, hidden.shape[0] * hidden.shape[1] // 2048))
+
+
+def tokens_apart(hidden: HiddenStates) -> int:
+    """Of how many tokens one is looked at where only the ranges of groups are to be found: 4096 tell enough of a
+    group's own block of the Gram matrix, not of whole rows."""
+    return max(1, hidden.shape[0] * hidden.shape[1] // 4096)
 
 
 def _shares(state: JobState, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Method, BlockWeights]]:

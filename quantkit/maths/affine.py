@@ -136,33 +136,11 @@ def _best_by_columns(weight: Tensor, grid: Grid, importance: Tensor | None, cand
     if importance is None:
         importance = torch.ones(in_features, device=weight.device)
     by_group = importance.float().reshape(-1, size)
-    best_of = _best_range if weight.device.type == "cpu" else _best_range_tensors
-    return best_of(weight, grid, by_group, candidates)
+    if weight.device.type == "cpu":
+        from quantkit.maths.kernels import best_range
 
-
-def _best_range(weight: Tensor, grid: Grid, importance: Tensor, candidates: list[Candidate]) -> Tensor:
-    """The same compiled, with importance float32 [groups, group_size]."""
-    from quantkit.maths.kernels import best_range
-
-    scale = torch.stack([scale for scale, _ in candidates])
-    middle = torch.full_like(scale, float(2 ** (grid.bits - 1)))
-    if not grid.symmetric:
-        middle = torch.stack([zero for _, zero in candidates if zero is not None]).float()
-    best = torch.zeros(scale.shape[1:], dtype=torch.int64)
-    best_range(
-        grouped(weight, grid).contiguous().numpy(),
-        importance.contiguous().numpy(),
-        scale.numpy(),
-        middle.numpy(),
-        grid.levels,
-        best.numpy(),
-    )
-    return best
-
-
-def _best_range_tensors(weight: Tensor, grid: Grid, importance: Tensor, candidates: list[Candidate]) -> Tensor:
-    """The same for any device."""
-    return _least(candidates, lambda error: (error.square() * importance).sum(dim=2), weight, grid)
+        return _compiled(best_range, weight, by_group, candidates, grid)
+    return _least(candidates, lambda error: (error.square() * by_group).sum(dim=2), weight, grid)
 
 
 def _best_by_blocks(weight: Tensor, grid: Grid, gram: Tensor, candidates: list[Candidate]) -> Tensor:
@@ -170,12 +148,43 @@ def _best_by_blocks(weight: Tensor, grid: Grid, gram: Tensor, candidates: list[C
     size = grid.group_size or weight.shape[1]
     count = weight.shape[1] // size
     blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    if weight.device.type == "cpu":
+        from quantkit.maths.kernels import STRIP, best_range_by_blocks
+
+        return _compiled(best_range_by_blocks, weight, upper_bands(blocks, STRIP), candidates, grid)
 
     def loss(error: Tensor) -> Tensor:
         turned = error.transpose(0, 1)  # [groups, rows, group_size]
         return (torch.bmm(turned, blocks) * turned).sum(dim=2).T
 
     return _least(candidates, loss, weight, grid)
+
+
+def upper_bands(blocks: Tensor, width: int) -> Tensor:
+    """Symmetric matrices [n, size, size] folded over bands of `width` columns: what lies left of a row's own band is 0,
+    what lies right of it doubled. `e M e^T` stays the same, and half of M need not be multiplied."""
+    band = torch.arange(blocks.shape[1], device=blocks.device) // width
+    return blocks * (1.0 + (band[None, :] - band[:, None]).sign())
+
+
+def _compiled(
+    kernel: Callable[..., None], weight: Tensor, statistic: Tensor, candidates: list[Candidate], grid: Grid
+) -> Tensor:
+    """The index by a loop of maths/kernels.py; statistic: float32, one entry for each group."""
+    scale = torch.stack([scale for scale, _ in candidates])
+    middle = torch.full_like(scale, float(2 ** (grid.bits - 1)))
+    if not grid.symmetric:
+        middle = torch.stack([zero for _, zero in candidates if zero is not None]).float()
+    best = torch.zeros(scale.shape[1:], dtype=torch.int64)
+    kernel(
+        grouped(weight, grid).contiguous().numpy(),
+        statistic.contiguous().numpy(),
+        scale.numpy(),
+        middle.numpy(),
+        grid.levels,
+        best.numpy(),
+    )
+    return best
 
 
 def _least(candidates: list[Candidate], loss: Callable[[Tensor], Tensor], weight: Tensor, grid: Grid) -> Tensor:

@@ -16,6 +16,12 @@ BAND = 4
 """Rows that go through a block together: a column waits for the one before it, so that the processor has only other
 rows to work on meanwhile."""
 
+STRIP = 8
+"""Rows of a Gram block that are multiplied together where ranges are scored."""
+
+ROWS_A_BLOCK = 32
+"""Rows whose groups are scored while a Gram block is in the first-level cache."""
+
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def round_block(
@@ -168,6 +174,55 @@ def best_range(
                 if loss < least:
                     least = loss
                     best[i, g] = candidate
+
+
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
+def best_range_by_blocks(
+    weight: NDArray[np.float32],
+    upper: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    middle: NDArray[np.float32],
+    levels: int,
+    best: NDArray[np.int64],
+) -> None:
+    """The same by `error H_gg error^T`, H_gg being a group's own block of the Gram matrix.
+
+    upper: [groups, group_size, group_size], the blocks as `maths/affine.upper_bands` folds them over STRIP columns.
+    """
+    rows, groups, size = weight.shape
+    top = np.float32(levels - 1)
+    for band in prange((rows + ROWS_A_BLOCK - 1) // ROWS_A_BLOCK):
+        error, turned = np.empty(size, np.float32), np.empty(size, np.float32)
+        for g in range(groups):
+            own = upper[g]
+            for i in range(band * ROWS_A_BLOCK, min((band + 1) * ROWS_A_BLOCK, rows)):
+                values = weight[i, g]
+                least = np.float32(np.inf)
+                for candidate in range(scale.shape[0]):
+                    step, zero = scale[candidate, i, g], middle[candidate, i, g]
+                    for j in range(size):
+                        code = np.rint(values[j] / step + zero)
+                        code = min(max(code, np.float32(0.0)), top)
+                        error[j] = (code - zero) * step - values[j]
+                        turned[j] = 0.0
+                    for j in range(0, size - STRIP + 1, STRIP):  # eight rows at once: sums are loaded and stored once
+                        to, pull = turned[j:], own[j : j + STRIP, j:]
+                        a, b, c, d = error[j], error[j + 1], error[j + 2], error[j + 3]
+                        e, f, p, q = error[j + 4], error[j + 5], error[j + 6], error[j + 7]
+                        for k in range(to.size):
+                            to[k] += (a * pull[0, k] + b * pull[1, k] + c * pull[2, k] + d * pull[3, k]) + (
+                                e * pull[4, k] + f * pull[5, k] + p * pull[6, k] + q * pull[7, k]
+                            )
+                    rest = size - size % STRIP
+                    for j in range(rest, size):
+                        for k in range(size - rest):
+                            turned[rest + k] += error[j] * own[j, rest + k]
+                    loss = np.float32(0.0)
+                    for j in range(size):
+                        loss += error[j] * turned[j]
+                    if loss < least:
+                        least = loss
+                        best[i, g] = candidate
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]

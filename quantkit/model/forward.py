@@ -188,6 +188,7 @@ class BlockRunner:
         keep: bool,
         advance: bool,
         beside: tuple[nn.Module, HiddenStates] | None = None,
+        every: int = 1,
     ) -> None:
         """Run a block so that each group of linears is rounded by inputs that have passed all rounded before it.
 
@@ -195,13 +196,13 @@ class BlockRunner:
         keep: hold every row where it waits, so that each linear runs once; else start again for every group, which
         gives the same numbers in less memory and about three times the work. advance: write the outputs over `hidden`.
         beside: the unquantized block and its own hidden states, which run along where `rounder` wants to know how far
-        the inputs have moved from theirs.
+        the inputs have moved from theirs. every: of how many tokens one goes into the statistics.
         """
         ways = [(module, hidden)] if beside is None else [(module, hidden), beside]
         if not keep:
             for group in block.groups:
                 inputs = [self._from_start(one, block, group, states) for one, states in ways]
-                self._round_group(module, block, group, rounder, zip(*inputs, strict=True))
+                self._round_group(module, block, group, rounder, zip(*inputs, strict=True), every)
             for one, states in ways if advance else []:
                 for rows in self._batches(states):
                     states[rows] = self._call(one, block, states[rows])
@@ -223,7 +224,7 @@ class BlockRunner:
             try:
                 for group in block.groups:
                     inputs_now = ([task.switch() for task in tasks] for tasks in waiting)
-                    self._round_group(module, block, group, rounder, inputs_now)
+                    self._round_group(module, block, group, rounder, inputs_now, every)
                 if advance:
                     for rows, tasks in zip(batches, waiting, strict=True):
                         for (_, states), task in zip(ways, tasks, strict=True):
@@ -246,12 +247,18 @@ class BlockRunner:
         return hidden.nbytes // hidden.shape[2] * (3 * hidden.shape[2] + widest)
 
     def _round_group(
-        self, module: nn.Module, block: Block, group: LinearGroup, rounder: Rounder, inputs: Iterable[Sequence[Tensor]]
+        self,
+        module: nn.Module,
+        block: Block,
+        group: LinearGroup,
+        rounder: Rounder,
+        inputs: Iterable[Sequence[Tensor]],
+        every: int,
     ) -> None:
         """inputs: batches of those behind what was rounded and, where it runs along, of the unquantized block's."""
         accumulator, correction = self._accumulator(group), None
         for rows, *unquantized in inputs:
-            accumulator.add(rows)
+            accumulator.add(rows if every == 1 else rows.flatten(0, -2)[::every])
             if unquantized:
                 if correction is None:
                     linears = self.arithmetic.linears
