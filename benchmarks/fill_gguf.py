@@ -1,4 +1,5 @@
-"""Puts the measurements of GGUF files into docs/gguf.md: benchmarks/results/gguf_types.json and llama_agreement.json.
+"""Puts the measurements of GGUF files into docs/gguf.md, from benchmarks/results: tokenizer_parity.json,
+llama_agreement.json and gguf_types.json.
 
     python benchmarks/fill_gguf.py            writes
     python benchmarks/fill_gguf.py --check    writes nothing, exits with 1 when the page is out of date
@@ -19,6 +20,9 @@ AGREEMENT = """### Does llama.cpp compute what the file holds?
 Both take the same token ids. Decoded weights run in transformers in float32; llama.cpp rounds the inputs of every
 product with quantized weights to 8 bits. The last column but one is how far the decoded weights move when their
 inputs are rounded likewise. Made by `python benchmarks/llama_agreement.py --model MODEL`."""
+
+PARITY = """Counted by `python benchmarks/tokenizer_parity.py`: lines of real text whose ids in llama.cpp are those of
+the source's tokenizer, for small vocabularies that the tests make in each family's style, and for real ones."""
 
 TYPES = """## What each type costs
 
@@ -76,6 +80,16 @@ def _row(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def parity(results: dict[str, Any]) -> str:
+    """A row for each tokenizer: lines that are the same of lines compared, by kind of text, and tokens in all."""
+    kinds = list(next(iter(results.values())))
+    rows = []
+    for name, found in results.items():
+        cells = [f"{one['lines'] - one['differ']} of {one['lines']}" for one in found.values()]
+        rows.append([name, *cells, f"{sum(one['tokens'] for one in found.values()):,}"])
+    return table(["", *kinds, "tokens"], rows)
+
+
 def agreement(results: dict[str, Any]) -> str:
     columns = ("perplexity, llama.cpp", "decoded", "KL to baseline, llama.cpp", "decoded", "difference")
     headers = ["", *columns, "KL decoded to llama.cpp", "KL decoded to rounded inputs", "same top-1 %"]
@@ -104,8 +118,12 @@ def agreement(results: dict[str, Any]) -> str:
 
 
 def filled(page: str) -> str:
-    """The page with both sections between their markers, as far as they have been measured."""
-    sections = (("agreement", AGREEMENT, agreement, "llama_agreement"), ("types", TYPES, types, "gguf_types"))
+    """The page with every section between its markers, as far as they have been measured."""
+    sections = (
+        ("parity", PARITY, parity, "tokenizer_parity"),
+        ("agreement", AGREEMENT, agreement, "llama_agreement"),
+        ("types", TYPES, types, "gguf_types"),
+    )
     for marker, introduction, make, file in sections:
         path = RESULTS / f"{file}.json"
         if not path.is_file():

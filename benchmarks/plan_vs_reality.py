@@ -116,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         if not given.replan:
             quantkit("plan", "int8", "--model", str(given.model), "--probe-again")
-            results["hub"] = from_hub(Path(made))
+        results["hub"] = from_hub(Path(made))
         for recipe in given.recipes:
             key = (given.model.name, recipe)
             sequences = rows[key]["sequences"] if given.replan else given.sequences

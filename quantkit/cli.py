@@ -13,7 +13,7 @@ import typer
 
 from quantkit import __version__
 from quantkit.progress import Progress
-from quantkit.quiet import quiet_libraries, stdout_for_data
+from quantkit.quiet import collecting_later, quiet_libraries, stdout_for_data
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 usage or recipe, 3 model or data, 4 a missing engine or dependency, 5 a gate failed, "
@@ -104,8 +104,9 @@ def plan(
     Reads the config and the headers of the shards only, of a hub id by ranged requests. Exit code 2 when quantize would
     refuse. An engine to hold it against: --set target.engine=vllm --set target.tensor_parallel=2.
     """
-    from quantkit.planning.run import plan as make_plan
-    from quantkit.planning.text import text
+    with collecting_later():
+        from quantkit.planning.run import plan as make_plan
+        from quantkit.planning.text import text
 
     document = make_plan(
         recipe,

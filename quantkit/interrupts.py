@@ -6,12 +6,13 @@ callbacks of a library may go astray. What a run has written down survives any e
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import Any, NoReturn
 
@@ -39,15 +40,18 @@ def obey_signals(as_json: bool) -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End the process; after an interruption at once, as taking an interpreter with torch down needs a second.
+    """End the process without taking the interpreter down, which with torch in it needs a third of a second or more.
 
-    code: 130 for an interruption becomes 143 where SIGTERM was received.
+    What asked to be called at exit is called, but not after an interruption, which is to end at once. code: 130 for an
+    interruption becomes 143 where SIGTERM was received.
     """
-    if _received is None or code != Interrupted.exit_code:
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(128 + _received)
+    interrupted = _received is not None and code == Interrupted.exit_code
+    if not interrupted:
+        atexit._run_exitfuncs()
+    with suppress(OSError):  # whoever read the output may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(128 + _received if interrupted and _received is not None else code)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.errors import DataError, RecipeError, UsageError
+from quantkit.errors import DataError, ModelError, RecipeError, UsageError
 from quantkit.progress import Progress
 from quantkit.shipped import header_comment
 from quantkit.validation import suggestion
@@ -30,12 +30,12 @@ def bench(
     """Measure artifacts beside their baseline, and write the results to `out` when it is given.
 
     recipe: name or file of the recipe or suite whose `bench` section says what to measure; None is everything that
-    needs no network. Raises UsageError, before anything runs, when `out` exists without `force` or an artifact is
-    missing.
+    needs no network. Raises, before anything runs, UsageError when `out` exists without `force`, ModelError when an
+    artifact is missing.
     """
     missing = [str(path) for path in artifacts if not path.exists()]
     if missing:
-        raise UsageError("\n".join(f"{path}: no such artifact" for path in missing), hint="quantkit quantize makes one")
+        raise ModelError("\n".join(f"{path}: no such artifact" for path in missing), hint="quantkit quantize makes one")
     if out is not None:
         check_file(out, force=force)
     sections, name = _bench_sections(recipe)

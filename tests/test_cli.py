@@ -283,7 +283,7 @@ def test_results_are_not_overwritten_unasked(tmp_path: Path) -> None:
     assert done.returncode == 2 and f"{out}: exists" in done.stderr
     assert out.read_text() == "mine"
     done = quantkit("bench", str(tmp_path / "a"), str(tmp_path / "b"), "--baseline", "m")
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert done.stderr.count("no such artifact") == 2, "all at once"
 
 

@@ -78,3 +78,12 @@ def test_a_run_ends_at_once_and_is_gone_on_with(
     assert subprocess.run([sys.executable, "-m", "quantkit", *whole], capture_output=True, timeout=120).returncode == 0
     assert fingerprints(out) == fingerprints(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_the_end_calls_what_waits_for_it_and_loses_no_output() -> None:
+    program = (
+        "import atexit, sys\nfrom quantkit.interrupts import end\n"
+        'atexit.register(lambda: print("called"))\nsys.stdout.write("said, ")\nend(6)'
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (6, "said, called\n", "")

@@ -13,17 +13,18 @@ import torch
 from quantkit.model.forward import BATCH_TOKENS
 from quantkit.planning.shapes import Group, Work
 
-LIBRARIES_BYTES = {"plain": 262_000_000, "gguf": 430_000_000, "calibrated": 520_000_000}
+LIBRARIES_BYTES = {"plain": 275_000_000, "gguf": 438_000_000, "calibrated": 520_000_000}
 """What a process holds before the first tensor: alone, with a GGUF file's tokenizer and the compiled kernels of its
-types, or with calibration, which takes transformers, a model without weights and the compiled solver. Of the CPU build
-of torch; CUDA_BYTES come on top on a GPU."""
+types, or with calibration, which takes transformers, a model without weights and the compiled solver. The first two
+hold the parts of a million weights in which what stays unquantized goes through. Of the CPU build of torch; CUDA_BYTES
+come on top on a GPU."""
 
 CUDA_BYTES = 600_000_000
 """Host memory of a CUDA context and its libraries: an estimate, not measured here."""
 
-LARGEST_TENSOR_COPIES = {False: 1.0, True: 3.0}
-"""Copies of the largest tensor, in its stored dtype, that an uncalibrated run holds: without and with a change of
-dtype."""
+LARGEST_LINEAR_BYTES = {"plain": 6.5, "gguf": 3.2}
+"""Bytes for each weight of the largest linear, as an uncalibrated run holds it: whole, or in parts where the file takes
+them."""
 
 RETAINED = 1.25
 """What the C library keeps of freed memory: bytes resident for each that the terms count."""
@@ -56,7 +57,7 @@ def memory_of(work: Work, device: torch.device, room_bytes: int) -> MemoryForeca
     if device.type == "cuda":
         host["CUDA"] = CUDA_BYTES
     if not work.calibrated:
-        host["largest tensor and its copies"] = int(LARGEST_TENSOR_COPIES[work.converted] * work.largest_bytes)
+        host["largest linear and its codes"] = int(LARGEST_LINEAR_BYTES[work.kind] * work.largest_linear_values)
         return MemoryForecast(host, {}, 0)
     ways = 2 if work.corrects else 1  # the unquantized model runs along
     states = work.tokens * work.hidden * work.state_bytes

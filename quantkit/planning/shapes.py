@@ -33,8 +33,8 @@ class Work:
 
     blocks: how many, all alike: the largest stands for each. groups: of one block. block_bytes: of its stored tensors.
     hidden: width of the states. attention: of all heads together. tokens, length: of the calibration set, 0 without.
-    largest_bytes: of the largest stored tensor. source_bytes: of all. converted: whether unquantized tensors change
-    their dtype. linear_bytes, state_bytes: of a value in the linears and in the hidden states while calibrating.
+    largest_linear_values: of the largest linear that is quantized. source_bytes: of all stored tensors. linear_bytes,
+    state_bytes: of a value in the linears and in the hidden states while calibrating.
     """
 
     blocks: int
@@ -43,12 +43,11 @@ class Work:
     hidden: int
     attention: int
     embedding_values: int
-    largest_bytes: int
+    largest_linear_values: int
     source_bytes: int
     quantized_values: int
     tokens: int
     length: int
-    converted: bool
     linear_bytes: int
     state_bytes: int
     eight_bit_gram: bool
@@ -81,6 +80,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
     groups = tuple(
         Group(shapes[group.linears[0]][1], sum(shapes[name][0] for name in group.linears)) for group in largest.groups
     )
+    quantized = [plan.out_features * plan.in_features for plan in plans if plan.method is not None]
     methods = [plan.method for plan in plans if plan.method is not None]
     calibrated = any(method.calibrated for method in methods)
     section = recipe.calibration
@@ -95,12 +95,11 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         hidden=source.shape(embedding)[1],
         attention=heads * (head_dim(source.config) or 0),
         embedding_values=prod(source.shape(embedding)),
-        largest_bytes=max(sizes.values()),
+        largest_linear_values=max(quantized, default=0),
         source_bytes=sum(sizes.values()),
-        quantized_values=sum(plan.out_features * plan.in_features for plan in plans if plan.method is not None),
+        quantized_values=sum(quantized),
         tokens=section.sequences * section.length if calibrated else 0,
         length=section.length,
-        converted=stored != getattr(torch, recipe.model.dtype),
         linear_bytes=how.linears.itemsize,
         state_bytes=how.states.itemsize,
         eight_bit_gram=how.eight_bit_gram,

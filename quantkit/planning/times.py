@@ -54,13 +54,13 @@ ENCODE_NS = {
     "Q4_1": 4.0,
     "Q5_0": 4.5,
     "Q5_1": 4.5,
-    "Q2_K": 45.0,
-    "Q3_K": 35.0,
-    "Q4_K": 25.0,
-    "Q5_K": 25.0,
-    "Q6_K": 20.0,
-    "IQ4_NL": 40.0,
-    "IQ4_XS": 40.0,
+    "Q2_K": 9.0,
+    "Q3_K": 8.0,
+    "Q4_K": 9.0,
+    "Q5_K": 9.0,
+    "Q6_K": 8.5,
+    "IQ4_NL": 12.0,
+    "IQ4_XS": 12.0,
 }
 """Nanoseconds a value on that machine, all threads together: rounding, packing, the noise that the manifest records."""
 

@@ -49,7 +49,7 @@ def test_what_is_counted_of_a_model(tiny_llama: Path) -> None:
     assert work.block_values == values and work.blocks == 2 and work.quantized_values == 2 * values
     assert work.block_bytes == 4 * (values + 2 * 64)
     assert (work.hidden, work.attention, work.widest, work.tokens) == (64, 64, 128, 128)
-    assert work.largest_bytes == 4 * 384 * 64 and work.kind == "calibrated" and work.propagates
+    assert work.largest_linear_values == 128 * 64 and work.kind == "calibrated" and work.propagates
 
 
 def test_the_peak_of_a_calibrated_run(tiny_llama: Path) -> None:
@@ -85,12 +85,16 @@ def test_on_a_gpu_the_block_is_the_gpus(tiny_llama: Path) -> None:
     assert found.host["CUDA"] == memory.CUDA_BYTES
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_an_uncalibrated_run_holds_its_largest_tensor(dtype: str, tiny_llama: Path) -> None:
-    work, _ = planned(tiny_llama, {"name": "int8"}, model={"dtype": dtype})
+@pytest.mark.parametrize(
+    ("method", "kind"), [({"name": "int8"}, "plain"), ({"name": "ggml", "type": "q8_0"}, "gguf")]
+)
+def test_an_uncalibrated_run_holds_its_largest_linear(method: dict[str, object], kind: str, tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, method)
     found = memory_of(work, CPU, ROOM)
-    copies = memory.LARGEST_TENSOR_COPIES[dtype == "float16"]  # the model is stored in float32
-    assert found.host["largest tensor and its copies"] == int(copies * 4 * 384 * 64)
+    assert found.host == {
+        "libraries": memory.LIBRARIES_BYTES[kind],
+        "largest linear and its codes": int(memory.LARGEST_LINEAR_BYTES[kind] * 128 * 64),
+    }
     assert found.device == {} and found.scratch_bytes == 0
 
 
