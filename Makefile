@@ -54,6 +54,7 @@ report: model
 	@if test -d $(DATA)/models/stories15M; then \
 		$(TABLE) --model $(DATA)/models/stories15M --out $(REPORTS)/table-stories15m $(QUESTIONS) \
 			--set method.group_size=32 --set method.block_size=32 --set model.dtype=float32 \
+			--set calibration.length=256 --set bench.throughput.prompt_tokens=[64,192] \
 			--set bench.divergence.set=$(DATA)/text/tinystories.txt --set calibration.set=$(DATA)/text/tinystories.txt; \
 	else echo "no $(DATA)/models/stories15M: its table is left as it is" >&2; fi
 

@@ -10,7 +10,7 @@ from quantkit.formats.base import LinearPlan
 from quantkit.formats.imatrix import read_imatrix
 from quantkit.maths.gram import Importance
 from quantkit.methods.base import Method
-from quantkit.model.blocks import architecture_of, blocks_of, linear_shape
+from quantkit.model.blocks import architecture_of, blocks_of, context_length, linear_shape
 from quantkit.model.gguf_config import family_of_config
 from quantkit.model.gguf_names import to_gguf
 from quantkit.model.source import Source
@@ -61,6 +61,10 @@ def problems_of_plans(
             "Conv1D, which only GGUF stores here"
         )
         return [conv], "take a recipe with method ggml"
+    length, context = recipe.calibration.length, context_length(source.config)
+    if context and length > context and any(plan.method is not None and plan.method.calibrated for plan in plans):
+        long = f"{label}: calibration.length: found {length}, expected at most the model's {context} positions"
+        return [long], f"--set calibration.length={context}"
     for plan in plans:
         if plan.method is None:
             continue

@@ -48,6 +48,7 @@ def bench(
 
     from quantkit.environment import environment
     from quantkit.formats import open_artifact
+    from quantkit.model.blocks import context_length
     from quantkit.model.reader import open_source
 
     source = open_source(baseline)
@@ -55,6 +56,7 @@ def bench(
         _same_model(path, open_artifact(path).config, source.config)
     tokenizer = source.tokenizer_folder()
     _check_tasks(sections)
+    sections = _within(sections, context_length(source.config), progress)
     with tempfile.TemporaryDirectory(prefix="quantkit-bench-") as folder:
         scratch = Path(folder)
         texts = _write_texts(sections, tokenizer, scratch)
@@ -164,6 +166,17 @@ def _check_tasks(sections: Sequence[AnyBench]) -> None:
     for section in sections:
         if isinstance(section, AccuracyBench):
             check_tasks(section.tasks, section.data)
+
+
+def _within(sections: Sequence[AnyBench], context: int | None, progress: Progress) -> list[AnyBench]:
+    """The sections with texts no longer than the model has positions for."""
+    found: list[AnyBench] = []
+    for section in sections:
+        if isinstance(section, DivergenceBench) and context and section.length > context:
+            progress.say(f"bench.divergence.length: {context} instead of {section.length}, all the model's positions")
+            section = section.model_copy(update={"length": context})
+        found.append(section)
+    return found
 
 
 def _write_texts(sections: Sequence[AnyBench], tokenizer: Path, scratch: Path) -> list[dict[str, Any]]:

@@ -137,6 +137,12 @@ def head_dim(config: dict[str, Any]) -> int | None:
     return None
 
 
+def context_length(config: dict[str, Any]) -> int | None:
+    """How many positions a model was made for, None when the config does not tell."""
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(found) if found else None
+
+
 def is_buffer(name: str) -> bool:
     """Whether a tensor is a table that old checkpoints store and every reader computes: rotary frequencies, masks."""
     return re.search(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$", name) is not None

@@ -37,9 +37,6 @@ def cautions_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], wor
             f"calibration: {work.tokens} tokens for inputs of {work.widest} columns: the Gram matrix cannot have full "
             "rank; take more sequences"
         )
-    longest = int(source.config.get("max_position_embeddings") or source.config.get("n_positions") or 0)
-    if work.calibrated and longest and work.length > longest:
-        found.append(f"calibration.length: {work.length} tokens, the model was made for {longest}")
     return found
 
 

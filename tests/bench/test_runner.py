@@ -125,6 +125,12 @@ def test_what_is_wrong_is_said_before_anything_runs(
         runner._same_model(artifact, {**config, "vocab_size": 384}, config)
 
 
+def test_texts_are_no_longer_than_the_model_has_positions_for() -> None:
+    asked = (DivergenceBench(length=512), DivergenceBench(length=128), MemoryBench())
+    assert runner._within(asked, 256, QUIET) == [DivergenceBench(length=256), *asked[1:]]
+    assert runner._within(asked, None, QUIET) == list(asked)
+
+
 def test_every_metric_has_its_place_when_missing() -> None:
     found: list[Measurement] = missing(SECTIONS, "because")
     assert {one.metric for one in found} == METRICS

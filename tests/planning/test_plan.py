@@ -73,6 +73,17 @@ def test_too_little_text_is_told(odd: Path) -> None:
     assert any("128 tokens for inputs of 256 columns" in caution for caution in cautions)
 
 
+def test_text_longer_than_the_model_has_positions_for_is_refused(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "short", hidden_size=192, intermediate_size=256, max_position_embeddings=128)
+    found = make("gptq-4bit-g64", model, "calibration.length=256")
+    assert found.problems == [
+        "gptq-4bit-g64: calibration.length: found 256, expected at most the model's 128 positions"
+    ]
+    assert found.hint == "--set calibration.length=128"
+    assert make("gptq-4bit-g64", model, "calibration.length=128").fits
+    assert make("gguf-q8_0", model, "calibration.length=256").fits, "which is not calibrated"
+
+
 def test_hidden_states_go_to_scratch_when_memory_is_short(odd: Path) -> None:
     settings = ["calibration.sequences=512", "calibration.length=256"]
     free = make("gptq-4bit-g64", odd, *settings)
