@@ -73,16 +73,17 @@ class ThroughputBench(Frozen):
     name: Literal["throughput"] = "throughput"
     prompt_tokens: (
         Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
-    ) = Field(128, description="length of the prompts; of several, decode is measured behind the first")
+    ) = Field(128, description="length of the prompts; of several, decode and larger batches take the first")
     decode_tokens: int = Field(32, ge=1)
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
     warmup: int = Field(1, ge=0, description="runs that are not counted")
     repetitions: int = Field(5, ge=1, description="runs that are; median and spread are reported")
 
-    @property
-    def prompt_lengths(self) -> tuple[int, ...]:
-        """Every prompt length, the one that decode is measured behind first."""
-        return (self.prompt_tokens,) if isinstance(self.prompt_tokens, int) else self.prompt_tokens
+    def prompt_lengths(self, batch_size: int) -> tuple[int, ...]:
+        """Prompt lengths at one batch size, the one that decode is measured behind first: all of them at the first
+        batch size, that one alone at others."""
+        lengths = (self.prompt_tokens,) if isinstance(self.prompt_tokens, int) else self.prompt_tokens
+        return lengths if batch_size == self.batch_sizes[0] else lengths[:1]
 
 
 class DivergenceBench(Frozen):

@@ -32,7 +32,7 @@ class Timing:
 
 def measure(section: ThroughputBench, run: Run) -> list[Measurement]:
     """prefill, first_token, decode and token_time for every batch size, prefill/N and first_token/N for further prompt
-    lengths: median and interquartile range over the repetitions; load once; energy where there is a counter.
+    lengths at the first batch size: median and interquartile range over the repetitions; load once; energy where there is a counter.
 
     A repetition reads a prompt into an empty cache and decodes greedily from there, behind the first prompt length
     alone. The first token is there when the prompt has been read. The model counts as loaded after a first short pass.
@@ -45,7 +45,7 @@ def measure(section: ThroughputBench, run: Run) -> list[Measurement]:
     counter = EnergyCounter(run.device.type)
     vocabulary = int(run.subject.source.config["vocab_size"])
     for size in section.batch_sizes:
-        for position, length in enumerate(section.prompt_lengths):
+        for position, length in enumerate(section.prompt_lengths(size)):
             prompts = torch.randint(vocabulary, (size, length), generator=torch.Generator().manual_seed(0))
             steps = 0 if position else section.decode_tokens
             times = section.warmup + section.repetitions

@@ -45,7 +45,7 @@ def missing_speeds(section: ThroughputBench, reason: str) -> list[Measurement]:
     """Every measurement of a throughput section but the energy, which few machines count."""
     found = [_missing("load", "s", reason)]
     for size in section.batch_sizes:
-        for position, length in enumerate(section.prompt_lengths):
+        for position, length in enumerate(section.prompt_lengths(size)):
             for metric in (
                 ("prefill", "first_token") if position else ("prefill", "first_token", "decode", "token_time")
             ):

@@ -87,13 +87,13 @@ def test_further_prompt_lengths_are_read_and_not_decoded_behind(
     session = Clocked()
     monkeypatch.setattr(run, "speed", lambda: session)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: session.now)
-    section = ThroughputBench(prompt_tokens=(16, 64), decode_tokens=4, warmup=0, repetitions=1)
+    section = ThroughputBench(prompt_tokens=(16, 64), batch_sizes=(1, 2), decode_tokens=4, warmup=0, repetitions=1)
     found = _by(throughput.measure(section, run))
-    assert session.prompts == [(1, 16), (1, 64)]
+    assert session.prompts == [(1, 16), (1, 64), (2, 16)]
     assert found["prefill", 1].value == 8.0 and found["first_token", 1].value == 2.0
     assert found["prefill/64", 1].value == 16.0 and found["first_token/64", 1].value == 4.0
     assert found["token_time", 1].value == 0.25
-    assert ("decode/64", 1) not in found
+    assert ("decode/64", 1) not in found and ("prefill/64", 2) not in found and ("decode", 2) in found
     assert {one.metric for one in missing_speeds(section, "why")} == {metric for metric, _ in found}
 
 
