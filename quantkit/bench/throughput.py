@@ -32,7 +32,8 @@ class Timing:
 
 def measure(section: ThroughputBench, run: Run) -> list[Measurement]:
     """prefill, first_token, decode and token_time for every batch size, prefill/N and first_token/N for further prompt
-    lengths at the first batch size: median and interquartile range over the repetitions; load once; energy where there is a counter.
+    lengths at the first batch size: median and interquartile range over the repetitions; load once; energy where there
+    is a counter.
 
     A repetition reads a prompt into an empty cache and decodes greedily from there, behind the first prompt length
     alone. The first token is there when the prompt has been read. The model counts as loaded after a first short pass.
