@@ -172,7 +172,7 @@ def passes(
     from quantkit.output import check_output, check_space
     from quantkit.pipeline import quantize as run_pass
     from quantkit.place import partial_folder
-    from quantkit.plan import check_plans, given_importance, importance_files, plan_linears
+    from quantkit.plan import check_length, check_plans, given_importance, importance_files, plan_linears
     from quantkit.planning.verdicts import check_target
     from quantkit.unfinished import unfinished
 
@@ -191,6 +191,7 @@ def passes(
         plans = plan_linears(recipe, source)
         try:
             check_plans(label, recipe, source, plans)
+            check_length(label, recipe, source, plans)
             check_target(label, recipe, source, plans)
             importance = given_importance(label, source, plans)
         except RecipeError as error:

@@ -50,6 +50,16 @@ def check_plans(label: str, recipe: Recipe, source: Source, plans: Sequence[Line
         raise RecipeError.from_problems(problems, hint)
 
 
+def check_length(label: str, recipe: Recipe, source: Source, plans: Sequence[LinearPlan]) -> None:
+    """Refuse calibration on texts longer than the model has positions for. Raises RecipeError."""
+    length, context = recipe.calibration.length, context_length(source.config)
+    if context and length > context and any(plan.method is not None and plan.method.calibrated for plan in plans):
+        raise RecipeError(
+            f"{label}: calibration.length: found {length}, expected at most the model's {context} positions",
+            hint=f"--set calibration.length={context}",
+        )
+
+
 def problems_of_plans(
     label: str, recipe: Recipe, source: Source, plans: Sequence[LinearPlan]
 ) -> tuple[list[str], str | None]:
@@ -61,10 +71,6 @@ def problems_of_plans(
             "Conv1D, which only GGUF stores here"
         )
         return [conv], "take a recipe with method ggml"
-    length, context = recipe.calibration.length, context_length(source.config)
-    if context and length > context and any(plan.method is not None and plan.method.calibrated for plan in plans):
-        long = f"{label}: calibration.length: found {length}, expected at most the model's {context} positions"
-        return [long], f"--set calibration.length={context}"
     for plan in plans:
         if plan.method is None:
             continue

@@ -16,7 +16,7 @@ from quantkit.memory import MemoryLimit, memory_limit
 from quantkit.model.blocks import blocks_of
 from quantkit.model.headers import HeaderSource, open_headers
 from quantkit.model.source import Source
-from quantkit.plan import given_importance, plan_linears, problems_of_plans
+from quantkit.plan import check_length, given_importance, plan_linears, problems_of_plans
 from quantkit.planning import memory as memory_model
 from quantkit.planning import times as time_model
 from quantkit.planning.cautions import cautions_of
@@ -71,10 +71,10 @@ def plan(
 
 
 def _refusals(label: str, recipe: Recipe, source: Source, plans: list[LinearPlan]) -> tuple[list[str], str | None]:
-    """Why `quantize` would refuse a plan whose shapes fit: the target, then a named importance matrix."""
+    """Why `quantize` would refuse a plan whose shapes fit: texts too long, the target, a named importance matrix."""
     problems: list[str] = []
     hint = None
-    for check in (check_target, _check_importance):
+    for check in (check_length, check_target, _check_importance):
         try:
             check(label, recipe, source, plans)
         except RecipeError as error:

@@ -20,7 +20,7 @@ GIGABYTE = 10**9
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """192 columns, a tied head: neither 128 nor 256 divides them."""
     folder = tmp_path_factory.mktemp("model") / "odd"
-    return write_tiny_llama(folder, tied=True, hidden_size=192, intermediate_size=256)
+    return write_tiny_llama(folder, tied=True, hidden_size=192, intermediate_size=256, max_position_embeddings=512)
 
 
 def make(recipe: str, model: Path, *settings: str, **options: str) -> PlanDocument:
