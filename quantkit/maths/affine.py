@@ -136,11 +136,20 @@ def _best_by_columns(weight: Tensor, grid: Grid, importance: Tensor | None, cand
     if importance is None:
         importance = torch.ones(in_features, device=weight.device)
     by_group = importance.float().reshape(-1, size)
-    if weight.device.type == "cpu":
-        from quantkit.maths.kernels import best_range
+    best_of = _best_range if weight.device.type == "cpu" else _best_range_tensors
+    return best_of(weight, grid, by_group, candidates)
 
-        return _compiled(best_range, weight, by_group, candidates, grid)
-    return _least(candidates, lambda error: (error.square() * by_group).sum(dim=2), weight, grid)
+
+def _best_range(weight: Tensor, grid: Grid, importance: Tensor, candidates: list[Candidate]) -> Tensor:
+    """The same compiled, with importance float32 [groups, group_size]."""
+    from quantkit.maths.kernels import best_range
+
+    return _compiled(best_range, weight, importance, candidates, grid)
+
+
+def _best_range_tensors(weight: Tensor, grid: Grid, importance: Tensor, candidates: list[Candidate]) -> Tensor:
+    """The same for any device."""
+    return _least(candidates, lambda error: (error.square() * importance).sum(dim=2), weight, grid)
 
 
 def _best_by_blocks(weight: Tensor, grid: Grid, gram: Tensor, candidates: list[Candidate]) -> Tensor:
@@ -148,10 +157,19 @@ def _best_by_blocks(weight: Tensor, grid: Grid, gram: Tensor, candidates: list[C
     size = grid.group_size or weight.shape[1]
     count = weight.shape[1] // size
     blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-    if weight.device.type == "cpu":
-        from quantkit.maths.kernels import STRIP, best_range_by_blocks
+    best_of = _best_range_by_blocks if weight.device.type == "cpu" else _best_range_by_blocks_tensors
+    return best_of(weight, grid, blocks, candidates)
 
-        return _compiled(best_range_by_blocks, weight, upper_bands(blocks, STRIP), candidates, grid)
+
+def _best_range_by_blocks(weight: Tensor, grid: Grid, blocks: Tensor, candidates: list[Candidate]) -> Tensor:
+    """The same compiled, with blocks float32 [groups, group_size, group_size]."""
+    from quantkit.maths.kernels import STRIP, best_range_by_blocks
+
+    return _compiled(best_range_by_blocks, weight, upper_bands(blocks, STRIP), candidates, grid)
+
+
+def _best_range_by_blocks_tensors(weight: Tensor, grid: Grid, blocks: Tensor, candidates: list[Candidate]) -> Tensor:
+    """The same for any device."""
 
     def loss(error: Tensor) -> Tensor:
         turned = error.transpose(0, 1)  # [groups, rows, group_size]

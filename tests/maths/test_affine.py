@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from oracles import awq as oracle
+from quantkit.maths import affine
 from quantkit.maths.affine import full_range, grid_for_range, nearest_values, quantize_nearest, search_grid
 from quantkit.tensors import Grid
 
@@ -76,3 +77,28 @@ def test_the_compiled_search_equals_the_tensor_search(symmetric: bool) -> None:
     assert (scale != plain_scale).float().mean() < 0.02
     if zero is not None and plain_zero is not None:
         assert (zero != plain_zero).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [12, 32, 64])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_compiled_scores_by_blocks_choose_what_the_tensors_choose(size: int, symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(size)
+    weight = torch.randn(50, 3 * size, generator=generator)
+    inputs = torch.randn(400, 3 * size, generator=generator) @ torch.randn(3 * size, 3 * size, generator=generator)
+    grid, gram = Grid(4, size, symmetric), inputs.T @ inputs
+    low, high = full_range(weight, grid)
+    candidates = [grid_for_range(low * share, high * share, grid) for share in affine.SHRINKS]
+    blocks = torch.stack([gram[at : at + size, at : at + size] for at in range(0, 3 * size, size)])
+    by_tensors = affine._best_range_by_blocks_tensors(weight, grid, blocks, candidates)
+    compiled = affine._best_range_by_blocks(weight, grid, blocks, candidates)
+    assert (compiled != by_tensors).float().mean() < 0.02, "sums in another order may choose another of two alike"
+
+
+def test_folded_bands_leave_the_loss_as_it_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, error = torch.randn(2, 90, 20, generator=generator), torch.randn(5, 20, generator=generator)
+    matrices = inputs.mT @ inputs  # [2, 20, 20]
+    folded = affine.upper_bands(matrices, 8)
+    assert folded[:, 8:, :8].count_nonzero() == 0
+    whole = ((error @ matrices) * error).sum(dim=-1)
+    torch.testing.assert_close(((error @ folded) * error).sum(dim=-1), whole, rtol=1e-4, atol=1e-2)

@@ -74,6 +74,7 @@ def test_methods_make_every_tensor_where_the_weights_are(method: AWQ | GPTQ, mon
     monkeypatch.setattr(compensate, "_round_block", compensate._round_block_tensors)
     monkeypatch.setattr(refine, "_descend_block", refine._descend_block_tensors)
     monkeypatch.setattr(affine, "_best_range", affine._best_range_tensors)
+    monkeypatch.setattr(affine, "_best_range_by_blocks", affine._best_range_by_blocks_tensors)
     with EveryTensorHasADevice():
         made = method.quantize_block(given, statistics)
     for name in SHAPES:
