@@ -33,8 +33,9 @@ class Work:
 
     blocks: how many, all alike: the largest stands for each. groups: of one block. block_bytes: of its stored tensors.
     hidden: width of the states. attention: of all heads together. tokens, length: of the calibration set, 0 without.
-    largest_linear_values: of the largest linear that is quantized. source_bytes: of all stored tensors. linear_bytes,
-    state_bytes: of a value in the linears and in the hidden states while calibrating.
+    largest_linear_values: of the largest linear that is quantized, but for the head where it goes through in parts.
+    source_bytes: of all stored tensors. linear_bytes, state_bytes: of a value in the linears and in the hidden states
+    while calibrating.
     """
 
     blocks: int
@@ -81,6 +82,12 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         Group(shapes[group.linears[0]][1], sum(shapes[name][0] for name in group.linears)) for group in largest.groups
     )
     quantized = [plan.out_features * plan.in_features for plan in plans if plan.method is not None]
+    gguf, head = recipe.resolved_format.name == "gguf", architecture_of(source.config).head
+    whole = [
+        plan.out_features * plan.in_features
+        for plan in plans
+        if plan.method is not None and not (gguf and plan.name == head)
+    ]
     methods = [plan.method for plan in plans if plan.method is not None]
     calibrated = any(method.calibrated for method in methods)
     section = recipe.calibration
@@ -95,7 +102,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         hidden=source.shape(embedding)[1],
         attention=heads * (head_dim(source.config) or 0),
         embedding_values=prod(source.shape(embedding)),
-        largest_linear_values=max(quantized, default=0),
+        largest_linear_values=max(whole, default=0),
         source_bytes=sum(sizes.values()),
         quantized_values=sum(quantized),
         tokens=section.sequences * section.length if calibrated else 0,
@@ -106,5 +113,5 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         propagates=any(getattr(method, "propagate", None) == "quantized" for method in methods),
         corrects=any(getattr(method, "correction", 0) > 0 for method in methods),
         calibrated=calibrated,
-        gguf=recipe.resolved_format.name == "gguf",
+        gguf=gguf,
     )

@@ -96,6 +96,12 @@ def test_an_uncalibrated_run_holds_its_largest_linear(method: dict[str, object],
     assert found.device == {} and found.scratch_bytes == 0
 
 
+def test_the_head_of_a_gguf_file_goes_through_in_parts(tiny_llama: Path) -> None:
+    work, plans = planned(tiny_llama, {"name": "ggml", "type": "q8_0"}, skip=[])
+    assert any(plan.name == "lm_head" and plan.method is not None for plan in plans)
+    assert work.largest_linear_values == 128 * 64 < 384 * 64
+
+
 def test_the_seconds_of_a_calibrated_run(tiny_llama: Path) -> None:
     work, plans = planned(tiny_llama, GPTQ | {"refine": 1}, calibration={"sequences": 4, "length": 32})
     work = replace(work, linear_bytes=4, eight_bit_gram=False)
