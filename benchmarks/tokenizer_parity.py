@@ -25,17 +25,12 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from fakes.vocabularies import write_byte_level, write_sentencepiece  # noqa: E402
+from fakes.vocabularies import BYTE_LEVEL, ROWS, SENTENCEPIECE, general_of, write_style  # noqa: E402
 from oracles import llama_cpp  # noqa: E402
 from quantkit.formats import gguf_parity  # noqa: E402
 from quantkit.formats.gguf_vocabulary import tokenizer_metadata  # noqa: E402
 from quantkit.model.reader import open_source  # noqa: E402
 
-ROWS = 1300
-"""Rows of the embedding that the small vocabularies are for."""
-
-BYTE_LEVEL = ("gpt2", "smollm", "llama3", "qwen2", "phi4")
-SENTENCEPIECE = ("llama", "mistral", "phi3", "gemma")
 SCRIPTS = ((0x20, 0x7E), (0xA1, 0x17F), (0x391, 0x3C9), (0x410, 0x44F), (0x5D0, 0x5EA), (0x627, 0x64A), (0x660, 0x669))
 SCRIPTS += ((0x905, 0x939), (0xE01, 0xE2E), (0x3041, 0x30FA), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3), (0x1F600, 0x1F64F))
 SPACES = " \t\n  "
@@ -91,9 +86,8 @@ def main() -> int:
     texts, results = lines_of(given.texts), {}
     with tempfile.TemporaryDirectory() as made:
         for style in (*BYTE_LEVEL, *SENTENCEPIECE):
-            write = write_byte_level if style in BYTE_LEVEL else write_sentencepiece
-            general = {"general.name": "phi-3-mini" if style == "phi3" else style}
-            results[style] = count(write(Path(made) / style, style), ROWS, {}, general, texts)
+            folder = write_style(Path(made) / style, style)
+            results[style] = count(folder, ROWS, {}, general_of(style), texts)
             print(style, json.dumps(results[style]), flush=True)
     for path in given.models:
         source = open_source(str(path))

@@ -15,6 +15,7 @@ from quantkit.formats.base import ArtifactSource
 from quantkit.formats.gguf import GGUFArtifact
 from quantkit.formats.gguf_types import written_names
 from quantkit.maths.measure import energies, sqnr_db
+from quantkit.model.blocks import context_length
 from quantkit.model.gguf_config import family_of_config
 from quantkit.model.gguf_names import norm_offset
 from quantkit.progress import Progress
@@ -79,7 +80,7 @@ def compare_logits(artifact: Path, exported: Path, difference: Difference) -> di
     from quantkit.sections import CalibrationSection
 
     source = open_artifact(artifact)
-    length = min(LENGTH, int(source.config.get("max_position_embeddings") or LENGTH))
+    length = min(LENGTH, context_length(source.config) or LENGTH)
     section = CalibrationSection(set=TEXT, sequences=SEQUENCES, length=length)
     found: dict[str, Any] = {"set": TEXT, "part": "evaluation", "sequences": SEQUENCES, "length": length}
     needed, room = 4 * source.parameter_count(), 2 * NO_LIMIT.room_bytes(torch.device("cpu"))

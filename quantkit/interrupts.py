@@ -45,13 +45,14 @@ def end(code: int) -> NoReturn:
     What asked to be called at exit is called, but not after an interruption, which is to end at once. code: 130 for an
     interruption becomes 143 where SIGTERM was received.
     """
-    interrupted = _received is not None and code == Interrupted.exit_code
-    if not interrupted:
+    if _received is not None and code == Interrupted.exit_code:
+        code = 128 + _received
+    else:
         atexit._run_exitfuncs()
     with suppress(OSError):  # whoever read the output may be gone
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(128 + _received if interrupted and _received is not None else code)
+    os._exit(code)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import ModelError
-from quantkit.formats.base import LinearPlan, Writer
+from quantkit.formats.base import LinearPlan, Writer, calibrates
 from quantkit.manifest import TensorRecord
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Importance, InputStatistics
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def calibrated(self) -> bool:
-        return any(plan.method is not None and plan.method.calibrated for plan in self.plans)
+        return calibrates(self.plans)
 
 
 @dataclass(frozen=True)

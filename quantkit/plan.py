@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantkit.errors import RecipeError
-from quantkit.formats.base import LinearPlan
+from quantkit.formats.base import LinearPlan, calibrates
 from quantkit.formats.imatrix import read_imatrix
 from quantkit.maths.gram import Importance
 from quantkit.methods.base import Method
@@ -53,7 +53,7 @@ def check_plans(label: str, recipe: Recipe, source: Source, plans: Sequence[Line
 def check_length(label: str, recipe: Recipe, source: Source, plans: Sequence[LinearPlan]) -> None:
     """Refuse calibration on texts longer than the model has positions for. Raises RecipeError."""
     length, context = recipe.calibration.length, context_length(source.config)
-    if context and length > context and any(plan.method is not None and plan.method.calibrated for plan in plans):
+    if context and length > context and calibrates(plans):
         raise RecipeError(
             f"{label}: calibration.length: found {length}, expected at most the model's {context} positions",
             hint=f"--set calibration.length={context}",

@@ -13,6 +13,7 @@ from quantkit.advise.candidates import Candidate, Measured, candidates, result_f
 from quantkit.advise.rules import Criterion, Problem, Rules, load_rules
 from quantkit.errors import UsageError
 from quantkit.memory import parse_bytes
+from quantkit.model.blocks import context_length
 from quantkit.model.source import Source
 from quantkit.schema import Frozen
 
@@ -69,8 +70,8 @@ def advise(
         rules.engine(engine)
     files = [] if results is None else result_files(results)
     source = _open(model)
-    longest = None if source is None else source.config.get("max_position_embeddings")
-    tokens = context or min(rules.context, int(longest or rules.context))
+    longest = None if source is None else context_length(source.config)
+    tokens = context or min(rules.context, longest or rules.context)
     found, left_out = candidates(size, rules, source=source, engine=engine, context=tokens, results=files)
     wanted = rules.problems if problem is None else {problem: rules.problems[problem]}
     return Advice(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,6 +30,11 @@ class LinearPlan:
     out_features: int
     in_features: int
     method: Any | None
+
+
+def calibrates(plans: Iterable[LinearPlan]) -> bool:
+    """Whether some linear's method needs a calibration set."""
+    return any(plan.method is not None and plan.method.calibrated for plan in plans)
 
 
 class Writer(ABC):

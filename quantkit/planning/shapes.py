@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from quantkit.device import arithmetic
-from quantkit.formats.base import LinearPlan
+from quantkit.formats.base import LinearPlan, calibrates
 from quantkit.model.blocks import architecture_of, blocks_of, head_dim
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
@@ -81,15 +81,10 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
     groups = tuple(
         Group(shapes[group.linears[0]][1], sum(shapes[name][0] for name in group.linears)) for group in largest.groups
     )
-    quantized = [plan.out_features * plan.in_features for plan in plans if plan.method is not None]
-    gguf, head = recipe.resolved_format.name == "gguf", architecture_of(source.config).head
-    whole = [
-        plan.out_features * plan.in_features
-        for plan in plans
-        if plan.method is not None and not (gguf and plan.name == head)
-    ]
+    values = {plan.name: plan.out_features * plan.in_features for plan in plans if plan.method is not None}
     methods = [plan.method for plan in plans if plan.method is not None]
-    calibrated = any(method.calibrated for method in methods)
+    gguf, head = recipe.resolved_format.name == "gguf", architecture_of(source.config).head
+    calibrated = calibrates(plans)
     section = recipe.calibration
     stored = source.dtype(f"{blocks[0].linears[0]}.weight")
     how = arithmetic(device, stored, exact=section.precision == "float32")
@@ -102,9 +97,9 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         hidden=source.shape(embedding)[1],
         attention=heads * (head_dim(source.config) or 0),
         embedding_values=prod(source.shape(embedding)),
-        largest_linear_values=max(whole, default=0),
+        largest_linear_values=max((count for name, count in values.items() if not (gguf and name == head)), default=0),
         source_bytes=sum(sizes.values()),
-        quantized_values=sum(quantized),
+        quantized_values=sum(values.values()),
         tokens=section.sequences * section.length if calibrated else 0,
         length=section.length,
         linear_bytes=how.linears.itemsize,

@@ -21,7 +21,7 @@ from quantkit.checkpoint import Checkpoints
 from quantkit.environment import environment
 from quantkit.errors import QuantkitError
 from quantkit.formats import open_artifact
-from quantkit.formats.base import ArtifactSource
+from quantkit.formats.base import ArtifactSource, calibrates
 from quantkit.formats.folder import FolderArtifact
 from quantkit.formats.gguf import GGUFArtifact
 from quantkit.manifest import Manifest
@@ -93,7 +93,7 @@ def rederive(artifact: ArtifactSource, manifest: Manifest, source: Source, repor
     try:
         recipe = Recipe.model_validate(manifest.recipe)
         plans = plan_linears(recipe, source)
-        calibrated = any(plan.method is not None and plan.method.calibrated for plan in plans)
+        calibrated = calibrates(plans)
         calibration = _calibration(recipe, manifest, source) if calibrated else None
         chosen = _chosen(len(blocks_of(source)), calibrated, manifest.recipe_sha256)
         part = SomeBlocks(source, chosen)

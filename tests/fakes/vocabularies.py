@@ -19,6 +19,14 @@ SCRIPTS = (
     "In 2024, 1234567 people paid $9,876.54 (±0.5%) for 3rd-hand 10x20 cm boxes; call 0049-30-1234. WE'LL THEY'RE",
 )
 
+ROWS = 1300
+"""Rows of an embedding that these vocabularies fit into."""
+
+BYTE_LEVEL = {"gpt2": "gpt-2", "smollm": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2", "phi4": "dbrx"}
+"""Styles that a GGUF file may have, with llama.cpp's name of the pre-tokenizer."""
+
+SENTENCEPIECE = ("llama", "mistral", "phi3", "gemma")
+
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -37,6 +45,16 @@ def texts() -> list[str]:
 def _split(pattern: str) -> Any:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), byte_level])
+
+
+def general_of(style: str) -> dict[str, str]:
+    """The general.* keys of a GGUF file with such a tokenizer; llama.cpp looks for phi-3 in the name."""
+    return {"general.name": "phi-3-mini" if style == "phi3" else style}
+
+
+def write_style(folder: Path, style: str) -> Path:
+    """A tokenizer of any style."""
+    return write_sentencepiece(folder, style) if style in SENTENCEPIECE else write_byte_level(folder, style)
 
 
 def write_byte_level(folder: Path, style: str, size: int = 1200) -> Path:

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
 
-from fakes.vocabularies import write_byte_level, write_sentencepiece
+from fakes.vocabularies import (
+    BYTE_LEVEL,
+    ROWS,
+    SENTENCEPIECE,
+    general_of,
+    write_style,
+)
 from oracles import llama_cpp
 from quantkit.engines import llama_api
 from quantkit.errors import ModelError
@@ -19,9 +25,6 @@ from quantkit.formats.gguf_parity import CHECK_TEXTS
 from quantkit.formats.gguf_vocabulary import tokenizer_metadata
 from quantkit.model.gguf_tokenizer import build_tokenizer, write_tokenizer_files
 
-ROWS = 1300
-BYTE_LEVEL = {"gpt2": "gpt-2", "smollm": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2", "phi4": "dbrx"}
-SENTENCEPIECE = ("llama", "mistral", "phi3", "gemma")
 needs_llama = pytest.mark.skipif(
     llama_api.installed() != llama_api.VERSION, reason=f"xllamacpp {llama_api.VERSION} is not installed"
 )
@@ -30,12 +33,7 @@ needs_llama = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tokenizers")
-    made = {style: write_byte_level(root / style, style) for style in (*BYTE_LEVEL, "tekken")}
-    return made | {style: write_sentencepiece(root / style, style) for style in SENTENCEPIECE}
-
-
-def _general(style: str) -> dict[str, str]:
-    return {"general.name": "phi-3-mini" if style == "phi3" else style}
+    return {style: write_style(root / style, style) for style in (*BYTE_LEVEL, "tekken", *SENTENCEPIECE)}
 
 
 @pytest.mark.engine
@@ -46,8 +44,8 @@ def test_llama_cpp_gives_the_ids_of_the_source(
 ) -> None:
     """Beyond the texts of the check itself: every line of real text that follows."""
     folder = folders[style]
-    values = tokenizer_metadata(folder, {}, ROWS, _general(style))
-    gguf_parity.write_keys(tmp_path / "v.gguf", values, _general(style))
+    values = tokenizer_metadata(folder, {}, ROWS, general_of(style))
+    gguf_parity.write_keys(tmp_path / "v.gguf", values, general_of(style))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     raw = (shared_data / "text" / "wikitext2" / "wiki.test.raw").read_text() + (
         shared_data / "text" / "c4.txt"
@@ -75,7 +73,7 @@ def test_tokenizer_files_made_from_the_keys_give_the_same_keys(
     folders: dict[str, Path], tmp_path: Path, style: str
 ) -> None:
     rows = Tokenizer.from_file(str(folders[style] / "tokenizer.json")).get_vocab_size()
-    values = tokenizer_metadata(folders[style], {}, rows, _general(style))
+    values = tokenizer_metadata(folders[style], {}, rows, general_of(style))
     write_tokenizer_files(values, tmp_path, "v.gguf", 256)
     again = tokenizer_metadata(tmp_path, {}, rows, {"general.name": "other"})  # white space around tokens is not kept
     assert again == values
@@ -88,9 +86,9 @@ def test_scores_come_from_the_merges_where_tokenizer_model_is_missing(
 ) -> None:
     shutil.copytree(folders[style], tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.model").unlink()
-    values = tokenizer_metadata(tmp_path / "bare", {}, ROWS, _general(style))
+    values = tokenizer_metadata(tmp_path / "bare", {}, ROWS, general_of(style))
     assert values["tokenizer.ggml.model"] == "llama"
-    whole = tokenizer_metadata(folders[style], {}, ROWS, _general(style))
+    whole = tokenizer_metadata(folders[style], {}, ROWS, general_of(style))
     for key in ("tokens", "token_type", "add_space_prefix", "bos_token_id"):
         assert values[f"tokenizer.ggml.{key}"] == whole[f"tokenizer.ggml.{key}"], key
 
