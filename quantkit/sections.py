@@ -77,7 +77,10 @@ class ThroughputBench(Frozen):
     decode_tokens: int = Field(32, ge=1)
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
     warmup: int = Field(1, ge=0, description="runs that are not counted")
-    repetitions: int = Field(5, ge=1, description="runs that are; median and spread are reported")
+    repetitions: int = Field(3, ge=1, description="runs that are, in one process; their median counts")
+    rounds: int = Field(
+        3, ge=1, le=20, description="fresh processes for each model, taking turns; medians and intervals are over them"
+    )
 
     def prompt_lengths(self, batch_size: int) -> tuple[int, ...]:
         """Prompt lengths at one batch size, the one that decode is measured behind first: all of them at the first

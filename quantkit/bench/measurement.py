@@ -9,12 +9,13 @@ from pydantic import Field
 from quantkit.gates.outcome import GateOutcome
 from quantkit.schema import Frozen
 
-METRICS_VERSION = 2
+METRICS_VERSION = 3
 """Raised, with a reason here, whenever a metric's definition changes.
 
 1: the first definitions.
 2: kl is over the 4096 likeliest tokens of the baseline and all others as one event, a lower bound that is below by
    what docs/bench.md says; quantiles of kl, total variation and the baseline's own noise are new.
+3: speeds, loaded and peak_rss are medians over several fresh processes; a warm-up decodes 8 tokens at most.
 """
 
 RESULTS_SCHEMA_VERSION = 1
@@ -33,7 +34,7 @@ class Measurement(Frozen):
     """One number, or the reason why there is none.
 
     value is None exactly when `missing` says why. error is a standard error, spread an interquartile range over
-    repetitions, both in `unit`.
+    processes, over repetitions where there was one process, both in `unit`.
     """
 
     metric: str = Field(description='what was measured, such as "perplexity", "decode", "accuracy/arc_easy"')
@@ -44,6 +45,9 @@ class Measurement(Frozen):
     error: float | None = None
     spread: float | None = None
     samples: int | None = None
+    rounds: list[float | None] | None = Field(
+        None, description="its value in each fresh process, null where that gave none; rows of a file took turns"
+    )
     missing: str | None = None
     engine: str | None = Field(None, description="what computed it; 'decoded weights' when the real engine could not")
     settings: dict[str, Any] = Field(default_factory=dict)

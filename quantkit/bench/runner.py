@@ -1,4 +1,4 @@
-"""Bench: a fresh process for the baseline and for each artifact, one after another, into one Results."""
+"""Bench: fresh processes for the baseline and for each artifact, one after another, into one Results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.bench import rounds
 from quantkit.bench.measurement import Layer, Results, Row
 from quantkit.bench.process import WorkerFailed, run_worker
 from quantkit.bench.unmeasured import missing
@@ -69,20 +70,22 @@ def bench(
             "baseline": str(source.path.absolute()),
         }
         # a hub id has been fetched by now; its folder is what the worker opens
-        job = Job(kind="baseline", path=str(source.path.absolute()), **common)
-        first = _measure(job, "baseline", progress, timeout_s)
-        row = Row(
-            label=_dtype_label(source),
-            notes=[*source.notes, *first.notes],
-            measurements=first.measurements,
-            samples=first.samples,
-        )
-        rows = []
-        for index, path in enumerate(artifacts):
-            label = labels[index] if labels else path.name
-            # the baseline has fetched what there is to fetch
-            job = Job(kind="artifact", path=str(path.absolute()), offline="accuracy" in first.seconds, **common)
-            rows.append(_row(path, label, _measure(job, label, progress, timeout_s)))
+        jobs = [Job(kind="baseline", path=str(source.path.absolute()), **common)]
+        shown = ["baseline", *(labels or [path.name for path in artifacts])]
+        first = _measure(jobs[0], shown[0], progress, timeout_s)
+        # the baseline has fetched what there is to fetch
+        offline = "accuracy" in first.seconds
+        jobs += [Job(kind="artifact", path=str(path.absolute()), offline=offline, **common) for path in artifacts]
+        answers = [first]
+        answers += [_measure(job, label, progress, timeout_s) for job, label in zip(jobs[1:], shown[1:], strict=True)]
+        base, *others = _further_rounds(jobs, shown, answers, progress, timeout_s)
+    row = Row(
+        label=_dtype_label(source),
+        notes=[*source.notes, *base.notes],
+        measurements=base.measurements,
+        samples=base.samples,
+    )
+    rows = [_row(path, label, answer) for path, label, answer in zip(artifacts, shown[1:], others, strict=True)]
     return Results(
         name=name,
         model=_model_name(baseline),
@@ -110,6 +113,27 @@ def _measure(job: Job, label: str, progress: Progress, timeout_s: float) -> Answ
         total = time.monotonic() - started
         progress.say(f"bench {label}: {stages or 'nothing measured'}; process {total:.1f} s")
     return answer
+
+
+def _further_rounds(
+    jobs: Sequence[Job], labels: Sequence[str], answers: Sequence[Answer], progress: Progress, timeout_s: float
+) -> list[Answer]:
+    """The answers with speed and memory measured in further processes; the models take turns, so that what else the
+    machine does meanwhile meets all of them."""
+    sections = rounds.of_the_machine(jobs[0].sections)
+    later: list[list[Answer | str]] = [[] for _ in jobs]
+    for number in range(2, rounds.wanted(sections) + 1):
+        for job, label, answer, found in zip(jobs, labels, answers, later, strict=True):
+            if not rounds.timed(answer):
+                continue
+            again = job.model_copy(update={"sections": sections})
+            with progress.task(f"bench {label}, round {number}", len(sections) + 1) as tracker:
+                try:
+                    found.append(run_worker(again, timeout_s, tracker))
+                except WorkerFailed as error:
+                    progress.say(f"bench {label}, round {number}: {error}")
+                    found.append(str(error))
+    return [rounds.merged(answer, found) for answer, found in zip(answers, later, strict=True)]
 
 
 def _second_try(job: Job, reason: str, timeout_s: float, tracker: Tracker) -> Answer:

@@ -14,10 +14,17 @@ from torch import Tensor
 from quantkit.bench.energy import EnergyCounter
 from quantkit.bench.measurement import SPEED_UNITS, Measurement
 from quantkit.bench.run import Run
+from quantkit.bench.statistics import interquartile_range
 from quantkit.bench.subject import Unavailable
 from quantkit.bench.unmeasured import missing_speeds, workload
 from quantkit.engines import Session
 from quantkit.sections import ThroughputBench
+
+WARMUP_STEPS = 8
+"""Tokens that a warm-up decodes at most: enough for every buffer and thread to be there."""
+
+LEAST_S = 1.0
+"""Seconds that the repetitions of a workload take together at least."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ def measure(section: ThroughputBench, run: Run) -> list[Measurement]:
     is a counter.
 
     A repetition reads a prompt into an empty cache and decodes greedily from there, behind the first prompt length
-    alone. The first token is there when the prompt has been read. The model counts as loaded after a first short pass.
+    alone. There are as many as asked for and as fill a second. The first token is there when the prompt has been read.
+    The model counts as loaded after a first short pass.
     """
     try:
         session = run.speed()
@@ -49,18 +57,20 @@ def measure(section: ThroughputBench, run: Run) -> list[Measurement]:
         for position, length in enumerate(section.prompt_lengths(size)):
             prompts = torch.randint(vocabulary, (size, length), generator=torch.Generator().manual_seed(0))
             steps = 0 if position else section.decode_tokens
-            times = section.warmup + section.repetitions
-            timings = [_once(session, prompts, steps, counter) for _ in range(times)]
+            for _ in range(section.warmup):
+                _once(session, prompts, min(steps, WARMUP_STEPS), counter)
+            timings = _repeated(section.repetitions, session, prompts, steps, counter)
             settings = {
                 **workload(section, size, length),
                 "warmup": section.warmup,
                 "repetitions": section.repetitions,
+                "least_seconds": LEAST_S,
                 "threads": torch.get_num_threads(),
                 "dtype": session.dtype,
                 **session.details,
             }
             suffix = f"/{length}" if position else ""
-            for metric, values in _values(timings[section.warmup :], prompts, steps).items():
+            for metric, values in _values(timings, prompts, steps).items():
                 found.append(_median(metric + suffix, SPEED_UNITS[metric], values, session.engine, settings))
     return found
 
@@ -104,6 +114,15 @@ def _load(run: Run, session: Session) -> Measurement:
     )
 
 
+def _repeated(least: int, session: Session, prompts: Tensor, steps: int, counter: EnergyCounter) -> list[Timing]:
+    """As many repetitions as asked for, and more until they took a second: a pause of the machine is a small part of
+    that, and may be all of a pass that takes milliseconds."""
+    found: list[Timing] = []
+    while len(found) < least or sum(one.first + one.rest for one in found) < LEAST_S:
+        found.append(_once(session, prompts, steps, counter))
+    return found
+
+
 def _once(session: Session, prompts: Tensor, steps: int, counter: EnergyCounter) -> Timing:
     started = time.perf_counter()
     tokens = session.prefill(prompts, room=steps)
@@ -113,11 +132,3 @@ def _once(session: Session, prompts: Tensor, steps: int, counter: EnergyCounter)
         tokens = session.decode(tokens)
     rest = time.perf_counter() - first
     return Timing(first - started, rest, counter.joules() if counter.available and steps else None)
-
-
-def interquartile_range(values: Sequence[float]) -> float | None:
-    """Third quartile minus first, None for a single value."""
-    if len(values) < 2:
-        return None
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return third - first

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 
 from quantkit.bench.measurement import SPEED_UNITS, Measurement, Row
-from quantkit.report.intervals import recovered_interval
+from quantkit.bench.statistics import interquartile_range
+from quantkit.report.intervals import another_run, recovered_interval
 from quantkit.report.model import Cell
 
 RATES = ("prefill", "decode")
@@ -78,8 +81,11 @@ def _measured(measurement: Measurement) -> Cell:
         text = "computed with the weights decoded from the artifact, not by the engine it is for"
         why = measurement.settings.get("without_engine")
         remarks.append(f"{text}: {why}" if why else text)
+    low, high = another_run(_given(measurement.rounds)) or (None, None)
     return Cell(
         value=measurement.value,
+        low=low,
+        high=high,
         error=measurement.error,
         spread=measurement.spread,
         samples=measurement.samples,
@@ -87,6 +93,10 @@ def _measured(measurement: Measurement) -> Cell:
         missing=measurement.missing,
         remarks=tuple(remarks),
     )
+
+
+def _given(rounds: Sequence[float | None] | None) -> list[float]:
+    return [value for value in rounds or () if value is not None]
 
 
 def _saved(ours: Measurement | None, theirs: Measurement | None) -> Cell:
@@ -98,7 +108,8 @@ def _saved(ours: Measurement | None, theirs: Measurement | None) -> Cell:
 
 
 def _speedup(ours: Measurement, theirs: Measurement | None) -> Cell:
-    """Ratio of two rates; the spread adds the relative spreads of both in quadrature."""
+    """Ratio of two rates: the median of each round's own, which met the machine in the same minutes, where there were
+    rounds. Without them the spread adds the relative spreads of both in quadrature."""
     if ours.value is None:
         return Cell(missing=ours.missing)
     if theirs is None or not theirs.value:
@@ -108,24 +119,36 @@ def _speedup(ours: Measurement, theirs: Measurement | None) -> Cell:
     if apart:
         return Cell(missing=f"the baseline was measured with another {', '.join(apart)}")
     ratio = ours.value / theirs.value
+    pairs = zip(ours.rounds or (), theirs.rounds or (), strict=False)
+    each = [one / other for one, other in pairs if one is not None and other]
     spread = None
-    if ours.spread is not None and theirs.spread is not None:
+    low, high = another_run(each) or (None, None)
+    if low is not None:
+        ratio, spread = statistics.median(each), interquartile_range(each)
+    elif ours.spread is not None and theirs.spread is not None:
         spread = ratio * math.hypot(ours.spread / ours.value, theirs.spread / theirs.value) if ours.value else 0.0
     remarks: tuple[str, ...] = ()
     if ours.engine and theirs.engine and ours.engine != theirs.engine:
         remarks = (
             f"run by {ours.engine}, the baseline by {theirs.engine}: the ratio holds the engines' difference too",
         )
-    return Cell(value=ratio, spread=spread, engine=ours.engine, remarks=remarks)
+    return Cell(value=ratio, low=low, high=high, spread=spread, engine=ours.engine, remarks=remarks)
 
 
 def _cost(rate: Cell, price_per_hour: float) -> Cell:
-    """What a million tokens cost at a rate in tokens a second; the relative spread is that of the rate."""
+    """What a million tokens cost at a rate in tokens a second; as sure as the rate is."""
     if not rate.value:
         return Cell(missing=rate.missing or "the rate is 0")
     cost = price_per_hour / 3600 * 1e6 / rate.value
-    spread = None if rate.spread is None else cost * rate.spread / rate.value
-    return Cell(value=cost, spread=spread, samples=rate.samples, engine=rate.engine, remarks=rate.remarks)
+    return Cell(
+        value=cost,
+        low=rate.high and cost * rate.value / rate.high,
+        high=rate.low and cost * rate.value / rate.low,
+        spread=None if rate.spread is None else cost * rate.spread / rate.value,
+        samples=rate.samples,
+        engine=rate.engine,
+        remarks=rate.remarks,
+    )
 
 
 def _accuracy_cells(row: Row, baseline: Row) -> dict[str, Cell]:

@@ -5,27 +5,27 @@ from __future__ import annotations
 
 import math
 
+from quantkit.report.intervals import NORMAL_95, student_95
 from quantkit.report.model import Cell
 
 EXACT = ("artifact", "memory_saved", "bits_per_weight", "bits_per_weight_all")
 """Counted, not measured: another run gives the same number."""
 
-NORMAL_95 = 1.96
-"""Standard errors on either side of a mean that hold 95% of a normal distribution."""
-
 
 def interval(key: str, cell: Cell) -> tuple[float, float] | None:
     """The interval of a cell by its column's key, None when nothing says how sure it is.
 
-    Its own 95% interval where it has one; 1.96 standard errors on either side of a mean; the interquartile range on
-    either side of a median over repetitions, as the report's verdicts have it; a count is its own interval.
+    Its own 95% interval where it has one; the standard errors on either side of a mean that Student's t has for as many
+    values, 1.96 where it does not say how many; the interquartile range on either side of a median over repetitions in
+    one process; a count is its own interval.
     """
     if cell.value is None:
         return None
     if cell.low is not None and cell.high is not None:
         return cell.low, cell.high
     if cell.error is not None:
-        return cell.value - NORMAL_95 * cell.error, cell.value + NORMAL_95 * cell.error
+        errors = student_95(cell.samples - 1) if cell.samples else NORMAL_95
+        return cell.value - errors * cell.error, cell.value + errors * cell.error
     if cell.spread is not None:
         return cell.value - cell.spread, cell.value + cell.spread
     return (cell.value, cell.value) if key in EXACT else None

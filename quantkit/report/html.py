@@ -22,9 +22,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 """The browser itself then refuses whatever would leave the page."""
 
 FOLDED = ("Settings", "Environment")
-READING = (
-    "± one standard error · (interquartile range of the repetitions) · [95% interval] · n/a: not measured, and why"
-)
+ERRORS = "± one standard error · (interquartile range of repetitions in one process) · "
+READING = "[95% interval; of a speed: where the median of another run would lie] · n/a: not measured, and why"
 
 
 def page(comparisons: Sequence[Comparison]) -> str:
@@ -88,11 +87,8 @@ def _below(title: str, document: Document) -> str:
     """How the numbers of a table are read."""
     if title == "Summary":
         mark = "".join(document.best_note("Marked")).removesuffix(".")
-        lines = [mark, READING.replace("± one standard error · (interquartile range of the repetitions) · ", "")]
-        return f'\n<p class="reading">{escape(" · ".join(filter(None, [*lines, "MB are 10⁶ bytes"])))}</p>'
-    return (
-        f'\n<p class="reading">{escape(READING)}</p>' if title in GROUPS.values() and title != "Size and memory" else ""
-    )
+        return f'\n<p class="reading">{escape(" · ".join(filter(None, [mark, READING, "MB are 10⁶ bytes"])))}</p>'
+    return f'\n<p class="reading">{escape(ERRORS + READING)}</p>' if title in GROUPS.values() else ""
 
 
 def _table(table: TextTable, place: int) -> str:
@@ -181,8 +177,8 @@ def _plots(comparison: Comparison) -> str:
     absent = dict.fromkeys(text for plot in drawn for text in plot.absent)
     missing = f" Not drawn: {'; '.join(absent)}." if absent else ""
     reading = (
-        "Dashed: the artifacts that no other one beats in both. Bars: 95% intervals, for speeds the interquartile "
-        f"range of the repetitions. Hollow, and the dotted line: the baseline.{missing}"
+        "Dashed: the artifacts that no other one beats in both. Bars: 95% intervals, of speeds measured in one process "
+        f"the interquartile range of the repetitions. Hollow, and the dotted line: the baseline.{missing}"
     )
     return _section(
         "Quality against size and speed",

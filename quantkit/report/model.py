@@ -21,7 +21,7 @@ class Cell(Frozen):
 
     value: float | None = None
     error: float | None = Field(None, description="standard error")
-    spread: float | None = Field(None, description="interquartile range over repetitions")
+    spread: float | None = Field(None, description="interquartile range over processes, or over repetitions in one")
     low: float | None = Field(None, description="lower end of the 95% interval")
     high: float | None = None
     samples: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quantkit.report.certainty import interval
 from quantkit.report.facts import Rule
 from quantkit.report.model import Cell, Judgement, Line, Quantity, Verdict
 
@@ -139,16 +140,18 @@ def _speed(line: Line, baseline: Line, rule: Rule, environment: Mapping[str, Any
     cell = line.cells.get("decode_speedup")
     if cell is None or cell.value is None:
         return _absent(line, "faster", low, high, cell)
-    faster, spread = cell.value - 1, cell.spread or 0.0
-    inside = low - spread <= faster <= high + spread
+    faster = cell.value - 1
+    ends = interval("decode_speedup", cell)
+    least, most = (ends[0] - 1, ends[1] - 1) if ends else (faster, faster)
+    inside = least <= high and low <= most
     return Verdict(
         label=line.label,
         quantity="faster",
         rule_low=low,
         rule_high=high,
         measured=faster,
-        low=faster - spread if cell.spread is not None else None,
-        high=faster + spread if cell.spread is not None else None,
+        low=least if ends else None,
+        high=most if ends else None,
         judgement="agrees" if inside else "parts",
         reason="decode speed is within the rule" if inside else _why_speed(line, baseline, cell, environment),
     )

@@ -26,7 +26,7 @@ QUIET = Progress(quiet=True)
 SECTIONS: tuple[AnyBench, ...] = (
     AccuracyBench(limit=8),
     DivergenceBench(sequences=2, length=32),
-    ThroughputBench(prompt_tokens=8, decode_tokens=2, batch_sizes=(1, 2), repetitions=2),
+    ThroughputBench(prompt_tokens=8, decode_tokens=2, batch_sizes=(1, 2), repetitions=2, rounds=1),
     MemoryBench(),
 )
 METRICS = {"artifact", "bits_per_weight", "bits_per_weight_all", "loaded", "peak_rss", "peak_vram", "prefill", "decode"}
