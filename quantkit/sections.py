@@ -79,7 +79,7 @@ class ThroughputBench(Frozen):
     warmup: int = Field(1, ge=0, description="runs that are not counted")
     repetitions: int = Field(3, ge=1, description="runs that are, in one process; their median counts")
     rounds: int = Field(
-        3, ge=1, le=20, description="fresh processes for each model, taking turns; medians and intervals are over them"
+        3, ge=1, description="fresh processes for each model, taking turns; medians and intervals are over them"
     )
 
     def prompt_lengths(self, batch_size: int) -> tuple[int, ...]:

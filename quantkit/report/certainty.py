@@ -24,7 +24,7 @@ def interval(key: str, cell: Cell) -> tuple[float, float] | None:
     if cell.low is not None and cell.high is not None:
         return cell.low, cell.high
     if cell.error is not None:
-        errors = student_95(cell.samples - 1) if cell.samples else NORMAL_95
+        errors = student_95(cell.samples) if cell.samples and cell.samples > 1 else NORMAL_95
         return cell.value - errors * cell.error, cell.value + errors * cell.error
     if cell.spread is not None:
         return cell.value - cell.spread, cell.value + cell.spread

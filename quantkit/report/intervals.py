@@ -1,4 +1,4 @@
-"""How sure a comparison of two models on the same questions is, and how sure a speed: numpy only."""
+"""How sure a comparison of two models on the same questions is, and how sure a speed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 RESAMPLES = 10_000
 SEED = 0
 LEVEL = 0.95
 
 NORMAL_95 = 1.96
-STUDENT_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228) + (
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-"""The 97.5% quantile of Student's t with 1 to 30 degrees of freedom."""
 
 
-def student_95(freedom: int) -> float:
-    """Standard errors on either side of a mean that hold 95%, when the error comes of `freedom` + 1 values."""
-    return STUDENT_95[freedom - 1] if 1 <= freedom <= len(STUDENT_95) else NORMAL_95
+def student_95(count: int) -> float:
+    """Standard errors on either side of a mean of `count` values that hold 95%: Student's t. Two values at least."""
+    return float(stdtrit(count - 1, 1 - (1 - LEVEL) / 2))
 
 
 def another_run(values: Sequence[float]) -> tuple[float, float] | None:
@@ -37,7 +33,7 @@ def another_run(values: Sequence[float]) -> tuple[float, float] | None:
     if len(values) < 2 or min(values) <= 0:
         return None
     error = statistics.stdev(math.log(value) for value in values) * math.sqrt(math.pi / len(values))
-    away = math.exp(student_95(len(values) - 1) * error)
+    away = math.exp(student_95(len(values)) * error)
     middle = statistics.median(values)
     return middle / away, middle * away
 

@@ -26,7 +26,7 @@ QUIET = Progress(quiet=True)
 SECTIONS: tuple[AnyBench, ...] = (
     AccuracyBench(limit=8),
     DivergenceBench(sequences=2, length=32),
-    ThroughputBench(prompt_tokens=8, decode_tokens=2, batch_sizes=(1, 2), repetitions=2, rounds=1),
+    ThroughputBench(prompt_tokens=8, decode_tokens=2, batch_sizes=(1, 2), repetitions=2, rounds=2),
     MemoryBench(),
 )
 METRICS = {"artifact", "bits_per_weight", "bits_per_weight_all", "loaded", "peak_rss", "peak_vram", "prefill", "decode"}
@@ -136,6 +136,42 @@ def test_every_metric_has_its_place_when_missing() -> None:
     assert {one.metric for one in found} == METRICS
     assert {one.settings["batch_size"] for one in found if one.metric == "prefill"} == {1, 2}
     assert all(one.value is None and one.missing == "because" for one in found)
+
+
+def test_models_take_turns_in_further_processes(
+    tiny_llama: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, list[str]]] = []
+
+    def answer(job: Job, *_: object) -> Answer:
+        seen.append((job.kind, [section.name for section in job.sections]))
+        if len(seen) == 4:
+            raise WorkerFailed("the process was ended by SIGKILL")
+        speeds = {"load": 1.0, "decode": float(len(seen))}
+        return Answer(measurements=[Measurement(metric=key, value=value, unit="s") for key, value in speeds.items()])
+
+    monkeypatch.setattr(runner, "run_worker", answer)
+    sections = (ThroughputBench(rounds=3), DivergenceBench())
+    results = bench([artifact], baseline=str(tiny_llama), sections=sections, name="t", device="cpu", progress=QUIET)
+    once, again = ["throughput", "divergence"], ["throughput"]
+    assert seen == [(kind, names) for names in (once, again, again) for kind in ("baseline", "artifact")]
+    assert results.baseline.measurements[1].rounds == [1.0, 3.0, 5.0]
+    assert results.rows[0].measurements[1].rounds == [2.0, None, 6.0]
+    assert results.rows[0].notes == ["round 2: the process was ended by SIGKILL"]
+
+
+def test_without_an_engine_for_speed_there_are_no_further_processes(
+    tiny_llama: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def answer(job: Job, *_: object) -> Answer:
+        seen.append(job.kind)
+        return Answer(measurements=missing(job.sections, "no engine"))
+
+    monkeypatch.setattr(runner, "run_worker", answer)
+    bench([artifact], baseline=str(tiny_llama), sections=SECTIONS, name="t", device="cpu", progress=QUIET)
+    assert seen == ["baseline", "artifact"]
 
 
 def test_only_the_baseline_may_fetch_questions(

@@ -71,6 +71,8 @@ def test_a_column_without_a_better_side_is_never_marked() -> None:
 def test_an_interval_is_what_was_recorded_first() -> None:
     assert interval("kl", Cell(value=1.0, low=0.5, high=1.2, error=9.0)) == (0.5, 1.2)
     assert interval("kl", Cell(value=1.0, error=0.5)) == pytest.approx((0.02, 1.98))
+    # the mean of 4 values is as sure as Student's t with 3 degrees of freedom
+    assert interval("kl", Cell(value=1.0, error=0.1, samples=4)) == pytest.approx((1 - 0.3182, 1 + 0.3182), abs=1e-4)
     assert interval("kl", Cell(value=1.0, spread=0.5)) == (0.5, 1.5)
     assert interval("kl", Cell(value=1.0)) is None
     assert interval("kl", Cell(missing="why")) is None

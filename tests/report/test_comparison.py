@@ -8,6 +8,7 @@ import pytest
 
 from quantkit.bench.measurement import Measurement, Results, Row
 from quantkit.report.comparison import compare, missing_reasons
+from quantkit.report.intervals import another_run
 from quantkit.report.layout import lay_out
 from quantkit.report.model import Comparison, Verdict
 from report.results_samples import baseline_row, measured, missing, results, row
@@ -40,6 +41,23 @@ def test_ratios_are_against_the_baseline() -> None:
     speedup = comparison.lines[1].cells["decode_speedup"]
     # relative spreads of 0.36 / 36 and 0.48 / 24 in quadrature
     assert speedup.spread == pytest.approx(1.5 * (0.01**2 + 0.02**2) ** 0.5)
+
+
+def test_speeds_of_several_processes_are_compared_round_by_round() -> None:
+    slow, fast = [20.0, 24.0, 30.0, None], [30.0, 37.2, 45.0, 36.0]
+    base = baseline_row({"decode": measured("decode", 24.0, "tok/s", spread=5.0, rounds=slow)})
+    ours = row("NF4", replaced={"decode": measured("decode", 36.6, "tok/s", rounds=fast)})
+    (comparison,) = compare([results(ours, baseline=base)], price_per_hour=3.6)
+    before, after = (line.cells["decode"] for line in comparison.lines)
+    assert (before.low, before.high) == another_run([20.0, 24.0, 30.0])
+    speedup = comparison.lines[1].cells["decode_speedup"]
+    assert speedup.value == 1.5  # of 1.5, 1.55 and 1.5
+    assert (speedup.low, speedup.high) == another_run([1.5, 1.55, 1.5])
+    # the machine was half as fast again in one round as in another, and that was the same for both
+    assert speedup.low is not None and speedup.low > 1.35 and after.low is not None and after.low < 30
+    cost = comparison.lines[1].cells["decode_cost"]  # 1000 a second, by the rate
+    assert after.high is not None and cost.low == pytest.approx(1000 / after.high)
+    assert cost.high == pytest.approx(1000 / after.low)
 
 
 def test_recovered_has_an_interval_and_says_how_many_answers_changed() -> None:

@@ -1,4 +1,5 @@
-"""The paired bootstrap against cases whose answer is known, and against one that resamples question by question."""
+"""The paired bootstrap against cases whose answer is known, and against one that resamples question by question; the
+replication interval of speeds against runs that are drawn."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from quantkit.report.intervals import recovered_interval
+from quantkit.report.intervals import NORMAL_95, another_run, recovered_interval, student_95
 
 
 def scores(both: int, lost: int, gained: int, neither: int) -> tuple[list[float], list[float]]:
@@ -75,3 +76,28 @@ def test_a_baseline_that_may_score_nothing_has_no_interval() -> None:
 def test_other_questions_are_refused(one: list[float], other: list[float]) -> None:
     with pytest.raises(ValueError, match="expected the same questions"):
         recovered_interval([one], [other])
+
+
+def test_students_t_of_few_values_and_of_many() -> None:
+    # Student, The probable error of a mean, Biometrika 6, 1908; later tables: 12.706, 2.776, and 1.960 in the end
+    assert student_95(2) == pytest.approx(12.706, abs=1e-3)
+    assert student_95(5) == pytest.approx(2.776, abs=1e-3)
+    assert student_95(10**6) == pytest.approx(NORMAL_95, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [3, 5, 8])
+def test_another_run_lies_in_the_interval_as_often_as_it_says(count: int) -> None:
+    generator = np.random.default_rng(1)
+    inside = []
+    for _ in range(4000):
+        first, second = (np.exp(generator.normal(3.0, 0.2, count)) for _ in range(2))
+        low, high = another_run(list(first)) or (0.0, 0.0)
+        inside.append(low <= np.median(second) <= high)
+    assert 0.94 < np.mean(inside) < 0.985
+
+
+def test_another_run_of_a_rate_and_of_its_time_are_one_interval() -> None:
+    rates = [100.0, 130.0, 90.0, 110.0, 105.0]
+    low, high = another_run(rates) or (0.0, 0.0)
+    assert another_run([1 / rate for rate in rates]) == pytest.approx((1 / high, 1 / low))
+    assert another_run([7.0]) is None and another_run([]) is None and another_run([0.0, 1.0]) is None

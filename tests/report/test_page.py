@@ -119,6 +119,7 @@ def test_a_price_becomes_a_cost_of_tokens(tmp_path: Path) -> None:
     # 36 tokens a second are 129600 an hour
     assert cells["decode_cost"]["value"] == pytest.approx(1.2 / 129600 * 1e6)
     assert cells["decode_cost"]["spread"] == pytest.approx(1.2 / 129600 * 1e6 * 0.01)
+    assert cells["decode_cost"]["low"] is None and cells["decode_cost"]["high"] is None
     assert comparison["lines"][2]["cells"]["decode_cost"]["missing"] == "gptqmodel is not installed"
     assert "cost, generated" in (out / "report.html").read_text()
     assert "at 1.2 an hour" in (out / "report.md").read_text()
