@@ -13,7 +13,7 @@ import yaml
 from quantkit.report.entries import Entry
 from quantkit.report.heat import HEAT_STYLE, bits_map, noise_map
 from quantkit.report.layers import UNQUANTIZED
-from quantkit.report.layout import GROUPS, Document, Listing, TextTable, lay_out
+from quantkit.report.layout import GROUPS, INTERVAL, Document, Listing, TextTable, lay_out
 from quantkit.report.model import Comparison, Line
 from quantkit.report.pareto import plots
 from quantkit.report.svg import SHAPES_STYLE, scatter
@@ -23,7 +23,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 FOLDED = ("Settings", "Environment")
 ERRORS = "± one standard error · (interquartile range of repetitions in one process) · "
-READING = "[95% interval; of a speed: where the median of another run would lie] · n/a: not measured, and why"
+READING = f"{INTERVAL} · n/a: not measured, and why"
 
 
 def page(comparisons: Sequence[Comparison]) -> str:

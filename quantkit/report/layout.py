@@ -14,6 +14,7 @@ from quantkit.report.model import Cell, Column, Comparison, Line, Quantity, Verd
 
 SUMMARY = ("artifact", "memory_saved", "decode", "decode_speedup", "perplexity", "kl", "recovered", "quantize")
 GROUPS = {"size": "Size and memory", "speed": "Speed", "quality": "Quality"}
+INTERVAL = "[95% interval; of a speed: where the median of another run would lie]"
 SHORT = {"decode_speedup": "vs baseline", "recovered": "recovered [95%]", "kl": "KL", "quantize": "quantize"}
 """Titles for the summary, where there is little room."""
 
@@ -86,7 +87,7 @@ def lay_out(comparison: Comparison) -> Document:
         Listing("Environment", flatten(comparison.environment)),
     ]
     lead = [f"Model: {comparison.model}", *comparison.model_notes]
-    lead.append(f"Baseline: {comparison.lines[0].label}. MB are 10^6 bytes.")
+    lead.append(f"Baseline: {comparison.lines[0].label}. MB are 10^6 bytes. {INTERVAL}.")
     kept = [part for part in parts if isinstance(part, TextTable) or part.items]
     return Document(comparison.name, lead, kept)
 
