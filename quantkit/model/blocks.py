@@ -19,12 +19,14 @@ class LinearGroup:
     linears: module names inside the block. producer: the module inside the block whose output channels are that input,
     so that a scale of the input can be folded into it; None when nothing linear stands before. producer_kind: "norm"
     (the gain of a normalization), "linear" (the rows of a linear), or "value" (the rows of the value projection, which
-    several query heads may share).
+    several query heads may share). added_to: the module whose input is the hidden states that the outputs are added to
+    as they are; None where they go elsewhere.
     """
 
     linears: tuple[str, ...]
     producer: str | None = None
     producer_kind: str | None = None
+    added_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,30 +67,32 @@ class Block:
 
 _LLAMA_GROUPS = (
     LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "norm"),
-    LinearGroup(("self_attn.o_proj",), "self_attn.v_proj", "value"),
+    LinearGroup(("self_attn.o_proj",), "self_attn.v_proj", "value", "input_layernorm"),
     LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "norm"),
-    LinearGroup(("mlp.down_proj",), "mlp.up_proj", "linear"),
+    LinearGroup(("mlp.down_proj",), "mlp.up_proj", "linear", "post_attention_layernorm"),
 )
 
+# a norm stands between the outputs and the hidden states
 _GEMMA_GROUPS = (
-    *_LLAMA_GROUPS[:2],
+    _LLAMA_GROUPS[0],
+    LinearGroup(("self_attn.o_proj",), "self_attn.v_proj", "value"),
     LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm", "norm"),
-    _LLAMA_GROUPS[3],
+    LinearGroup(("mlp.down_proj",), "mlp.up_proj", "linear"),
 )
 
 # fused projections are one linear each; nothing linear alone feeds o_proj and down_proj there
 _PHI3_GROUPS = (
     LinearGroup(("self_attn.qkv_proj",), "input_layernorm", "norm"),
-    LinearGroup(("self_attn.o_proj",)),
+    LinearGroup(("self_attn.o_proj",), added_to="input_layernorm"),
     LinearGroup(("mlp.gate_up_proj",), "post_attention_layernorm", "norm"),
-    LinearGroup(("mlp.down_proj",)),
+    LinearGroup(("mlp.down_proj",), added_to="post_attention_layernorm"),
 )
 
 _GPT2_GROUPS = (
     LinearGroup(("attn.c_attn",), "ln_1", "norm"),
-    LinearGroup(("attn.c_proj",)),
+    LinearGroup(("attn.c_proj",), added_to="ln_1"),
     LinearGroup(("mlp.c_fc",), "ln_2", "norm"),
-    LinearGroup(("mlp.c_proj",)),
+    LinearGroup(("mlp.c_proj",), added_to="ln_2"),
 )
 
 _LLAMA = Architecture(block_prefix="model.layers.{index}.", groups=_LLAMA_GROUPS)
@@ -180,6 +184,7 @@ def blocks_of(source: Source) -> list[Block]:
                 tuple(prefix + linear for linear in group.linears),
                 prefix + group.producer if group.producer else None,
                 group.producer_kind,
+                prefix + group.added_to if group.added_to else None,
             )
             for group in architecture.groups
         )

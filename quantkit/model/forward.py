@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -54,6 +56,20 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.args, self.kwargs = args, kwargs
         return hidden
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    """What has come to a group of linears: its inputs, and where it is asked for the hidden states that its outputs
+    will be added to."""
+
+    inputs: Tensor
+    states: Tensor | None
+
+
+_STATES: ContextVar[Tensor | None] = ContextVar("_STATES", default=None)
+"""The hidden states that entered the last module that some group's outputs are added behind; each row that waits in a
+greenlet has a context, and so states, of its own."""
 
 
 class _EnoughError(Exception):
@@ -210,13 +226,13 @@ class BlockRunner:
 
         from greenlet import getcurrent, greenlet
 
-        def wait(inputs: Tensor) -> None:
-            getcurrent().parent.switch(inputs)  # type: ignore[union-attr]
+        def wait(arrived: _Arrived) -> None:
+            getcurrent().parent.switch(arrived)  # type: ignore[union-attr]
 
         # one mode around all rows: each restores at its end what it found at its start, and they overlap
         with torch.inference_mode(), ExitStack() as hooks:
             for (one, _), group in product(ways, block.groups):
-                hooks.enter_context(_watched(one, block, group, wait))
+                hooks.enter_context(_watched_with_states(one, block, group, wait))
             batches = list(self._batches(hidden))
             waiting = [
                 [greenlet(partial(self._call, one, block, states[rows])) for one, states in ways] for rows in batches
@@ -252,32 +268,34 @@ class BlockRunner:
         block: Block,
         group: LinearGroup,
         rounder: Rounder,
-        inputs: Iterable[Sequence[Tensor]],
+        inputs: Iterable[Sequence[_Arrived]],
         every: int,
     ) -> None:
         """inputs: batches of those behind what was rounded and, where it runs along, of the unquantized block's."""
         accumulator, correction = self._accumulator(group), None
-        for rows, *unquantized in inputs:
+        for here, *beside in inputs:
+            rows = here.inputs
             accumulator.add(rows if every == 1 else rows.flatten(0, -2)[::every])
-            if unquantized:
+            for there in beside:
                 if correction is None:
                     linears = self.arithmetic.linears
                     scale = rounder.input_scale(group)
                     correction = CorrectionAccumulator(rows.shape[-1], self.device, linears, scale)
-                correction.add(unquantized[0], rows)
+                apart = None if there.states is None or here.states is None else there.states - here.states
+                correction.add(there.inputs, rows, apart)
         self.assign(module, block, rounder.round(group, accumulator.result(), correction))
 
     def _from_start(
         self, module: nn.Module, block: Block, group: LinearGroup, hidden: HiddenStates
-    ) -> Iterator[Tensor]:
-        """The inputs of a group, a batch at a time; the block runs no further."""
-        seen: list[Tensor] = []
+    ) -> Iterator[_Arrived]:
+        """What comes to a group, a batch at a time; the block runs no further."""
+        seen: list[_Arrived] = []
 
-        def stop(inputs: Tensor) -> None:
-            seen.append(inputs)
+        def stop(arrived: _Arrived) -> None:
+            seen.append(arrived)
             raise _EnoughError
 
-        with _watched(module, block, group, stop):
+        with _watched_with_states(module, block, group, stop):
             for rows in self._batches(hidden):
                 with suppress(_EnoughError):
                     self._call(module, block, hidden[rows])
@@ -324,6 +342,26 @@ def _watched(module: nn.Module, block: Block, group: LinearGroup, see: Callable[
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _watched_with_states(
+    module: nn.Module, block: Block, group: LinearGroup, see: Callable[[_Arrived], None]
+) -> Iterator[None]:
+    """`_watched`, with the hidden states that the group's outputs will be added to."""
+
+    def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        _STATES.set(inputs[0])
+
+    def arrive(inputs: Tensor) -> None:
+        see(_Arrived(inputs, _STATES.get() if group.added_to else None))
+
+    with ExitStack() as hooks:
+        if group.added_to:
+            before = module.get_submodule(group.added_to.removeprefix(block.prefix))
+            hooks.callback(before.register_forward_pre_hook(enter).remove)
+        hooks.enter_context(_watched(module, block, group, arrive))
+        yield
 
 
 def _for_any_batch(value: Any) -> Any:

@@ -71,3 +71,28 @@ def test_half_precision_products_move_the_correction_by_little() -> None:
     whole = _corrected(before, now, weight)
     error = float((seen.corrected(weight, now.T @ now, 1e-6, 1.0) - whole).norm())
     assert error < 0.02 * float((whole - weight).norm())
+
+
+def test_states_that_went_wrong_are_made_up_for_too() -> None:
+    before, now, weight = _inputs()
+    generator = torch.Generator().manual_seed(2)
+    apart = now @ torch.randn(IN, OUT, generator=generator) + 0.1 * torch.randn(TOKENS, OUT, generator=generator)
+    seen = CorrectionAccumulator(IN, CPU, torch.float32, None)
+    for rows in zip(before.split(150), now.split(150), apart.split(150), strict=True):
+        seen.add(*rows)
+    aim = before.double() @ weight.double().T + apart.double()
+    wanted = torch.linalg.lstsq(now.double(), aim).solution.T.float()
+    torch.testing.assert_close(seen.corrected(weight, now.T @ now, 1e-6, 1.0), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_states_far_out_do_not_decide_for_the_others() -> None:
+    before, now, weight = _inputs()
+    seen = CorrectionAccumulator(IN, CPU, torch.float32, None)
+    apart = 0.1 * now[:, :OUT].clone()
+    apart[7] = 1e4
+    seen.add(before, now, apart)
+    keep = torch.arange(TOKENS) != 7
+    alone = CorrectionAccumulator(IN, CPU, torch.float32, None)
+    alone.add(before[keep], now[keep], apart[keep])
+    wanted = alone.corrected(weight, now[keep].T @ now[keep], 1e-6, 1.0)
+    torch.testing.assert_close(seen.corrected(weight, now.T @ now, 1e-6, 1.0), wanted, rtol=1e-3, atol=1e-3)

@@ -11,11 +11,12 @@ from torch import Tensor
 from fakes.families import SETTINGS, write_family
 from oracles.memory_source import MemorySource
 from quantkit.device import arithmetic
-from quantkit.maths import fold
+from quantkit.maths import correction, fold
+from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import InputStatistics
 from quantkit.methods.awq import AWQ
 from quantkit.methods.base import BlockWeights
-from quantkit.model.blocks import Block, architecture_of, blocks_of, head_dim, linear_shape
+from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim, linear_shape
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import load_transformers
@@ -71,3 +72,64 @@ def test_folded_scales_leave_every_block_as_it_was(source: MemorySource, monkeyp
         now = {f"{name}.weight": block.oriented(weight) for name, weight in work.weights.items()}
         _statistics(runner, block, tensors | now | work.replaced, folded)
         torch.testing.assert_close(folded[:], hidden[:], rtol=1e-4, atol=1e-4)
+
+
+def test_what_outputs_are_added_to_is_what_the_table_says(source: MemorySource) -> None:
+    """The states that enter `added_to` and the outputs make the next such states, at last the block's own output."""
+    runner = BlockRunner(source, CPU, arithmetic(CPU, torch.float32, exact=True))
+    hidden = runner.embed(IDS)
+    block = blocks_of(source)[0]
+    groups = [group for group in block.groups if group.added_to]
+    assert len(groups) == (0 if "Gemma" in source.config["architectures"][0] else 2)
+    states, outputs = [], []
+    with runner.loaded(block, {name: source.read(name) for name in block.tensors}) as module:
+        for group in groups:
+            assert group.added_to is not None
+            entered = module.get_submodule(group.added_to.removeprefix(block.prefix))
+            linear = module.get_submodule(group.linears[0].removeprefix(block.prefix))
+            entered.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0].clone()))
+            linear.register_forward_hook(lambda _, __, output: outputs.append(output.clone()))
+        runner.statistics(module, block, hidden, advance=True)
+    sums = [state + output for state, output in zip(states, outputs, strict=True)]
+    for found, expected in zip(sums, [*states[1:], hidden[:]] if groups else [], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_rows_beside_bring_their_states(source: MemorySource, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correction, "FAR", float("inf"))
+    runner = BlockRunner(source, CPU, arithmetic(CPU, torch.float32, exact=True))
+    hidden = runner.embed(IDS)
+    block = blocks_of(source)[0]
+    tensors = {name: source.read(name) for name in block.tensors}
+    beside = hidden.copy()
+    apart = 0.1 * torch.randn(hidden[:].shape, generator=torch.Generator().manual_seed(0))
+    beside[:] = hidden[:] + apart
+    found: dict[str, CorrectionAccumulator | None] = {}
+
+    class Rounder:
+        def round(
+            self, group: LinearGroup, seen: InputStatistics, correction: CorrectionAccumulator | None
+        ) -> dict[str, Tensor]:
+            found[group.linears[0]] = correction
+            return {}
+
+        def input_scale(self, group: LinearGroup) -> Tensor | None:
+            return None
+
+    inputs: list[Tensor] = []
+    first = next((group for group in block.groups if group.added_to), None)
+    with runner.loaded(block, tensors) as module:
+        twin = runner.twin(block, tensors)
+        if first is not None:
+            linear = module.get_submodule(first.linears[0].removeprefix(block.prefix))
+            linear.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
+        runner.staged(module, block, hidden, Rounder(), keep=keep, advance=False, beside=(twin, beside))
+    for group in block.groups:
+        seen = found[group.linears[0]]
+        assert seen is not None and (seen.states_change is not None) == (group.added_to is not None)
+    if first is not None:
+        seen = found[first.linears[0]]
+        assert seen is not None
+        expected = apart.flatten(0, 1).T @ inputs[0].flatten(0, 1)
+        torch.testing.assert_close(seen.states_change, expected, rtol=1e-4, atol=1e-4)
