@@ -36,7 +36,7 @@ MACHINE = ("platform", "cpu", "gpu", "cores", "threads", "device")
 """Keys of the environment without which times and memory of two runs say nothing of each other."""
 
 MADE_FROM = {"memory_saved": ("artifact",), "decode_speedup": ("decode",), "prefill_speedup": ("prefill",)}
-BESIDE_THE_POINT = ("imports_bytes", "warmup", "repetitions", "rounds")
+BESIDE_THE_POINT = ("imports_bytes", "warmup", "repetitions")
 """Settings that may differ: they do not change what is measured."""
 
 
