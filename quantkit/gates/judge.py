@@ -85,7 +85,7 @@ def _verdict(bar: Bar, limit: float, cell: Cell, found: tuple[float, float] | No
     if high < least:
         return "failed", "the whole interval is beyond the bar"
     if low < least:
-        return "warned", "the interval holds the bar: more questions, text or repetitions would tell"
+        return "warned", "the interval holds the bar: more questions, text or rounds would tell"
     return "passed", "the whole interval is within the bar"
 
 

@@ -17,25 +17,13 @@ from quantkit.schema import Frozen
 
 Judgement = Literal["better", "worse", "same", "cannot tell"]
 
-MORE_IS_BETTER = ("memory_saved", "prefill", "prefill_speedup", "decode", "decode_speedup", "top1", "recovered")
-LESS_IS_BETTER = (
-    "artifact",
-    "bits_per_weight",
-    "bits_per_weight_all",
-    "loaded",
-    "peak_rss",
-    "peak_vram",
-    "quantize",
-    "first_token",
-    "perplexity",
-    "kl",
-    "changed",
-)
-OF_THE_MACHINE = ("loaded", "peak_rss", "peak_vram", "quantize", "first_token")
+OF_THE_MACHINE = ("loaded", "peak_rss", "peak_vram", "quantize")
+"""Metrics outside the group of speeds that are the machine's as much as the artifact's."""
+
 MACHINE = ("platform", "cpu", "gpu", "cores", "threads", "device")
 """Keys of the environment without which times and memory of two runs say nothing of each other."""
 
-MADE_FROM = {"memory_saved": ("artifact",), "decode_speedup": ("decode",), "prefill_speedup": ("prefill",)}
+MADE_FROM = {"memory_saved": "artifact", "decode_speedup": "decode", "prefill_speedup": "prefill"}
 BESIDE_THE_POINT = ("imports_bytes", "warmup", "repetitions")
 """Settings that may differ: they do not change what is measured."""
 
@@ -133,24 +121,25 @@ def _judge(
     machine: Sequence[str],
 ) -> tuple[Judgement, str]:
     metric = column.key.partition("#")[0].partition("@")[0]
+    base, slash, length = metric.partition("/")
     if old.value is None or new.value is None:
         when = "before" if old.value is None else "now"
         return "cannot tell", f"not measured {when}: {(old if old.value is None else new).missing or 'no reason given'}"
-    for key in MADE_FROM.get(metric, (metric,)):
-        if key in apart:
-            return "cannot tell", apart[key]
+    made_from = MADE_FROM.get(base, base) + slash + length
+    if made_from in apart:
+        return "cannot tell", apart[made_from]
     if machine and (column.group == "speed" or metric in OF_THE_MACHINE):
         return "cannot tell", f"measured on another machine: {', '.join(machine)}"
     if old.value == new.value:
         return "same", "the very same number"
-    more = metric in MORE_IS_BETTER or metric.startswith("accuracy/")
-    if not more and metric not in LESS_IS_BETTER:
+    if column.better is None:
         return "cannot tell", "more may be better or worse"
     if limits is None:
         return "cannot tell", "measured once: nothing says how sure it is"
     if limits[0] <= 0 <= limits[1]:
         return "cannot tell", "the interval of the difference holds 0"
-    return "better" if (limits[0] > 0) == more else "worse", "the interval of the difference excludes 0"
+    grew, wanted = limits[0] > 0, column.better == "higher"
+    return "better" if grew == wanted else "worse", "the interval of the difference excludes 0"
 
 
 def _measured_otherwise(old: Row | None, new: Row | None, before: Results, after: Results) -> dict[str, str]:

@@ -29,7 +29,7 @@ def _with(
     for m in usual:
         if without and m.metric in without:
             changes[m.metric] = missing(m.metric, m.unit, without[m.metric])
-    return [changes.get(m.metric, m) for m in usual]
+    return [*(changes.pop(m.metric, m) for m in usual), *changes.values()]
 
 
 def baseline_row(replaced: Mapping[str, Measurement] | None = None) -> Row:

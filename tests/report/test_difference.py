@@ -57,6 +57,28 @@ def test_more_speed_is_better_and_ratios_follow() -> None:
 
 
 @pytest.mark.parametrize(
+    ("metric", "unit", "judgement"),
+    [("token_time", "s", "worse"), ("prefill/512", "tok/s", "better"), ("acceptance", "fraction", "better")],
+)
+def test_every_column_that_has_a_better_end_is_judged(metric: str, unit: str, judgement: str) -> None:
+    before, after = (
+        results(row("GPTQ", replaced={metric: measured(metric, value, unit, spread=0.01)})) for value in (0.5, 0.6)
+    )
+    assert change(before, after, metric).judgement == judgement
+
+
+def test_another_prompt_is_told_of_a_ratio_at_a_length_too() -> None:
+    before, after = (
+        results(
+            row("GPTQ", replaced={"prefill/512": measured("prefill/512", 50.0, "tok/s", spread=0.1, settings=given)}),
+            baseline=baseline_row({"prefill/512": measured("prefill/512", 25.0, "tok/s", spread=0.1, settings=given)}),
+        )
+        for given in (WORK, {**WORK, "threads": 1})
+    )
+    assert "threads" in change(before, after, "prefill_speedup/512").reason
+
+
+@pytest.mark.parametrize(
     ("after", "reason"),
     [
         (with_kl(0.5, None), "measured once"),
