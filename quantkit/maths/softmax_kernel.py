@@ -1,0 +1,62 @@
+"""A compiled softmax over what a query may see, from float32 scores to bfloat16 weights.
+
+Two passes over scores in the cache: the exponential is a polynomial in plain multiplications, so that the loop is
+vectorized, and the rounding to bfloat16 is done on the bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from quantkit.maths.float_bits import bits_of, from_bits
+
+LOWEST = np.float32(-126.0)
+"""The least power of two that is told from zero: float32's smallest normal number."""
+
+
+@njit(fastmath={"nnan", "nsz"})  # type: ignore[untyped-decorator]
+def _largest(row: NDArray[np.float32]) -> np.float32:
+    """Only this loop may take it that nothing is NaN: without that a maximum is not vectorized."""
+    most = np.float32(-np.inf)
+    for k in range(row.size):
+        most = max(most, row[k])
+    return most
+
+
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")  # type: ignore[untyped-decorator]
+def causal_softmax(scores: NDArray[np.float32], first: int, scale: float, weights: NDArray[np.uint16]) -> None:
+    """Softmax of `scale * scores` over the keys up to a query's own; keys behind it get weight zero.
+
+    scores: [heads, queries, keys], overwritten; its first query is token `first`. weights: [heads, queries, keys], the
+    bits of bfloat16, rounded half to even. The exponential is within 3e-7 of the true one.
+    """
+    heads, queries, keys = scores.shape
+    steps = np.float32(1.4426950408889634 * scale)  # 2^x in the place of e^x
+    for at in prange(heads * queries):
+        head, query = at // queries, at % queries
+        seen = first + query + 1
+        row, own = scores[head, query, :seen], weights[head, query, :seen]
+        most = _largest(row)
+        total = np.float32(0.0)
+        for k in range(row.size):
+            power = (row[k] - most) * steps
+            power = LOWEST if power < LOWEST else power
+            whole = np.floor(power)
+            part = power - whole
+            # 2^part on [0, 1), fitted for the least relative error
+            value = np.float32(1.8775767e-3)
+            value = value * part + np.float32(8.9893397e-3)
+            value = value * part + np.float32(5.5826318e-2)
+            value = value * part + np.float32(2.4015361e-1)
+            value = value * part + np.float32(6.9315308e-1)
+            value = value * part + np.float32(9.9999994e-1)
+            value = from_bits(bits_of(value) + (np.int32(whole) << np.int32(23)))
+            row[k] = value
+            total += value
+        inverse = np.float32(1.0) / total
+        for k in range(row.size):
+            bits = bits_of(row[k] * inverse)
+            own[k] = np.uint16((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16))
+        weights[head, query, seen:] = 0
