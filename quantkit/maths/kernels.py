@@ -16,11 +16,13 @@ BAND = 4
 """Rows that go through a block together: a column waits for the one before it, so that the processor has only other
 rows to work on meanwhile."""
 
-STRIP = 8
-"""Rows of a Gram block that are multiplied together where ranges are scored."""
+STRIP = 16
+"""Rows of a Gram block that are multiplied together where ranges are scored: what they add up to is loaded and stored
+once."""
 
-ROWS_A_BLOCK = 32
-"""Rows whose groups are scored while a Gram block is in the first-level cache."""
+LANES = 64
+"""Rows of a weight whose group is scored together: a few vectors wide, and with all columns of a usual group within the
+first-level cache."""
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
@@ -176,7 +178,7 @@ def best_range(
                     best[i, g] = candidate
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def best_range_by_blocks(
     weight: NDArray[np.float32],
     upper: NDArray[np.float32],
@@ -188,41 +190,59 @@ def best_range_by_blocks(
     """The same by `error H_gg error^T`, H_gg being a group's own block of the Gram matrix.
 
     upper: [groups, group_size, group_size], the blocks as `maths/affine.upper_bands` folds them over STRIP columns.
+    Weights are turned so that the vectors run over rows: one number of the Gram matrix then serves all of them.
     """
     rows, groups, size = weight.shape
     top = np.float32(levels - 1)
-    for band in prange((rows + ROWS_A_BLOCK - 1) // ROWS_A_BLOCK):
-        error, turned = np.empty(size, np.float32), np.empty(size, np.float32)
+    whole = size - size % STRIP
+    for band in prange((rows + LANES - 1) // LANES):
+        first = band * LANES
+        turned, error = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
+        step, zero, pulled = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        loss, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         for g in range(groups):
-            own = upper[g]
-            for i in range(band * ROWS_A_BLOCK, min((band + 1) * ROWS_A_BLOCK, rows)):
-                values = weight[i, g]
-                least = np.float32(np.inf)
-                for candidate in range(scale.shape[0]):
-                    step, zero = scale[candidate, i, g], middle[candidate, i, g]
-                    for j in range(size):
-                        code = np.rint(values[j] / step + zero)
+            for i in range(LANES):  # behind the last row it is taken again
+                row = weight[min(first + i, rows - 1), g]
+                for j in range(size):
+                    turned[j, i] = row[j]
+            least[:] = np.inf
+            for candidate in range(scale.shape[0]):
+                for i in range(LANES):
+                    at = min(first + i, rows - 1)
+                    step[i], zero[i] = scale[candidate, at, g], middle[candidate, at, g]
+                for j in range(size):
+                    values, off = turned[j], error[j]
+                    for i in range(LANES):
+                        code = np.rint(values[i] / step[i] + zero[i])
                         code = min(max(code, np.float32(0.0)), top)
-                        error[j] = (code - zero) * step - values[j]
-                        turned[j] = 0.0
-                    for j in range(0, size - STRIP + 1, STRIP):  # eight rows at once: sums are loaded and stored once
-                        to, pull = turned[j:], own[j : j + STRIP, j:]
-                        a, b, c, d = error[j], error[j + 1], error[j + 2], error[j + 3]
-                        e, f, p, q = error[j + 4], error[j + 5], error[j + 6], error[j + 7]
-                        for k in range(to.size):
-                            to[k] += (a * pull[0, k] + b * pull[1, k] + c * pull[2, k] + d * pull[3, k]) + (
-                                e * pull[4, k] + f * pull[5, k] + p * pull[6, k] + q * pull[7, k]
+                        off[i] = (code - zero[i]) * step[i] - values[i]
+                loss[:] = 0.0
+                for j in range(size):
+                    pull = upper[g, j]
+                    pulled[:] = 0.0
+                    for start in range(j - j % STRIP, whole, STRIP):
+                        p, e = pull[start : start + STRIP], error[start : start + STRIP]
+                        p0, p1, p2, p3, p4, p5, p6, p7 = p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]
+                        p8, p9, pa, pb, pc, pd, pe, pf = p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15]
+                        for i in range(LANES):
+                            pulled[i] += (
+                                (p0 * e[0, i] + p1 * e[1, i] + p2 * e[2, i] + p3 * e[3, i])
+                                + (p4 * e[4, i] + p5 * e[5, i] + p6 * e[6, i] + p7 * e[7, i])
+                            ) + (
+                                (p8 * e[8, i] + p9 * e[9, i] + pa * e[10, i] + pb * e[11, i])
+                                + (pc * e[12, i] + pd * e[13, i] + pe * e[14, i] + pf * e[15, i])
                             )
-                    rest = size - size % STRIP
-                    for j in range(rest, size):
-                        for k in range(size - rest):
-                            turned[rest + k] += error[j] * own[j, rest + k]
-                    loss = np.float32(0.0)
-                    for j in range(size):
-                        loss += error[j] * turned[j]
-                    if loss < least:
-                        least = loss
-                        best[i, g] = candidate
+                    for k in range(max(whole, j - j % STRIP), size):
+                        one, other = pull[k], error[k]
+                        for i in range(LANES):
+                            pulled[i] += one * other[i]
+                    own = error[j]
+                    for i in range(LANES):
+                        loss[i] += own[i] * pulled[i]
+                for i in range(min(LANES, rows - first)):
+                    if loss[i] < least[i]:
+                        least[i] = loss[i]
+                        best[first + i, g] = candidate
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
