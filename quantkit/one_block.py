@@ -14,7 +14,7 @@ from quantkit.errors import ModelError
 from quantkit.formats.base import LinearPlan, Writer, calibrates
 from quantkit.manifest import TensorRecord
 from quantkit.maths.correction import CorrectionAccumulator
-from quantkit.maths.gram import Importance, InputStatistics
+from quantkit.maths.gram import Importance, InputStatistics, Look
 from quantkit.maths.measure import energies, sqnr_db
 from quantkit.memory import MemoryLimit
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
@@ -119,7 +119,7 @@ def quantize_staged(
         runner.assign(module, block, now)
         seen = runner.statistics(module, block, hidden.copy(every=looked_at(hidden)), advance=False)
         for work in works:
-            work.fold(seen)
+            work.fold(seen[Look.WHOLE])
             now |= {f"{name}.weight": block.oriented(weight) for name, weight in work.weights.items()} | work.replaced
 
     beside = None
@@ -129,10 +129,10 @@ def quantize_staged(
     runner.assign(module, block, now)
     needed = runner.kept_bytes(block, hidden) * (1 if beside is None else 2)
     keep = needed < run.memory.room_bytes(runner.device)
-    whole = any(work.steps.compensate or work.steps.grid.group_size is None for work in works)
-    every = 1 if whole else tokens_apart(hidden)
+    looks = {method.look for method in state.methods.values() if method.calibrated}
+    look = Look.WHOLE if Look.WHOLE in looks else Look.PART
     rounder = _Rounder(block, works)
-    runner.staged(module, block, hidden, rounder, keep=keep, advance=not last, beside=beside, every=every)
+    runner.staged(module, block, hidden, rounder, keep=keep, advance=not last, beside=beside, look=look)
     results += [work.result() for work in works]
     _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started
@@ -164,12 +164,6 @@ def looked_at(hidden: HiddenStates) -> int:
     return max(1, min(8, hidden.shape[0] * hidden.shape[1] // 2048))
 
 
-def tokens_apart(hidden: HiddenStates) -> int:
-    """Of how many tokens one is looked at where only the ranges of groups are to be found: 4096 tell enough of a
-    group's own block of the Gram matrix, not of whole rows."""
-    return max(1, hidden.shape[0] * hidden.shape[1] // 4096)
-
-
 def _shares(state: JobState, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Method, BlockWeights]]:
     """Each method of a job with the linears of the block that are its own."""
     by_method: dict[Method, list[str]] = {}
@@ -183,12 +177,15 @@ def _shares(state: JobState, block: Block, tensors: Mapping[str, Tensor]) -> Ite
 
 
 def quantize_block(
-    state: JobState, block: Block, tensors: Mapping[str, Tensor], statistics: Mapping[str, InputStatistics]
+    state: JobState,
+    block: Block,
+    tensors: Mapping[str, Tensor],
+    statistics: Mapping[Look, Mapping[str, InputStatistics]],
 ) -> None:
     """Quantize one block for one job by statistics that are there already."""
     started = time.perf_counter()
     results = [
-        method.quantize_block(given, statistics if method.calibrated else {})
+        method.quantize_block(given, statistics[method.look] if method.calibrated else {})
         for method, given in _shares(state, block, tensors)
     ]
     _finish_block(state, block, tensors, merge(results))

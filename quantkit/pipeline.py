@@ -23,7 +23,7 @@ from quantkit.checkpoint import Checkpoints
 from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
 from quantkit.manifest import Manifest, file_record, weight_bytes, write_manifest
-from quantkit.maths.gram import InputStatistics
+from quantkit.maths.gram import InputStatistics, Look
 from quantkit.memory import NO_LIMIT, MemoryLimit, map_large_memory, return_freed_memory
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
 from quantkit.model.calibration import CalibrationSet
@@ -190,12 +190,12 @@ def _run_block(
             # the first block's inputs are those of the unquantized model for everyone
             if state.hidden is None:
                 state.hidden = run.hidden.copy() if followers or position < len(leaders) else run.hidden
-    statistics: dict[str, InputStatistics] = {}
+    statistics: dict[Look, dict[str, InputStatistics]] = {}
     with runner.loaded(block, on_device) as module:
         if followers:
             assert run.hidden is not None
-            gram = any(method.needs_gram for state in followers for method in state.methods.values())
-            statistics = runner.statistics(module, block, run.hidden, advance=not last, gram=gram)
+            looks = {method.look for state in followers for method in state.methods.values() if method.calibrated}
+            statistics = runner.statistics(module, block, run.hidden, advance=not last, looks=looks)
         else:
             run.hidden = None
         for state in states:

@@ -22,6 +22,7 @@ from quantkit.jobs import quantize
 from quantkit.manifest import Manifest, read_manifest
 from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.methods.base import BlockWeights
+from quantkit.model import forward
 from quantkit.model.blocks import LinearGroup, blocks_of, head_dim
 from quantkit.model.calibration import load_calibration
 from quantkit.model.forward import BlockRunner
@@ -188,19 +189,33 @@ def test_a_memory_limit_changes_no_byte(
     assert {path.name for path in (tmp_path / "tight").iterdir()} == {p.name for p in (tmp_path / "free").iterdir()}
 
 
-def test_several_recipes_in_one_pass_equal_each_alone(tiny_llama: Path, tmp_path: Path) -> None:
+UNQUANTIZED = "method.propagate=unquantized"
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"gptq-4bit-g64": [], "awq-4bit-g64": [], "rtn-4bit-g128": ["method.group_size=64"], "gguf-q8_0": []},
+        # these look at the same inputs, each in its own way: all of a Gram matrix, a part of it, squares
+        {
+            "gptq-4bit-g64": [UNQUANTIZED],
+            "awq-4bit-g64": [UNQUANTIZED, "method.rounding=nearest"],
+            "gguf-q4_0": ["method.importance=true"],
+        },
+    ],
+    ids=["their own inputs", "shared inputs"],
+)
+def test_several_recipes_in_one_pass_equal_each_alone(
+    wanted: dict[str, list[str]], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from quantkit.jobs import run_passes
 
-    wanted = {
-        "gptq": load_recipe("gptq-4bit-g64", SMALL),
-        "awq": load_recipe("awq-4bit-g64", SMALL),
-        "rtn": load_recipe("rtn-4bit-g128", [*SMALL, "method.group_size=64"]),
-        "q8": load_recipe("gguf-q8_0", SMALL),
-    }
+    monkeypatch.setattr(forward, "PART_TOKENS", 100)
+    recipes = {label: load_recipe(label, [*SMALL, *settings]) for label, settings in wanted.items()}
     source = open_source(str(tiny_llama))
-    pairs = [(label, recipe, tmp_path / "together" / label) for label, recipe in wanted.items()]
+    pairs = [(label, recipe, tmp_path / "together" / label) for label, recipe in recipes.items()]
     run_passes(pairs, source, torch.device("cpu"), False, Progress(quiet=True))
-    for label, recipe in wanted.items():
+    for label, recipe in recipes.items():
         alone = tmp_path / "alone" / label
         run_passes([(label, recipe, alone)], source, torch.device("cpu"), False, Progress(quiet=True))
         for path in sorted(alone.iterdir()):

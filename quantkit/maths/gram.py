@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +26,15 @@ FAR_ROUNDS = 4
 REACH = 20.0
 """How many times its root mean square a column's 8-bit steps reach: (20 / 127)^2 / 12 = 0.2% of the mean square is
 added by rounding. Where the largest value is nearer, the steps are as fine as it allows."""
+
+
+class Look(Enum):
+    """What is to be seen of a linear's inputs: the squares of all tokens, or the Gram matrix of a part of them, which
+    tells enough of a group's own block, or of all, which whole rows take."""
+
+    SQUARES = "squares"
+    PART = "part"
+    WHOLE = "whole"
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,16 @@ class SquaresAccumulator:
         return InputStatistics(mean_abs.new_zeros(0, 0), mean_abs, self.tokens, self._squares.float())
 
 
+class Accumulator(Protocol):
+    """Takes batches of inputs and has statistics of them at the end."""
+
+    def add(self, inputs: Tensor) -> None:
+        """inputs: [..., in], any float dtype; must not change until the result is taken."""
+
+    def result(self) -> InputStatistics:
+        """The statistics of everything added so far."""
+
+
 class GramAccumulator:
     """Sums x^T x and |x| over batches of inputs.
 
@@ -102,13 +123,14 @@ class GramAccumulator:
     processors with units for them do four times as fast. Each column is then rounded in steps of at most REACH / 127 of
     its own root mean square, which adds at most 0.2% to a diagonal element, a fifth of GPTQ's usual damping; tokens
     with a value farther out are multiplied in float32. What is summed is the Gram matrix of the rounded inputs, so it
-    stays positive semidefinite. For the CPU.
+    stays positive semidefinite. For the CPU. every: of how many tokens of a batch one counts.
     """
 
-    def __init__(self, in_features: int, device: torch.device, *, eight_bit: bool = False):
+    def __init__(self, in_features: int, device: torch.device, *, eight_bit: bool = False, every: int = 1):
         self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.sum_abs = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.tokens = 0
+        self._every = every
         self._eight_bit = eight_bit and in_features >= EIGHT_BIT_COLUMNS
         self._squares = torch.zeros_like(self.sum_abs) if self._eight_bit else None
         self._waiting: list[Tensor] = []
@@ -116,6 +138,8 @@ class GramAccumulator:
     def add(self, inputs: Tensor) -> None:
         """inputs: [..., in], any float dtype; must not change until the result is taken."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1])  # [tokens, in]
+        if self._every > 1:
+            rows = rows[:: self._every].contiguous()  # a copy: a view would hold all of them
         self.tokens += rows.shape[0]
         if not self._eight_bit:
             wide = rows.float()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.maths.affine import full_range
-from quantkit.maths.gram import Importance, InputStatistics
+from quantkit.maths.gram import Importance, InputStatistics, Look
 from quantkit.model.blocks import Block
 from quantkit.model.source import Source
 from quantkit.schema import Frozen
@@ -89,9 +89,9 @@ class Method(Frozen):
         return False
 
     @property
-    def needs_gram(self) -> bool:
-        """Whether the statistics have to hold whole Gram matrices; their diagonals cost next to nothing."""
-        return self.calibrated
+    def look(self) -> Look:
+        """What a calibrated method has to see of the inputs; squares cost next to nothing."""
+        return Look.WHOLE
 
     def placed(self, linear: str, source: Source, calibration: CalibrationSection) -> Method:
         """The settings for one linear of one model, where they depend on its place in it."""

@@ -20,7 +20,7 @@ from quantkit.maths import fold
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, search_grid
 from quantkit.maths.compensate import InverseFactor, inverse_factor, round_compensated
 from quantkit.maths.correction import CorrectionAccumulator
-from quantkit.maths.gram import InputStatistics
+from quantkit.maths.gram import InputStatistics, Look
 from quantkit.maths.refine import damped, refine
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_range, require_finite
 from quantkit.model.blocks import LinearGroup
@@ -83,6 +83,12 @@ class CalibratedMethod(Method):
     @abstractmethod
     def steps(self) -> Steps:
         """The settings as steps."""
+
+    @property
+    def look(self) -> Look:
+        """Scales and the ranges of groups are found from a part of the tokens as well."""
+        steps = self.steps
+        return Look.WHOLE if steps.compensate or steps.grid.group_size is None else Look.PART
 
     def begin(self, given: BlockWeights) -> CalibratedBlock:
         """A block whose inputs will be seen one after the other, each behind what was rounded before it."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.maths.ggml import SEARCHED, WEIGHTED, block_layout, encode, type_size
-from quantkit.maths.gram import Importance, InputStatistics
+from quantkit.maths.gram import Importance, InputStatistics, Look
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite
 from quantkit.methods.ggml_mixes import MIXES, Facts, fitted, misfit_reason, type_of
 from quantkit.model.blocks import linear_shape
@@ -104,9 +104,9 @@ class GGML(Method):
         return self.importance is True or self.compensates
 
     @property
-    def needs_gram(self) -> bool:
+    def look(self) -> Look:
         """An importance is the diagonal alone."""
-        return self.compensates
+        return Look.WHOLE if self.compensates else Look.SQUARES
 
     @property
     def compensates(self) -> bool:

@@ -7,7 +7,7 @@ recorder tells what each block is called with (masks, rotary tables), so no arch
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
 from quantkit.maths.correction import CorrectionAccumulator
-from quantkit.maths.gram import GramAccumulator, InputStatistics, SquaresAccumulator
+from quantkit.maths.gram import Accumulator, GramAccumulator, InputStatistics, Look, SquaresAccumulator
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, linear_shape
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import without_weights
@@ -31,6 +31,9 @@ from quantkit.model.source import Source
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens that go through a block at once: enough rows for a matrix product to run at full rate, few enough that what
 lies between a block's linears stays small beside the hidden states."""
+
+PART_TOKENS = 4096
+"""Tokens that a part of them is: enough for a group's own block of the Gram matrix, which has few columns."""
 
 
 class Rounder(Protocol):
@@ -85,6 +88,10 @@ class BlockRunner:
         self.architecture = architecture_of(source.config)
         self.model = without_weights(source, self.dtype)
         self.model.config.use_cache = False
+        if device.type == "cpu" and arithmetic.linears == torch.bfloat16 != self.dtype:
+            from quantkit.model.attention import use_causal_attention
+
+            use_causal_attention(self.model)
         self.model.eval()
         self.trunk = self.model.get_submodule(self.architecture.trunk)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]
@@ -163,19 +170,26 @@ class BlockRunner:
         module.load_state_dict(state, strict=False, assign=True)
 
     def statistics(
-        self, module: nn.Module, block: Block, hidden: HiddenStates, *, advance: bool, gram: bool = True
-    ) -> dict[str, InputStatistics]:
-        """Statistics of every linear's inputs, {linear module name: statistics}; those that share an input share them.
+        self,
+        module: nn.Module,
+        block: Block,
+        hidden: HiddenStates,
+        *,
+        advance: bool,
+        looks: Collection[Look] = (Look.WHOLE,),
+    ) -> dict[Look, dict[str, InputStatistics]]:
+        """Statistics of every linear's inputs in one pass, {look: {linear module name: statistics}}; linears that share
+        an input share them.
 
         advance: also write the block's outputs over `hidden`; else the run ends where the last input has been seen.
-        gram: whether the Gram matrix is wanted, or only its diagonal.
         """
-        seen = [self._accumulator(group) if gram else self._squares(group) for group in block.groups]
+        seen = [{look: self._accumulator(group, look, hidden) for look in looks} for group in block.groups]
         last = len(block.groups) - 1
 
         def watch(position: int) -> Callable[[Tensor], None]:
             def see(inputs: Tensor) -> None:
-                seen[position].add(inputs)
+                for accumulator in seen[position].values():
+                    accumulator.add(inputs)
                 if position == last and not advance:
                     raise _EnoughError
 
@@ -189,9 +203,10 @@ class BlockRunner:
                     hidden[rows] = self._call(module, block, hidden[rows])
                 except _EnoughError:
                     continue
-        found: dict[str, InputStatistics] = {}
-        for group, accumulator in zip(block.groups, seen, strict=True):
-            found.update(dict.fromkeys(group.linears, accumulator.result()))
+        found: dict[Look, dict[str, InputStatistics]] = {look: {} for look in looks}
+        for group, accumulators in zip(block.groups, seen, strict=True):
+            for look, accumulator in accumulators.items():
+                found[look].update(dict.fromkeys(group.linears, accumulator.result()))
         return found
 
     def staged(
@@ -204,7 +219,7 @@ class BlockRunner:
         keep: bool,
         advance: bool,
         beside: tuple[nn.Module, HiddenStates] | None = None,
-        every: int = 1,
+        look: Look = Look.WHOLE,
     ) -> None:
         """Run a block so that each group of linears is rounded by inputs that have passed all rounded before it.
 
@@ -212,13 +227,14 @@ class BlockRunner:
         keep: hold every row where it waits, so that each linear runs once; else start again for every group, which
         gives the same numbers in less memory and about three times the work. advance: write the outputs over `hidden`.
         beside: the unquantized block and its own hidden states, which run along where `rounder` wants to know how far
-        the inputs have moved from theirs. every: of how many tokens one goes into the statistics.
+        the inputs have moved from theirs. look: what the statistics are to hold.
         """
         ways = [(module, hidden)] if beside is None else [(module, hidden), beside]
         if not keep:
             for group in block.groups:
                 inputs = [self._from_start(one, block, group, states) for one, states in ways]
-                self._round_group(module, block, group, rounder, zip(*inputs, strict=True), every)
+                accumulator = self._accumulator(group, look, hidden)
+                self._round_group(module, block, group, rounder, accumulator, zip(*inputs, strict=True))
             for one, states in ways if advance else []:
                 for rows in self._batches(states):
                     states[rows] = self._call(one, block, states[rows])
@@ -240,7 +256,8 @@ class BlockRunner:
             try:
                 for group in block.groups:
                     inputs_now = ([task.switch() for task in tasks] for tasks in waiting)
-                    self._round_group(module, block, group, rounder, inputs_now, every)
+                    accumulator = self._accumulator(group, look, hidden)
+                    self._round_group(module, block, group, rounder, accumulator, inputs_now)
                 if advance:
                     for rows, tasks in zip(batches, waiting, strict=True):
                         for (_, states), task in zip(ways, tasks, strict=True):
@@ -268,14 +285,14 @@ class BlockRunner:
         block: Block,
         group: LinearGroup,
         rounder: Rounder,
+        accumulator: Accumulator,
         inputs: Iterable[Sequence[_Arrived]],
-        every: int,
     ) -> None:
         """inputs: batches of those behind what was rounded and, where it runs along, of the unquantized block's."""
-        accumulator, correction = self._accumulator(group), None
+        correction = None
         for here, *beside in inputs:
             rows = here.inputs
-            accumulator.add(rows if every == 1 else rows.flatten(0, -2)[::every])
+            accumulator.add(rows)
             for there in beside:
                 if correction is None:
                     linears = self.arithmetic.linears
@@ -301,12 +318,12 @@ class BlockRunner:
                     self._call(module, block, hidden[rows])
                 yield seen.pop()
 
-    def _accumulator(self, group: LinearGroup) -> GramAccumulator:
+    def _accumulator(self, group: LinearGroup, look: Look, hidden: HiddenStates) -> Accumulator:
         columns = linear_shape(self.source, group.linears[0])[1]
-        return GramAccumulator(columns, self.device, eight_bit=self.arithmetic.eight_bit_gram)
-
-    def _squares(self, group: LinearGroup) -> SquaresAccumulator:
-        return SquaresAccumulator(linear_shape(self.source, group.linears[0])[1], self.device)
+        if look is Look.SQUARES:
+            return SquaresAccumulator(columns, self.device)
+        every = 1 if look is Look.WHOLE else max(1, hidden.shape[0] * hidden.shape[1] // PART_TOKENS)
+        return GramAccumulator(columns, self.device, eight_bit=self.arithmetic.eight_bit_gram, every=every)
 
     def _batches(self, hidden: HiddenStates) -> Iterator[slice]:
         size = max(1, BATCH_TOKENS[self.device.type] // hidden.shape[1])

@@ -10,7 +10,9 @@ import torch
 
 from quantkit.device import arithmetic
 from quantkit.formats.base import LinearPlan, calibrates
+from quantkit.maths.gram import Look
 from quantkit.model.blocks import architecture_of, blocks_of, head_dim
+from quantkit.model.forward import PART_TOKENS
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
 
@@ -33,6 +35,7 @@ class Work:
 
     blocks: how many, all alike: the largest stands for each. groups: of one block. block_bytes: of its stored tensors.
     hidden: width of the states. attention: of all heads together. tokens, length: of the calibration set, 0 without.
+    gram_tokens: of them, those that go into Gram matrices.
     largest_linear_values: of the largest linear that is quantized, but for the head where it goes through in parts.
     source_bytes: of all stored tensors. linear_bytes, state_bytes: of a value in the linears and in the hidden states
     while calibrating.
@@ -49,6 +52,7 @@ class Work:
     quantized_values: int
     tokens: int
     length: int
+    gram_tokens: int
     linear_bytes: int
     state_bytes: int
     eight_bit_gram: bool
@@ -86,6 +90,8 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
     gguf, head = recipe.resolved_format.name == "gguf", architecture_of(source.config).head
     calibrated = calibrates(plans)
     section = recipe.calibration
+    tokens = section.sequences * section.length if calibrated else 0
+    looks = {method.look for method in methods if method.calibrated}
     stored = source.dtype(f"{blocks[0].linears[0]}.weight")
     how = arithmetic(device, stored, exact=section.precision == "float32")
     embedding = f"{architecture_of(source.config).embedding}.weight"
@@ -100,8 +106,9 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         largest_linear_values=max((count for name, count in values.items() if not (gguf and name == head)), default=0),
         source_bytes=sum(sizes.values()),
         quantized_values=sum(values.values()),
-        tokens=section.sequences * section.length if calibrated else 0,
+        tokens=tokens,
         length=section.length,
+        gram_tokens=tokens if Look.WHOLE in looks else min(tokens, PART_TOKENS) if Look.PART in looks else 0,
         linear_bytes=how.linears.itemsize,
         state_bytes=how.states.itemsize,
         eight_bit_gram=how.eight_bit_gram,

@@ -4,7 +4,7 @@ Per block, on T tokens, for each input of n columns whose linears have m rows to
 
     linears     2 T n m                  at the rate of the linears' dtype
     attention   2 T L d                  the same; d: all heads together, L: the length of a sequence
-    Grams       T n (n + 1)              8-bit products where the processor has them
+    Grams       G n (n + 1)              of G tokens; 8-bit products where the processor has them
     passing     ACTIVATION_FLOP T (4 d + 3 m)   norms, activations, rotary positions, copies
     solve       m n^2 (1 + 2 sweeps) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
 
@@ -125,7 +125,7 @@ def _passes(work: Work, probe: Probe) -> dict[str, float]:
     tokens, blocks = work.tokens, work.blocks
     linears = sum(2 * tokens * group.values for group in work.groups)
     attention = 2 * tokens * work.length * work.attention
-    grams = sum(tokens * group.columns * (group.columns + 1) for group in work.groups)
+    grams = sum(work.gram_tokens * group.columns * (group.columns + 1) for group in work.groups)
     passing = ACTIVATION_FLOP * tokens * (4 * work.hidden + sum(group.rows for group in work.groups))
     ways = 2 if work.corrects else 1  # the unquantized model runs along
     crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0

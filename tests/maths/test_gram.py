@@ -123,6 +123,17 @@ def test_narrow_inputs_are_summed_in_float32() -> None:
     assert torch.equal(_seen([inputs], eight_bit=True).gram, _seen([inputs], eight_bit=False).gram)
 
 
+@pytest.mark.parametrize("eight_bit", [True, False])
+def test_a_part_is_one_token_in_so_many_of_each_batch(eight_bit: bool) -> None:
+    batches = [_inputs(300), _inputs(50)]
+    accumulator = GramAccumulator(COLUMNS, CPU, eight_bit=eight_bit, every=4)
+    for batch in batches:
+        accumulator.add(batch)
+    part, chosen = accumulator.result(), _seen([batch[::4] for batch in batches], eight_bit=eight_bit)
+    assert part.tokens == chosen.tokens == 75 + 13
+    assert torch.equal(part.gram, chosen.gram) and torch.equal(part.mean_abs, chosen.mean_abs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_squares_alone_are_the_diagonal(dtype: torch.dtype) -> None:
     inputs = _inputs(300).to(dtype)

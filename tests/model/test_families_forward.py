@@ -13,7 +13,7 @@ from oracles.memory_source import MemorySource
 from quantkit.device import arithmetic
 from quantkit.maths import correction, fold
 from quantkit.maths.correction import CorrectionAccumulator
-from quantkit.maths.gram import InputStatistics
+from quantkit.maths.gram import InputStatistics, Look
 from quantkit.methods.awq import AWQ
 from quantkit.methods.base import BlockWeights
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim, linear_shape
@@ -35,7 +35,7 @@ def _statistics(
 ) -> dict[str, InputStatistics]:
     """Run a block over the hidden states, which become its outputs."""
     with runner.loaded(block, tensors) as module:
-        return runner.statistics(module, block, hidden, advance=True)
+        return runner.statistics(module, block, hidden, advance=True)[Look.WHOLE]
 
 
 def test_blocks_one_after_the_other_give_the_models_states(source: MemorySource) -> None:
