@@ -150,8 +150,9 @@ def _round_block(
     from quantkit.maths.kernels import round_block
 
     codes, errors = torch.empty(work.shape, dtype=torch.uint8), torch.empty_like(work)
+    by_group = [tensor.T.contiguous().numpy() for tensor in (scale, middle, upper)]
     round_block(
-        work.numpy(), scale.numpy(), middle.numpy(), group.numpy(), upper.numpy(), levels, codes.numpy(), errors.numpy()
+        work.numpy(), by_group[0], by_group[1], group.numpy(), by_group[2], levels, codes.numpy(), errors.numpy()
     )
     return codes, errors
 

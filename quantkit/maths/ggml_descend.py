@@ -11,7 +11,10 @@ from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.ggml_bits import half_bits, half_value
-from quantkit.maths.kernels import BAND
+
+BAND = 4
+"""Rows that go through a block together: a column waits for the one before it, so that the processor has only other
+rows to work on meanwhile."""
 
 
 @njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]

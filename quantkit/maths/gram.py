@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 EIGHT_BIT_TOKENS = 2048
@@ -81,6 +83,13 @@ def strip_width(columns: int) -> int:
     """Columns of a Gram matrix that are summed in one product: few strips keep the products large, many skip more of
     the lower triangle. A quarter of the matrix was fastest from 576 to 1536 columns."""
     return max(64, -(-columns // 4))
+
+
+def _readable(rows: Tensor) -> NDArray[Any]:
+    """Inputs [tokens, in] as compiled loops read them: float32, or the bits of bfloat16."""
+    if rows.dtype == torch.bfloat16:
+        return rows.contiguous().view(torch.uint16).numpy()
+    return rows.contiguous().float().numpy()
 
 
 class SquaresAccumulator:
@@ -157,31 +166,42 @@ class GramAccumulator:
 
     def _add_waiting(self) -> None:
         """Add the batches that wait, in 8-bit integers."""
-        from quantkit.maths.kernels import column_sums, round_rows
+        from quantkit.maths.gram_kernels import add_scaled, column_sums, round_rows
 
-        rows = torch.cat(self._waiting).float()
-        self._waiting.clear()
-        parts = torch.empty(-(-len(rows) // SUM_TOKENS), 3, rows.shape[1])  # [bands, kinds of sum, in]
-        codes, far = torch.empty(rows.shape, dtype=torch.int8), torch.zeros(len(rows), dtype=torch.bool)
-        near = len(rows)
+        ends = list(accumulate(map(len, self._waiting)))
+        tokens, columns = ends[-1], len(self.gram)
+        codes, far = torch.empty(tokens, columns, dtype=torch.int8), torch.zeros(tokens, dtype=torch.bool)
+        pieces = [
+            (_readable(rows), far[end - len(rows) : end].numpy(), codes[end - len(rows) : end].numpy())
+            for rows, end in zip(self._waiting, ends, strict=True)
+        ]
+        near = tokens
         for round_ in range(FAR_ROUNDS):
-            column_sums(rows.numpy(), far.numpy(), SUM_TOKENS, parts.numpy())
+            kinds = torch.zeros(3, columns)  # of each column: sum, sum of squares, largest
+            for rows, is_far, _ in pieces:
+                parts = torch.empty(-(-len(rows) // SUM_TOKENS), 3, columns)
+                column_sums(rows, is_far, SUM_TOKENS, parts.numpy())
+                kinds[:2] += parts[:, :2].sum(dim=0)
+                kinds[2] = torch.maximum(kinds[2], parts[:, 2].amax(dim=0))
             if not round_:
                 assert self._squares is not None
-                self.sum_abs += parts[:, 0].sum(dim=0)
-                self._squares += parts[:, 1].sum(dim=0)
-            reach = REACH * (parts[:, 1].sum(dim=0) / max(near, 1)).sqrt()
-            scale = torch.minimum(reach, parts[:, 2].amax(dim=0)) / 127
+                self.sum_abs += kinds[0]
+                self._squares += kinds[1]
+            reach = REACH * (kinds[1] / max(near, 1)).sqrt()
+            scale = torch.minimum(reach, kinds[2]) / 127
             inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-            round_rows(rows.numpy(), reach.numpy(), inverse.numpy(), codes.numpy(), far.numpy())
-            before, near = near, len(rows) - int(far.sum())
+            for rows, is_far, own in pieces:
+                round_rows(rows, reach.numpy(), inverse.numpy(), own, is_far)
+            before, near = near, tokens - int(far.sum())
             if near == before:
                 break  # what a huge token adds to a column's mean square must not coarsen the steps of the others
         for strip, start in self._strips():
-            product = torch._int_mm(codes[:, strip].T, codes[:, start:]).float()
-            self.gram[strip, start:].addcmul_(product.mul_(scale[strip, None]), scale[start:])
-        if near < len(rows):
-            self._add_product(rows[far])
+            product = torch._int_mm(codes[:, strip].T, codes[:, start:])
+            add_scaled(product.numpy(), scale[strip].numpy(), scale[start:].numpy(), self.gram[strip, start:].numpy())
+        if near < tokens:
+            apart = [rows[torch.from_numpy(is_far)] for rows, (_, is_far, _) in zip(self._waiting, pieces, strict=True)]
+            self._add_product(torch.cat(apart).float())
+        self._waiting.clear()
 
     def _strips(self) -> Iterator[tuple[slice, int]]:
         """Rows of the matrix that are summed together, and the first column; the lower triangle is the mirror."""

@@ -7,59 +7,96 @@ an index is not vectorized (three times slower here).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-BAND = 4
-"""Rows that go through a block together: a column waits for the one before it, so that the processor has only other
-rows to work on meanwhile."""
-
 STRIP = 16
-"""Rows of a Gram block that are multiplied together where ranges are scored: what they add up to is loaded and stored
-once."""
+"""Rows that are multiplied and added up together: their sum is then loaded and stored once."""
 
 LANES = 64
-"""Rows of a weight whose group is scored together: a few vectors wide, and with all columns of a usual group within the
-first-level cache."""
+"""Rows of a weight that go through a block together, as lanes of the vectors: a column waits for the one before it, and
+one number of a matrix serves all rows. A few vectors wide, and a block of columns stays near the first-level cache."""
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _add_products(factors: NDArray[np.float32], lanes: NDArray[np.float32], sums: NDArray[np.float32]) -> None:
+    """sums [LANES] += factors [columns] @ lanes [columns, LANES], in the same order for every lane.
+
+    The number of lanes is a constant, which makes the loop twice as fast; some may hold nothing of worth.
+    """
+    columns = factors.size
+    whole = columns - columns % STRIP
+    for start in range(0, whole, STRIP):
+        f, x = factors[start : start + STRIP], lanes[start : start + STRIP]
+        f0, f1, f2, f3, f4, f5, f6, f7 = f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]
+        f8, f9, fa, fb, fc, fd, fe, ff = f[8], f[9], f[10], f[11], f[12], f[13], f[14], f[15]
+        for i in range(LANES):
+            sums[i] += (
+                (f0 * x[0, i] + f1 * x[1, i] + f2 * x[2, i] + f3 * x[3, i])
+                + (f4 * x[4, i] + f5 * x[5, i] + f6 * x[6, i] + f7 * x[7, i])
+            ) + (
+                (f8 * x[8, i] + f9 * x[9, i] + fa * x[10, i] + fb * x[11, i])
+                + (fc * x[12, i] + fd * x[13, i] + fe * x[14, i] + ff * x[15, i])
+            )
+    for k in range(whole, columns):
+        factor, row = factors[k], lanes[k]
+        for i in range(LANES):
+            sums[i] += factor * row[i]
+
+
+@njit  # type: ignore[untyped-decorator]
+def _turn(rows: NDArray[Any], lanes: NDArray[np.float32]) -> None:
+    """rows [n, columns] into lanes [columns, at least n]."""
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        for j in range(row.size):
+            lanes[j, i] = row[j]
+
+
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def round_block(
     work: NDArray[np.float32],
     scale: NDArray[np.float32],
     middle: NDArray[np.float32],
     group: NDArray[np.int64],
-    upper: NDArray[np.float32],
+    lower: NDArray[np.float32],
     levels: int,
     codes: NDArray[np.uint8],
     errors: NDArray[np.float32],
 ) -> None:
     """GPTQ's inner loop over one block of columns; rows are independent and run in parallel.
 
-    work: [out, columns], overwritten. scale, middle: [out, groups]; group: [columns], the group of each column. upper:
-    [columns, columns]. codes and errors [out, columns] receive the result. Sums run in one fixed order a row, so the
+    work: [out, columns]. scale, middle: [groups, out]; group: [columns], the group of each column. lower: [columns,
+    columns], the block of the factor with rows and columns exchanged. codes and errors [out, columns] receive the
+    result. A column takes up what those before it left when its turn comes. Sums run in one fixed order a row, so the
     result does not depend on the threads.
     """
     rows, columns = work.shape
     top = np.float32(levels - 1)
-    for band in prange((rows + BAND - 1) // BAND):
-        first, end = band * BAND, min((band + 1) * BAND, rows)
+    for band in prange((rows + LANES - 1) // LANES):
+        first, end = band * LANES, min((band + 1) * LANES, rows)
+        values, error = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
+        code, pulled = np.empty((columns, LANES), np.uint8), np.empty(LANES, np.float32)
+        _turn(work[first:end], values)
         for j in range(columns):
-            g = group[j]
-            inverse = np.float32(1.0) / upper[j, j]
-            for i in range(first, end):
-                value = work[i, j]
-                step, zero = scale[i, g], middle[i, g]
-                code = np.rint(value / step + zero)
-                code = min(max(code, np.float32(0.0)), top)
-                error = (value - (code - zero) * step) * inverse
-                codes[i, j] = np.uint8(code)
-                errors[i, j] = error
-                rest, pull = work[i, j + 1 :], upper[j, j + 1 :]
-                for k in range(rest.size):
-                    rest[k] -= error * pull[k]
+            pulled[:] = 0.0
+            _add_products(lower[j, :j], error[:j], pulled)
+            inverse = np.float32(1.0) / lower[j, j]
+            step, zero = scale[group[j], first:end], middle[group[j], first:end]
+            value, off, chosen = values[j], error[j], code[j]
+            for i in range(step.size):
+                left = value[i] - pulled[i]
+                level = np.rint(left / step[i] + zero[i])
+                level = min(max(level, np.float32(0.0)), top)
+                chosen[i] = np.uint8(level)
+                off[i] = (left - (level - zero[i]) * step[i]) * inverse
+        for i in range(end - first):
+            own_code, own_error = codes[first + i], errors[first + i]
+            for j in range(columns):
+                own_code[j], own_error[j] = code[j, i], error[j, i]
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -70,7 +107,7 @@ def _as_float16(value: float) -> np.float32:
     return np.float32(math.ldexp(np.rint(math.ldexp(mantissa, bits)), exponent - bits))
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def descend_block(
     codes: NDArray[np.uint8],
     scale: NDArray[np.float32],
@@ -83,67 +120,70 @@ def descend_block(
     """One sweep over one block of columns, whole groups: every code moves to its best value given all others, then
     the group's scale does. Rows are independent and run in parallel.
 
-    codes: [out, columns] and scale: [out, groups], updated. middle: [out, groups]. gradient: [out, columns], (q - w) H,
-    overwritten. gram: [columns, columns]. error: [out, columns], q - w, updated. A scale moves only when that lowers
-    the loss, and at most to half or twice itself.
+    codes: [out, columns] and scale: [out, groups], updated. middle: [out, groups]. gradient: [out, columns], (q - w) H.
+    gram: [columns, columns]. error: [out, columns], q - w, updated. A scale moves only when that lowers the loss, and
+    at most to half or twice itself.
     """
     rows, columns = gradient.shape
     groups = scale.shape[1]
     size = columns // groups
     top = np.float32(levels - 1)
-    softness = np.empty(columns, np.float32)
-    for j in range(columns):
-        softness[j] = np.float32(1.0) / gram[j, j]
-    for band in prange((rows + BAND - 1) // BAND):
-        top_row, end_row = band * BAND, min((band + 1) * BAND, rows)
-        turned = np.empty((BAND, size), np.float32)
+    for band in prange((rows + LANES - 1) // LANES):
+        top_row, end_row = band * LANES, min((band + 1) * LANES, rows)
+        count = end_row - top_row
+        # of each column: its slope before its group moved, what it moved by, its level above the zero
+        slopes, moved = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
+        level, code = np.empty((size, LANES), np.float32), np.empty((columns, LANES), np.float32)
+        step, zero, pulled = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        slope, curve = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        _turn(gradient[top_row:end_row], slopes)
+        _turn(codes[top_row:end_row], code)
         for g in range(groups):
             first, end = g * size, (g + 1) * size
+            for i in range(count):
+                step[i], zero[i] = scale[top_row + i, g], middle[top_row + i, g]
             for j in range(first, end):
-                for i in range(top_row, end_row):
-                    step = scale[i, g]
-                    old = np.float32(codes[i, j])
-                    code = np.rint(old - gradient[i, j] * softness[j] / step)
-                    code = min(max(code, np.float32(0.0)), top)
-                    if code != old:
-                        moved = (code - old) * step
-                        codes[i, j] = np.uint8(code)
-                        error[i, j] += moved
-                        slopes, pull = gradient[i, first:], gram[j, first:]
-                        for k in range(slopes.size):
-                            slopes[k] += moved * pull[k]
-            turned[:] = 0.0  # H c of the group: a column at a time, since sums across lanes would not be in order
+                before, pull = slopes[j], gram[j]
+                _add_products(pull[:first], moved[:first], before)
+                pulled[:] = before
+                _add_products(pull[first:j], moved[first:j], pulled)
+                softness = np.float32(1.0) / pull[j]
+                chosen, own, height = code[j], moved[j], level[j - first]
+                for i in range(count):
+                    old = chosen[i]
+                    new = np.rint(old - pulled[i] * softness / step[i])
+                    new = min(max(new, np.float32(0.0)), top)
+                    chosen[i] = new
+                    own[i] = (new - old) * step[i]
+                    height[i] = new - zero[i]
+            slope[:] = 0.0
+            curve[:] = 0.0
             for j in range(first, end):
-                pull = gram[j, first:end]
-                for i in range(top_row, end_row):
-                    level = np.float32(codes[i, j]) - middle[i, g]
-                    own = turned[i - top_row]
-                    for k in range(pull.size):
-                        own[k] += level * pull[k]
-            for i in range(top_row, end_row):
-                step, zero = scale[i, g], middle[i, g]
-                slope = np.float32(0.0)
-                curve = np.float32(0.0)
-                for j in range(first, end):
-                    level = np.float32(codes[i, j]) - zero
-                    slope += level * gradient[i, j]
-                    curve += level * turned[i - top_row, j - first]
-                if curve <= 0:
-                    continue
-                wanted = step - slope / curve
-                if not (0.5 < wanted / step < 2.0):
-                    continue
-                moved = _as_float16(wanted) - step
-                if moved * (2 * slope + moved * curve) >= 0:
-                    continue
-                scale[i, g] = step + moved
-                for j in range(first, end):
-                    change = moved * (np.float32(codes[i, j]) - zero)
-                    error[i, j] += change
-                    if change != 0:
-                        slopes, pull = gradient[i, end:], gram[j, end:]
-                        for k in range(slopes.size):
-                            slopes[k] += change * pull[k]
+                pulled[:] = 0.0  # H c of the group
+                _add_products(gram[j, first:end], level, pulled)
+                before, own, height = slopes[j], moved[j], level[j - first]
+                for i in range(count):
+                    slope[i] += height[i] * before[i] + own[i] * pulled[i]
+                    curve[i] += height[i] * pulled[i]
+            for i in range(count):
+                change = np.float32(0.0)
+                if curve[i] > 0:
+                    wanted = step[i] - slope[i] / curve[i]
+                    if 0.5 < wanted / step[i] < 2.0:
+                        change = _as_float16(wanted) - step[i]
+                        if change * (2 * slope[i] + change * curve[i]) >= 0:
+                            change = np.float32(0.0)
+                scale[top_row + i, g] = step[i] + change
+                pulled[i] = change
+            for j in range(first, end):
+                own, height = moved[j], level[j - first]
+                for i in range(count):
+                    own[i] += pulled[i] * height[i]
+        for i in range(count):
+            own_code, own_error = codes[top_row + i], error[top_row + i]
+            for j in range(columns):
+                own_code[j] = np.uint8(code[j, i])
+                own_error[j] += moved[j, i]
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
@@ -194,7 +234,6 @@ def best_range_by_blocks(
     """
     rows, groups, size = weight.shape
     top = np.float32(levels - 1)
-    whole = size - size % STRIP
     for band in prange((rows + LANES - 1) // LANES):
         first = band * LANES
         turned, error = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
@@ -218,24 +257,9 @@ def best_range_by_blocks(
                         off[i] = (code - zero[i]) * step[i] - values[i]
                 loss[:] = 0.0
                 for j in range(size):
-                    pull = upper[g, j]
                     pulled[:] = 0.0
-                    for start in range(j - j % STRIP, whole, STRIP):
-                        p, e = pull[start : start + STRIP], error[start : start + STRIP]
-                        p0, p1, p2, p3, p4, p5, p6, p7 = p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]
-                        p8, p9, pa, pb, pc, pd, pe, pf = p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15]
-                        for i in range(LANES):
-                            pulled[i] += (
-                                (p0 * e[0, i] + p1 * e[1, i] + p2 * e[2, i] + p3 * e[3, i])
-                                + (p4 * e[4, i] + p5 * e[5, i] + p6 * e[6, i] + p7 * e[7, i])
-                            ) + (
-                                (p8 * e[8, i] + p9 * e[9, i] + pa * e[10, i] + pb * e[11, i])
-                                + (pc * e[12, i] + pd * e[13, i] + pe * e[14, i] + pf * e[15, i])
-                            )
-                    for k in range(max(whole, j - j % STRIP), size):
-                        one, other = pull[k], error[k]
-                        for i in range(LANES):
-                            pulled[i] += one * other[i]
+                    start = j - j % STRIP
+                    _add_products(upper[g, j, start:], error[start:], pulled)
                     own = error[j]
                     for i in range(LANES):
                         loss[i] += own[i] * pulled[i]
@@ -243,53 +267,3 @@ def best_range_by_blocks(
                     if loss[i] < least[i]:
                         least[i] = loss[i]
                         best[first + i, g] = candidate
-
-
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
-def column_sums(rows: NDArray[np.float32], far: NDArray[np.bool_], band: int, parts: NDArray[np.float32]) -> None:
-    """Sum of |x|, sum of x^2 and largest |x| of each column over the rows [tokens, columns] that are not far.
-
-    far: [tokens]. parts: [bands, 3, columns] receives the sums of so many rows each, whatever the threads. A NaN stays
-    one.
-    """
-    tokens, columns = rows.shape
-    for part in prange(parts.shape[0]):
-        sums, squares, largest = parts[part, 0], parts[part, 1], parts[part, 2]
-        sums[:] = 0.0
-        squares[:] = 0.0
-        largest[:] = 0.0
-        for i in range(part * band, min((part + 1) * band, tokens)):
-            if far[i]:
-                continue
-            row = rows[i]
-            for j in range(columns):
-                size = abs(row[j])
-                sums[j] += size
-                squares[j] += size * size
-                largest[j] = max(largest[j], size)
-
-
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
-def round_rows(
-    rows: NDArray[np.float32],
-    reach: NDArray[np.float32],
-    inverse: NDArray[np.float32],
-    codes: NDArray[np.int8],
-    far: NDArray[np.bool_],
-) -> None:
-    """8-bit codes `round(x * inverse)` [tokens, columns] of rows whose every |x| is within `reach` of its column.
-
-    far: [tokens], true for rows that are known to be far and set for those that have a value beyond; their codes are 0.
-    """
-    tokens, columns = rows.shape
-    for i in prange(tokens):
-        row, code = rows[i], codes[i]
-        beyond = int(far[i])
-        for j in range(columns):
-            beyond += abs(row[j]) > reach[j]
-        far[i] = beyond > 0
-        if beyond:
-            code[:] = 0
-        else:
-            for j in range(columns):
-                code[j] = np.int8(np.rint(row[j] * inverse[j]))
