@@ -41,7 +41,7 @@ BlockRunner(open_source(sys.argv[1]), cpu, arithmetic(cpu, torch.float32))
 def peak(command: list[str]) -> tuple[float, float]:
     """Peak resident MB and seconds of a whole process. Raises CalledProcessError when it fails."""
     started = time.perf_counter()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stdout=sys.stderr)  # stdout is the JSON's
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)

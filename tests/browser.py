@@ -140,9 +140,9 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", **common)
         self.send("Input.dispatchKeyEvent", type="keyUp", **common)
 
-    def picture(self, path: Path) -> None:
-        """Save the whole page as it looks now, as PNG."""
-        height = self.run("document.documentElement.scrollHeight")
+    def picture(self, path: Path, top: int | None = None) -> None:
+        """Save the page as it looks now, as PNG: the whole of it, or so many px from its top."""
+        height = top or self.run("document.documentElement.scrollHeight")
         width = self.run("innerWidth")
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
         shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
