@@ -30,9 +30,9 @@ def resolve_device(name: str) -> torch.device:
 class Arithmetic:
     """In what a model is run for its statistics.
 
-    states: dtype of the hidden states and norms. linears: dtype that the linears multiply in, and the
-    attention its weights and values.
-    eight_bit_gram: whether Gram matrices are summed from 8-bit integers (maths/gram.py) instead of float32.
+    states: dtype of the hidden states and norms. linears: dtype that the linears multiply in, and the attention its
+    weights and values. eight_bit_gram: whether Gram matrices are summed from 8-bit integers (maths/gram.py) instead of
+    float32.
     """
 
     states: torch.dtype

@@ -75,6 +75,11 @@ class JobState:
         return any(method.calibrated for method in self.methods.values())
 
     @property
+    def looks(self) -> set[Look]:
+        """What its calibrated methods have to see of their inputs."""
+        return {method.look for method in self.methods.values() if method.calibrated}
+
+    @property
     def propagates(self) -> bool:
         return any(getattr(method, "propagate", None) == "quantized" for method in self.methods.values())
 
@@ -129,8 +134,7 @@ def quantize_staged(
     runner.assign(module, block, now)
     needed = runner.kept_bytes(block, hidden) * (1 if beside is None else 2)
     keep = needed < run.memory.room_bytes(runner.device)
-    looks = {method.look for method in state.methods.values() if method.calibrated}
-    look = Look.WHOLE if Look.WHOLE in looks else Look.PART
+    look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
     rounder = _Rounder(block, works)
     runner.staged(module, block, hidden, rounder, keep=keep, advance=not last, beside=beside, look=look)
     results += [work.result() for work in works]

@@ -194,7 +194,7 @@ def _run_block(
     with runner.loaded(block, on_device) as module:
         if followers:
             assert run.hidden is not None
-            looks = {method.look for state in followers for method in state.methods.values() if method.calibrated}
+            looks = {look for state in followers for look in state.looks}
             statistics = runner.statistics(module, block, run.hidden, advance=not last, looks=looks)
         else:
             run.hidden = None

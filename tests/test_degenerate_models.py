@@ -66,7 +66,7 @@ def finite_artifact_of(recipe: str, model: Path, out: Path, *settings: str) -> M
 @pytest.mark.parametrize("recipe", CALIBRATED)
 def test_fewer_tokens_than_columns(recipe: str, tiny_llama: Path, tmp_path: Path) -> None:
     few = ("calibration.sequences=1", "calibration.length=8")
-    finite_artifact_of(recipe, tiny_llama, tmp_path / "out", *few)
+    assert finite_artifact_of(recipe, tiny_llama, tmp_path / "out", *few)
 
 
 @pytest.mark.parametrize("recipe", CALIBRATED)
@@ -76,7 +76,7 @@ def test_a_channel_ten_thousand_times_the_others(recipe: str, tiny_llama: Path, 
         for name in ("q", "k", "v"):
             tensors[f"{FIRST}.self_attn.{name}_proj.weight"][:, 5] /= 1e4
 
-    finite_artifact_of(recipe, changed(tiny_llama, tmp_path / "model", outlier), tmp_path / "out")
+    assert finite_artifact_of(recipe, changed(tiny_llama, tmp_path / "model", outlier), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

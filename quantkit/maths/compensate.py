@@ -150,10 +150,8 @@ def _round_block(
     from quantkit.maths.kernels import round_block
 
     codes, errors = torch.empty(work.shape, dtype=torch.uint8), torch.empty_like(work)
-    by_group = [tensor.T.contiguous().numpy() for tensor in (scale, middle, upper)]
-    round_block(
-        work.numpy(), by_group[0], by_group[1], group.numpy(), by_group[2], levels, codes.numpy(), errors.numpy()
-    )
+    steps, middles, lower = (tensor.T.contiguous().numpy() for tensor in (scale, middle, upper))
+    round_block(work.numpy(), steps, middles, group.numpy(), lower, levels, codes.numpy(), errors.numpy())
     return codes, errors
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -168,12 +167,13 @@ class GramAccumulator:
         """Add the batches that wait, in 8-bit integers."""
         from quantkit.maths.gram_kernels import add_scaled, column_sums, round_rows
 
-        ends = list(accumulate(map(len, self._waiting)))
-        tokens, columns = ends[-1], len(self.gram)
+        lengths = [len(rows) for rows in self._waiting]
+        tokens, columns = sum(lengths), len(self.gram)
         codes, far = torch.empty(tokens, columns, dtype=torch.int8), torch.zeros(tokens, dtype=torch.bool)
+        parts_of_far = far.split(lengths)
         pieces = [
-            (_readable(rows), far[end - len(rows) : end].numpy(), codes[end - len(rows) : end].numpy())
-            for rows, end in zip(self._waiting, ends, strict=True)
+            (_readable(rows), is_far.numpy(), own.numpy())
+            for rows, is_far, own in zip(self._waiting, parts_of_far, codes.split(lengths), strict=True)
         ]
         near = tokens
         for round_ in range(FAR_ROUNDS):
@@ -199,7 +199,7 @@ class GramAccumulator:
             product = torch._int_mm(codes[:, strip].T, codes[:, start:])
             add_scaled(product.numpy(), scale[strip].numpy(), scale[start:].numpy(), self.gram[strip, start:].numpy())
         if near < tokens:
-            apart = [rows[torch.from_numpy(is_far)] for rows, (_, is_far, _) in zip(self._waiting, pieces, strict=True)]
+            apart = [rows[is_far] for rows, is_far in zip(self._waiting, parts_of_far, strict=True)]
             self._add_product(torch.cat(apart).float())
         self._waiting.clear()
 

@@ -36,6 +36,11 @@ PART_TOKENS = 4096
 """Tokens that a part of them is: enough for a group's own block of the Gram matrix, which has few columns."""
 
 
+def tokens_apart(look: Look, tokens: int) -> int:
+    """Of how many tokens one goes into a Gram matrix."""
+    return 1 if look is Look.WHOLE else max(1, tokens // PART_TOKENS)
+
+
 class Rounder(Protocol):
     """What `staged` gives each group of linears to, once what was seen of its input is known."""
 
@@ -322,7 +327,7 @@ class BlockRunner:
         columns = linear_shape(self.source, group.linears[0])[1]
         if look is Look.SQUARES:
             return SquaresAccumulator(columns, self.device)
-        every = 1 if look is Look.WHOLE else max(1, hidden.shape[0] * hidden.shape[1] // PART_TOKENS)
+        every = tokens_apart(look, hidden.shape[0] * hidden.shape[1])
         return GramAccumulator(columns, self.device, eight_bit=self.arithmetic.eight_bit_gram, every=every)
 
     def _batches(self, hidden: HiddenStates) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from quantkit.device import arithmetic
 from quantkit.formats.base import LinearPlan, calibrates
 from quantkit.maths.gram import Look
 from quantkit.model.blocks import architecture_of, blocks_of, head_dim
-from quantkit.model.forward import PART_TOKENS
+from quantkit.model.forward import tokens_apart
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
 
@@ -108,7 +108,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         quantized_values=sum(values.values()),
         tokens=tokens,
         length=section.length,
-        gram_tokens=tokens if Look.WHOLE in looks else min(tokens, PART_TOKENS) if Look.PART in looks else 0,
+        gram_tokens=max((tokens // tokens_apart(look, tokens) for look in looks - {Look.SQUARES}), default=0),
         linear_bytes=how.linears.itemsize,
         state_bytes=how.states.itemsize,
         eight_bit_gram=how.eight_bit_gram,
