@@ -24,7 +24,7 @@ from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
 from quantkit.manifest import Manifest, file_record, weight_bytes, write_manifest
 from quantkit.maths.gram import InputStatistics, Look
-from quantkit.memory import NO_LIMIT, MemoryLimit, map_large_memory, return_freed_memory
+from quantkit.memory import NO_LIMIT, MemoryLimit, keep_freed_memory, map_large_memory, return_freed_memory
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
@@ -36,7 +36,8 @@ from quantkit.recipe import recipe_sha256
 from quantkit.streaming import Measuring, stream
 
 RETURN_EVERY = 4
-"""Blocks after which freed memory goes back to the system: it takes a twentieth of a second or so to get it again."""
+"""Blocks after which freed memory goes back to the system where a limit is set: to get it again takes a twentieth of a
+second or so."""
 
 
 def quantize(
@@ -56,6 +57,8 @@ def quantize(
     """
     if memory.limit_bytes is not None:
         map_large_memory()
+    else:
+        keep_freed_memory()
     layout = Layout(architecture_of(source.config).norm_offset, head_dim(source.config))
     with ExitStack() as stack:
         for job in jobs:
@@ -125,20 +128,25 @@ def _run(
             for block in blocks[checkpoints.done :]:
                 stream(states, source, block.tensors, block, torch.device("cpu"), measuring)
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
+                _return_memory(memory, block.index)
                 tracker.advance(note=block.prefix.rstrip("."))
         else:
             for block, tensors in _read(source, blocks[checkpoints.done :], ahead=device.type == "cuda"):
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
                 del tensors
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                if block.index % RETURN_EVERY == 0:
-                    return_freed_memory()
+                _return_memory(memory, block.index)
                 tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
             alone = Block(-1, "", (head,), (LinearGroup((head,)),), (f"{head}.weight",))
             stream(states, source, alone.tensors, alone, device, measuring)
         tracker.advance(note=head)
     return shared_s()
+
+
+def _return_memory(memory: MemoryLimit, done: int) -> None:
+    if memory.limit_bytes is not None and done % RETURN_EVERY == 0:
+        return_freed_memory()
 
 
 def _start(

@@ -18,7 +18,6 @@ from torch import Tensor
 from quantkit.manifest import TensorRecord
 from quantkit.maths.ggml import SEARCHED
 from quantkit.maths.measure import energies, sqnr_db
-from quantkit.memory import return_freed_memory
 from quantkit.methods.base import Method
 from quantkit.model.blocks import Block, LinearGroup
 from quantkit.model.source import Source
@@ -90,7 +89,6 @@ def stream(
         for linear, made in done:
             for state, result in zip(states, made, strict=True):
                 state.records.append(_record(linear, state.methods.get(linear), result))
-    return_freed_memory()  # once a block costs little; parts of a block go on in the memory of those before them
 
 
 def _through(

@@ -137,10 +137,24 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(len(weight), device=weight.device)
+    compiled = weight.device.type == "cpu"
     for rows in row_bands(weight):
-        part = weight[rows].to(torch.float16).float()
+        part = weight[rows]
+        if compiled and part.dtype == torch.bfloat16:  # rounded to float16 inside
+            _compiled_rows(part.contiguous().view(torch.int16), codes[rows], absmax[rows])
+            continue
+        part = part.to(torch.float16).float()
+        if compiled:
+            _compiled_rows(part, codes[rows], absmax[rows])
+            continue
         largest = part.abs().amax(dim=1)
         absmax[rows] = largest
         factor = torch.where(largest > 0, 127.0 / largest, 0.0)
         codes[rows] = part.mul_(factor.unsqueeze(1)).round_()
     return codes, absmax
+
+
+def _compiled_rows(rows: Tensor, codes: Tensor, absmax: Tensor) -> None:
+    from quantkit.maths.int8_kernel import quantize_rows  # its import takes half a second
+
+    quantize_rows(rows.numpy(), codes.numpy(), absmax.numpy())

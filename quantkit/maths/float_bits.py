@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types  # type: ignore[import-untyped]
-from numba.extending import intrinsic  # type: ignore[import-untyped]
+from numba.extending import intrinsic, overload  # type: ignore[import-untyped]
 
 
 def _bits_of(typing_context: Any, value: Any) -> Any:
@@ -22,3 +23,31 @@ bits_of: Any = intrinsic(_bits_of)
 
 from_bits: Any = intrinsic(_from_bits)
 """The float32 that an int32's bits are."""
+
+
+MAGNITUDE = np.int32(0x7FFFFFFF)
+"""The bits of a float32 without its sign."""
+
+
+def value_of(number):  # type: ignore[no-untyped-def] # numba wants it to be annotated like the one below
+    """A float32, from itself or from the bits of a bfloat16, which numpy has no type for."""
+
+
+@overload(value_of, inline="always")  # type: ignore[untyped-decorator]
+def _value_of(number):  # type: ignore[no-untyped-def]
+    if isinstance(number, types.Integer):
+        return lambda number: from_bits(np.int32(number) << np.int32(16))
+    return lambda number: number
+
+
+def stored_as(value, like):  # type: ignore[no-untyped-def]
+    """A float32, as what a number like the other one holds: itself, or the bits of a bfloat16, rounded half to even."""
+
+
+@overload(stored_as, inline="always")  # type: ignore[untyped-decorator]
+def _stored_as(value, like):  # type: ignore[no-untyped-def]
+    if isinstance(like, types.Integer):
+        return lambda value, like: np.uint16(
+            (bits_of(value) + np.int32(0x7FFF) + ((bits_of(value) >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+        )
+    return lambda value, like: value

@@ -1,6 +1,6 @@
 """Compiled loops over the inputs of linears, for Gram matrices from 8-bit integers.
 
-Inputs are float32, or bfloat16 as the bits that numpy has no type for.
+Inputs are float32, or the bits of bfloat16.
 """
 
 from __future__ import annotations
@@ -8,22 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange, types  # type: ignore[import-untyped]
-from numba.extending import overload  # type: ignore[import-untyped]
+from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from quantkit.maths.float_bits import from_bits
-
-
-def _value(number):  # type: ignore[no-untyped-def]
-    """A float32, from itself or from the bits of a bfloat16."""
-
-
-@overload(_value, inline="always")  # type: ignore[untyped-decorator]
-def _value_of(number):  # type: ignore[no-untyped-def] # numba wants both to be annotated alike
-    if isinstance(number, types.Integer):
-        return lambda number: from_bits(np.int32(number) << np.int32(16))
-    return lambda number: number
+from quantkit.maths.float_bits import value_of
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
@@ -44,7 +32,7 @@ def column_sums(rows: NDArray[Any], far: NDArray[np.bool_], band: int, parts: ND
                 continue
             row = rows[i]
             for j in range(columns):
-                size = abs(_value(row[j]))
+                size = abs(value_of(row[j]))
                 sums[j] += size
                 squares[j] += size * size
                 largest[j] = max(largest[j], size)
@@ -67,13 +55,13 @@ def round_rows(
         row, code = rows[i], codes[i]
         beyond = int(far[i])
         for j in range(columns):
-            beyond += abs(_value(row[j])) > reach[j]
+            beyond += abs(value_of(row[j])) > reach[j]
         far[i] = beyond > 0
         if beyond:
             code[:] = 0
         else:
             for j in range(columns):
-                code[j] = np.int8(np.rint(_value(row[j]) * inverse[j]))
+                code[j] = np.int8(np.rint(value_of(row[j]) * inverse[j]))
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
