@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from quantkit.errors import ModelError
 from quantkit.model.blocks import architecture_of, is_buffer
@@ -83,9 +84,25 @@ def built(config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
 
     settings = {key: value for key, value in config.items() if key != "model_type"}
     known = AutoConfig.for_model(config["model_type"], **settings)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(known, dtype=dtype)
     return model
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Makes the tensors that weights begin as on the meta device at once, where `init_empty_weights` moves them there.
+
+    Moving needs no page of memory either, but it spreads what stays over an address space as large as the model, into
+    whose gaps later tensors go one after another: more of it is resident from block to block.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def _check(source: Source, model: PreTrainedModel, wanted: dict[str, Any], stored: list[str]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from oracles.memory_source import MemorySource, store
@@ -13,7 +15,8 @@ from quantkit.errors import ModelError
 from quantkit.formats import open_artifact
 from quantkit.formats.gguf import GGUF
 from quantkit.methods.ggml import GGML
-from quantkit.model.load import load_transformers
+from quantkit.model.blocks import blocks_of
+from quantkit.model.load import load_transformers, without_weights
 from quantkit.model.reader import open_source
 
 IDS = torch.tensor([[5, 17, 200, 383, 9, 64]])
@@ -35,6 +38,31 @@ def test_a_folder_gives_the_model_that_transformers_loads(kind: str, request: py
     tied = ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
     assert tied is (kind == "tiny_llama_tied")
     assert not ours.training
+
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of the largest tensor that was made off the meta device."""
+
+    largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.device.type != "meta":
+            self.largest = max(self.largest, made.nbytes)
+        return made
+
+
+def test_a_model_without_weights_never_had_any(tiny_llama: Path) -> None:
+    """Weights that are made and moved leave gaps of their size in the heap, into which later tensors are spread."""
+    source = MemorySource(tiny_llama)
+    smallest = min(source.read(f"{linear}.weight").nbytes for block in blocks_of(source) for linear in block.linears)
+    with _Allocations() as seen:
+        model = without_weights(source, torch.float32)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
+    assert 0 < seen.largest < smallest
 
 
 def test_weights_get_the_dtype_that_is_asked_for(tiny_llama: Path) -> None:
