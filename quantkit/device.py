@@ -32,16 +32,17 @@ class Arithmetic:
 
     states: dtype of the hidden states and norms. linears: dtype that the linears multiply in, and the attention its
     weights and values. eight_bit_gram: whether Gram matrices are summed from 8-bit integers (maths/gram.py) instead of
-    float32.
+    float32. eight_bit_linears: whether linears multiply 8-bit integers (maths/eight_bit.py) where that is near enough.
     """
 
     states: torch.dtype
     linears: torch.dtype
     eight_bit_gram: bool
+    eight_bit_linears: bool
 
     def label(self) -> str:
-        """A short text for a manifest, such as "linears bfloat16, Gram int8"."""
-        linears = str(self.linears).removeprefix("torch.")
+        """A short text for a manifest, such as "linears int8 or bfloat16, Gram int8"."""
+        linears = ("int8 or " if self.eight_bit_linears else "") + str(self.linears).removeprefix("torch.")
         return f"linears {linears}, Gram {'int8' if self.eight_bit_gram else 'float32'}"
 
 
@@ -55,12 +56,12 @@ def arithmetic(device: torch.device, source_dtype: torch.dtype, *, exact: bool =
 
     half = source_dtype in (torch.float16, torch.bfloat16)
     if exact:
-        return Arithmetic(torch.float32, torch.float32, False)
+        return Arithmetic(torch.float32, torch.float32, False, False)
     if device.type != "cpu":
         dtype = source_dtype if half else torch.float32
-        return Arithmetic(dtype, dtype, False)
+        return Arithmetic(dtype, dtype, False, False)
     linears = torch.bfloat16 if half and multiplies_bfloat16() else torch.float32
-    return Arithmetic(torch.float32, linears, multiplies_int8())
+    return Arithmetic(torch.float32, linears, multiplies_int8(), half and multiplies_int8())
 
 
 def multiplies_bfloat16() -> bool:

@@ -24,15 +24,15 @@ EVERYTHING = {"amx_bf16": True, "avx512_vnni": True}
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "device", "source", "linears", "eight_bit"),
+    ("capabilities", "device", "source", "linears", "gram_in_8", "linears_in_8"),
     [
-        (EVERYTHING, CPU, torch.float16, torch.bfloat16, True),
-        (EVERYTHING, CPU, torch.float32, torch.float32, True),  # weights that bfloat16 would round stay as they are
-        ({"avx512_bf16": True}, CPU, torch.bfloat16, torch.bfloat16, False),
-        ({"avx512_vnni": True}, CPU, torch.float16, torch.float32, True),
-        ({}, CPU, torch.float16, torch.float32, False),
-        (EVERYTHING, GPU, torch.float16, torch.float16, False),
-        (EVERYTHING, GPU, torch.float32, torch.float32, False),
+        (EVERYTHING, CPU, torch.float16, torch.bfloat16, True, True),
+        (EVERYTHING, CPU, torch.float32, torch.float32, True, False),  # weights that would be rounded stay as they are
+        ({"avx512_bf16": True}, CPU, torch.bfloat16, torch.bfloat16, False, False),
+        ({"avx512_vnni": True}, CPU, torch.float16, torch.float32, True, True),
+        ({}, CPU, torch.float16, torch.float32, False, False),
+        (EVERYTHING, GPU, torch.float16, torch.float16, False, False),
+        (EVERYTHING, GPU, torch.float32, torch.float32, False, False),
     ],
 )
 def test_products_take_the_units_that_are_there(
@@ -40,13 +40,14 @@ def test_products_take_the_units_that_are_there(
     device: torch.device,
     source: torch.dtype,
     linears: torch.dtype,
-    eight_bit: bool,
+    gram_in_8: bool,
+    linears_in_8: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     chosen = arithmetic(device, source)
-    assert (chosen.linears, chosen.eight_bit_gram) == (linears, eight_bit)
-    assert arithmetic(device, source, exact=True) == Arithmetic(torch.float32, torch.float32, False)
+    assert (chosen.linears, chosen.eight_bit_gram, chosen.eight_bit_linears) == (linears, gram_in_8, linears_in_8)
+    assert arithmetic(device, source, exact=True) == Arithmetic(torch.float32, torch.float32, False, False)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_a_mixed_run_gives_nearly_what_a_float32_run_gives(half_llama: Path, tmp
     mixed = make(half_llama, tmp_path / "mixed")
     exact = make(half_llama, tmp_path / "exact", "calibration.precision=float32")
     assert mixed.calibration is not None and exact.calibration is not None
-    assert mixed.calibration["arithmetic"] == "linears bfloat16, Gram int8"
+    assert mixed.calibration["arithmetic"] == "linears int8 or bfloat16, Gram int8"
     assert exact.calibration["arithmetic"] == "linears float32, Gram float32"
     for ours, theirs in zip(mixed.tensors, exact.tensors, strict=True):
         assert ours.sqnr_db == pytest.approx(theirs.sqnr_db, abs=0.2), ours.name
@@ -100,6 +101,17 @@ def test_a_memory_limit_changes_no_byte_of_a_mixed_run(half_llama: Path, tmp_pat
     for path in sorted((tmp_path / "free").iterdir()):
         if path.name != "quantkit.json":
             assert path.read_bytes() == (tmp_path / "tight" / path.name).read_bytes(), path.name
+
+
+def test_without_units_for_bfloat16_linears_multiply_in_8_bits_or_float32(
+    half_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_can", lambda *names: "avx512_vnni" in names)
+    made = make(half_llama, tmp_path / "made")
+    assert made.calibration is not None and made.calibration["arithmetic"] == "linears int8 or float32, Gram int8"
+    exact = make(half_llama, tmp_path / "exact", "calibration.precision=float32")
+    for ours, theirs in zip(made.tensors, exact.tensors, strict=True):
+        assert ours.sqnr_db == pytest.approx(theirs.sqnr_db, abs=0.2), ours.name
 
 
 def test_what_quantizes_is_not_in_the_arithmetic_of_the_block(

@@ -84,7 +84,7 @@ def strip_width(columns: int) -> int:
     return max(64, -(-columns // 4))
 
 
-def _readable(rows: Tensor) -> NDArray[Any]:
+def readable(rows: Tensor) -> NDArray[Any]:
     """Inputs [tokens, in] as compiled loops read them: float32, or the bits of bfloat16."""
     if rows.dtype == torch.bfloat16:
         return rows.contiguous().view(torch.uint16).numpy()
@@ -172,7 +172,7 @@ class GramAccumulator:
         codes, far = torch.empty(tokens, columns, dtype=torch.int8), torch.zeros(tokens, dtype=torch.bool)
         parts_of_far = far.split(lengths)
         pieces = [
-            (_readable(rows), is_far.numpy(), own.numpy())
+            (readable(rows), is_far.numpy(), own.numpy())
             for rows, is_far, own in zip(self._waiting, parts_of_far, codes.split(lengths), strict=True)
         ]
         near = tokens

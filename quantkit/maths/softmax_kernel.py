@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from quantkit.maths.float_bits import bits_of, from_bits
+from quantkit.maths.float_bits import bits_of, from_bits, stored_as
 
 LOWEST = np.float32(-126.0)
 """The least power of two that is told from zero: float32's smallest normal number."""
@@ -57,6 +57,5 @@ def causal_softmax(scores: NDArray[np.float32], first: int, scale: float, weight
             total += value
         inverse = np.float32(1.0) / total
         for k in range(row.size):
-            bits = bits_of(row[k] * inverse)
-            own[k] = np.uint16((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16))
+            own[k] = stored_as(row[k] * inverse, own[k])
         weights[head, query, seen:] = 0

@@ -24,6 +24,7 @@ from quantkit.errors import ModelError
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Accumulator, GramAccumulator, InputStatistics, Look, SquaresAccumulator
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, linear_shape
+from quantkit.model.eight_bit import use_eight_bits
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import without_weights
 from quantkit.model.source import Source
@@ -100,6 +101,8 @@ class BlockRunner:
         self.model.eval()
         self.trunk = self.model.get_submodule(self.architecture.trunk)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]
+        if arithmetic.eight_bit_linears:
+            use_eight_bits(self.layers.modules())
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def embed(self, ids: Tensor, spill: Path | None = None) -> HiddenStates:

@@ -82,7 +82,7 @@ def _block_parts(work: Work) -> dict[str, int]:
     inner = max(group.rows for group in work.groups)
     return {
         "block as stored": work.block_bytes,
-        "block in the model": (2 if work.corrects else 1) * values * work.linear_bytes,
+        "block in the model": (2 if work.corrects else 1) * values * (work.linear_bytes + work.eight_bit_linears),
         "block in float32": 4 * values,
         "codes": values,
         "Gram matrix and its factor": max(_solve_bytes(group, work) for group in work.groups),

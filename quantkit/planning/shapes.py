@@ -56,6 +56,7 @@ class Work:
     linear_bytes: int
     state_bytes: int
     eight_bit_gram: bool
+    eight_bit_linears: bool
     propagates: bool
     corrects: bool
     calibrated: bool
@@ -112,6 +113,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         linear_bytes=how.linears.itemsize,
         state_bytes=how.states.itemsize,
         eight_bit_gram=how.eight_bit_gram,
+        eight_bit_linears=how.eight_bit_linears,
         propagates=any(getattr(method, "propagate", None) == "quantized" for method in methods),
         corrects=any(getattr(method, "correction", 0) > 0 for method in methods),
         calibrated=calibrated,

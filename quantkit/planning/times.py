@@ -2,8 +2,8 @@
 
 Per block, on T tokens, for each input of n columns whose linears have m rows together:
 
-    linears     2 T n m                  at the rate of the linears' dtype
-    attention   2 T L d                  the same; d: all heads together, L: the length of a sequence
+    linears     2 T n m                  8-bit products where the processor has them, else their dtype's
+    attention   2 T L d                  at the rate of that dtype; d: all heads together, L: the length of a sequence
     Grams       G n (n + 1)              of G tokens; 8-bit products where the processor has them
     passing     ACTIVATION_FLOP T (4 d + 3 m)   norms, activations, rotary positions, copies
     solve       m n^2 (1 + 2 sweeps) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
@@ -30,7 +30,7 @@ START_S = {"plain": 1.8, "gguf": 3.0, "calibrated": 4.6}
 """Until the first block on that machine: imports alone, with a GGUF file's tokenizer, or with a model to run and its
 text."""
 
-ATTENTION_SLOWDOWN = 8.0
+ATTENTION_SLOWDOWN = 5.0
 """Attention and rotary positions against the same number of operations in large products."""
 
 LINEAR_SLOWDOWN = 1.2
@@ -130,8 +130,9 @@ def _passes(work: Work, probe: Probe) -> dict[str, float]:
     ways = 2 if work.corrects else 1  # the unquantized model runs along
     crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0
     gram_rate = probe.int8_op_s / GRAM_SLOWDOWN if work.eight_bit_gram and probe.int8_op_s else float32
+    linear_rate = probe.int8_op_s if work.eight_bit_linears and probe.int8_op_s else rate
     return {
-        "linears": ways * blocks * linears * LINEAR_SLOWDOWN / rate,
+        "linears": ways * blocks * linears * LINEAR_SLOWDOWN / linear_rate,
         "attention": ways * blocks * attention * ATTENTION_SLOWDOWN / rate,
         "Gram matrices": blocks * grams / (probe.device_flop_s or gram_rate),
         "norms, activations, copies": ways * blocks * passing / (probe.device_flop_s or float32),

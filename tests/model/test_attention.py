@@ -19,7 +19,7 @@ from quantkit.model.source import Source
 
 IDS = torch.arange(4 * 48).reshape(4, 48) % 380
 CPU = torch.device("cpu")
-MIXED = Arithmetic(torch.float32, torch.bfloat16, False)
+MIXED = Arithmetic(torch.float32, torch.bfloat16, False, False)
 OTHERWISE = {"gemma2"}
 """Families whose attention asks for more than causal attention: a cap on the scores."""
 
@@ -55,7 +55,7 @@ def test_states_are_as_near_to_float32_as_with_pytorchs(
     source = MemorySource(write_family(tmp_path / "model", family, tiny_llama))
     ours = states(source, MIXED)
     assert bool(calls) == (family not in OTHERWISE)
-    exact = states(source, Arithmetic(torch.float32, torch.float32, False))
+    exact = states(source, Arithmetic(torch.float32, torch.float32, False, False))
     monkeypatch.setattr(attention, "use_causal_attention", lambda _: None)
     theirs = states(source, MIXED)
     assert (ours - exact).norm() <= 1.05 * (theirs - exact).norm()
@@ -63,5 +63,5 @@ def test_states_are_as_near_to_float32_as_with_pytorchs(
 
 
 def test_float32_throughout_takes_pytorchs(tiny_llama: Path, calls: list[tuple[int, ...]]) -> None:
-    states(MemorySource(tiny_llama), Arithmetic(torch.float32, torch.float32, False))
+    states(MemorySource(tiny_llama), Arithmetic(torch.float32, torch.float32, False, False))
     assert not calls

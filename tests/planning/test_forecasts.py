@@ -104,7 +104,7 @@ def test_the_head_of_a_gguf_file_goes_through_in_parts(tiny_llama: Path) -> None
 
 def test_the_seconds_of_a_calibrated_run(tiny_llama: Path) -> None:
     work, plans = planned(tiny_llama, GPTQ | {"refine": 1}, calibration={"sequences": 4, "length": 32})
-    work = replace(work, linear_bytes=4, eight_bit_gram=False)
+    work = replace(work, linear_bytes=4, eight_bit_gram=False, eight_bit_linears=False)
     parts = time_of(work, plans, UNIT, 10**9).parts
     rate, blocks, tokens = times.REFERENCE_FLOP_S, 2, 128
     assert parts["writing"] == 1.0 and parts["reading"] == pytest.approx(work.source_bytes / 1e9)
@@ -122,11 +122,13 @@ def test_the_seconds_of_a_calibrated_run(tiny_llama: Path) -> None:
 def test_faster_products_count_where_they_are_used(tiny_llama: Path) -> None:
     work, plans = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
     fast = UNIT.model_copy(update={"int8_op_s": 4 * times.REFERENCE_FLOP_S})
-    plain = replace(work, linear_bytes=4, eight_bit_gram=False)
-    mixed = replace(work, linear_bytes=2, eight_bit_gram=True)
+    plain = replace(work, linear_bytes=4, eight_bit_gram=False, eight_bit_linears=False)
+    mixed = replace(work, linear_bytes=2, eight_bit_gram=True, eight_bit_linears=False)
     before, after = time_of(plain, plans, fast, 0).parts, time_of(mixed, plans, fast, 0).parts
     assert after["linears"] == pytest.approx(before["linears"] / 2)
     assert after["Gram matrices"] == pytest.approx(before["Gram matrices"] * times.GRAM_SLOWDOWN / 4)
+    eighth = time_of(replace(mixed, eight_bit_linears=True), plans, fast, 0).parts
+    assert eighth["linears"] == pytest.approx(before["linears"] / 4)
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k_m", "iq4_xs", "q2_k"])

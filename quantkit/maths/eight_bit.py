@@ -1,0 +1,66 @@
+"""Products of inputs and weights in 8-bit integers, twice as fast as in bfloat16 where the processor has units for it.
+
+Columns are balanced first, as in SmoothQuant: what a column of the inputs is divided by, the same column of the weight
+is multiplied with, so that a few large columns do not leave the others with few steps. Source: Xiao et al. 2023,
+section 4, with root mean squares in the place of the largest values, which follow a single token. Then each token and
+each row of the weight has steps of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.maths.gram import readable
+
+TRIED = 64
+"""Tokens whose products are compared with those in float32."""
+
+LARGEST_ERROR = 0.05
+"""What the products may be off by, as a share of their root mean square: below what rounding to 4 bits does to them.
+Inputs and weights of trained models give 0.005 to 0.025."""
+
+
+@dataclass(frozen=True)
+class EightBitWeight:
+    """A linear's weight in 8 bits. codes: int8 [out, in], balanced. steps: float32 [out]. factors: float32 [in], what
+    inputs are multiplied with. bias: float32 [out]."""
+
+    codes: Tensor
+    steps: Tensor
+    factors: Tensor
+    bias: Tensor
+
+    def __call__(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`inputs @ weight.T + bias` for inputs [..., in]: [..., out], both float32 or bfloat16, on the CPU."""
+        from quantkit.maths.eight_bit_kernels import round_tokens, scale_products
+
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        codes, steps = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
+        round_tokens(readable(rows), self.factors.numpy(), codes.numpy(), steps.numpy())
+        products = torch._int_mm(codes, self.codes.T)
+        outputs = torch.empty(products.shape, dtype=dtype)
+        written = (outputs.view(torch.uint16) if dtype == torch.bfloat16 else outputs).numpy()
+        scale_products(products.numpy(), steps.numpy(), self.steps.numpy(), self.bias.numpy(), written)
+        return outputs.view(*inputs.shape[:-1], -1)
+
+
+def eight_bit_weight(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> EightBitWeight | None:
+    """A weight [out, in] for products with inputs like these, [..., in]; None where some of them come out too far from
+    those in float32."""
+    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    wide = weight.detach().float()
+    ratio = rows.float().square().mean(dim=0).sqrt() / wide.square().mean(dim=0).sqrt()
+    usable = ratio.isfinite() & (ratio > 0)
+    divisors = torch.where(usable, ratio, torch.ones_like(ratio)).sqrt()
+    balanced = wide * divisors
+    steps = balanced.abs().amax(dim=1) / 127
+    codes = (balanced / steps.clamp_min(1e-30).unsqueeze(1)).round_().to(torch.int8)
+    offset = torch.zeros(len(wide)) if bias is None else bias.detach().float()
+    made = EightBitWeight(codes, steps, 1 / divisors, offset)
+    tried = rows[:: max(1, len(rows) // TRIED)].float()
+    exact = torch.nn.functional.linear(tried, wide)
+    error = (made(tried) - offset - exact).square().mean()
+    return made if bool(error <= LARGEST_ERROR**2 * exact.square().mean()) else None

@@ -1,0 +1,42 @@
+"""Linears that multiply in 8-bit integers while statistics are gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.maths.eight_bit import EightBitWeight, eight_bit_weight
+
+
+class EightBitLinear(nn.Linear):
+    """A linear whose outputs come from 8-bit products, or from what the run multiplies in where those would be too far
+    off.
+
+    The weight is coded when the first inputs behind its assignment come, which tell how to balance its columns: later
+    batches take it as it is, so the same inputs in the same order give the same outputs.
+    """
+
+    _coded: tuple[Tensor, EightBitWeight | None] | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self._coded is None or self._coded[0] is not self.weight:
+            self._coded = (self.weight, eight_bit_weight(self.weight, self.bias, inputs))
+        coded = self._coded[1]
+        if coded is None:
+            return super().forward(inputs)
+        mixed = torch.is_autocast_enabled("cpu")
+        return coded(inputs, torch.get_autocast_dtype("cpu") if mixed else self.weight.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EightBitLinear:
+        self._coded = None  # other tensors take the place of these
+        return super()._apply(fn, recurse)
+
+
+def use_eight_bits(modules: Iterable[nn.Module]) -> None:
+    """Let the plain linears among these multiply in 8-bit integers."""
+    for module in modules:
+        if type(module) is nn.Linear:
+            module.__class__ = EightBitLinear

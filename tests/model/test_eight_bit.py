@@ -1,0 +1,67 @@
+"""Linears that multiply in 8-bit integers: coded once behind each assignment, by the first inputs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from quantkit.model import eight_bit
+from quantkit.model.eight_bit import EightBitLinear, use_eight_bits
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    made = nn.Linear(256, 64)
+    use_eight_bits([made])
+    return made
+
+
+INPUTS = torch.randn(40, 256, generator=torch.Generator().manual_seed(1))
+
+
+def test_only_plain_linears_are_taken() -> None:
+    class Odd(nn.Linear):
+        pass
+
+    odd, norm, plain = Odd(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+    use_eight_bits([odd, norm, plain])
+    assert (type(odd), type(norm), type(plain)) == (Odd, nn.LayerNorm, EightBitLinear)
+
+
+def test_outputs_are_near_and_in_the_dtype_that_is_multiplied_in() -> None:
+    module = linear()
+    with torch.inference_mode():
+        exact = INPUTS @ module.weight.T + module.bias
+        found = module(INPUTS)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = module(INPUTS)
+    assert found.dtype == torch.float32 and mixed.dtype == torch.bfloat16
+    for values in (found, mixed):
+        assert 0 < float((values - exact).norm() / exact.norm()) < 0.02
+
+
+@torch.inference_mode()
+def test_coded_once_and_again_for_another_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    code = eight_bit.eight_bit_weight
+    monkeypatch.setattr(eight_bit, "eight_bit_weight", lambda *given: seen.append(1) or code(*given))
+    module = linear()
+    first = module(INPUTS)
+    assert torch.equal(module(INPUTS), first) and len(seen) == 1
+    module.load_state_dict({"weight": module.weight * 2, "bias": module.bias * 2}, assign=True)
+    assert torch.allclose(module(INPUTS), first * 2, rtol=1e-5, atol=1e-5) and len(seen) == 2
+    twin = copy.deepcopy(module).to_empty(device="meta")
+    twin.load_state_dict({"weight": module.weight / 2, "bias": module.bias / 2}, assign=True)
+    assert torch.allclose(twin(INPUTS), first, rtol=1e-5, atol=1e-5) and len(seen) == 3
+    module.to_empty(device="meta")
+    assert module._coded is None, "the memory of a block is given back with it"
+
+
+@torch.inference_mode()
+def test_where_eight_bits_do_not_do_the_linear_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = linear()
+    monkeypatch.setattr(eight_bit, "eight_bit_weight", lambda *_: None)
+    assert torch.equal(module(INPUTS), nn.functional.linear(INPUTS, module.weight, module.bias))
