@@ -14,8 +14,12 @@ from torch import Tensor
 from quantkit.maths.affine import full_range, grid_for_range, nearest_values
 from quantkit.tensors import Grid
 
-SAMPLE_ROWS = 128
-"""Output rows that a candidate is scored on: the best exponent is a property of the inputs, which all rows share."""
+SAMPLE_VALUES = 128 * 576
+"""Weights that a candidate is scored on, in whole rows: the best exponent is a property of the inputs, which all rows
+share, and the longer a row the more it tells."""
+
+SAMPLE_ROWS = 32
+"""At least so many rows, however long."""
 
 
 def candidate_scale(mean_abs: Tensor, exponent: float) -> Tensor:
@@ -30,7 +34,8 @@ def search_scale(weight: Tensor, mean_abs: Tensor, gram: Tensor, grid: Grid, exp
     weight: float32 [out, in], the linears of one input stacked by rows. mean_abs: float32 [in]. gram: float32 [in, in].
     e = 0 is a scale of one everywhere: no fold. Candidates are scored on rows taken at even distances.
     """
-    weight = weight[:: -(-len(weight) // SAMPLE_ROWS)]
+    rows = max(SAMPLE_ROWS, SAMPLE_VALUES // weight.shape[1])
+    weight = weight[:: -(-len(weight) // rows)]
 
     def loss(step: int) -> float:
         scale = candidate_scale(mean_abs, step / exponents)
