@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
 
 import torch
@@ -36,8 +37,8 @@ from quantkit.recipe import recipe_sha256
 from quantkit.streaming import Measuring, stream
 
 RETURN_EVERY = 4
-"""Blocks after which freed memory goes back to the system where a limit is set: to get it again takes a twentieth of a
-second or so."""
+"""Calibrated blocks after which freed memory goes back to the system, where it does: to get it again takes a twentieth
+of a second or so."""
 
 
 def quantize(
@@ -55,10 +56,6 @@ def quantize(
     on, and what it leaves to go on with. memory: how much may be held at once; the artifact is the same whatever it
     says. Raises ModelError for a damaged or non-finite model, DataError for a full disk.
     """
-    if memory.limit_bytes is not None:
-        map_large_memory()
-    else:
-        keep_freed_memory()
     layout = Layout(architecture_of(source.config).norm_offset, head_dim(source.config))
     with ExitStack() as stack:
         for job in jobs:
@@ -72,7 +69,12 @@ def quantize(
             writer = job.recipe.resolved_format.writer(folder, source, job.plans, dtype)
             methods = {plan.name: plan.method for plan in job.plans if plan.method is not None}
             states.append(JobState(job, writer, folder, dtype, methods, layout))
-        shared_s = _run(states, source, calibration, device, how, memory, progress, checkpoints)
+        returns = _returns_memory(states, source, memory)
+        if not returns:
+            keep_freed_memory()
+        elif memory.limit_bytes is not None:
+            map_large_memory()
+        shared_s = _run(states, source, calibration, device, how, memory, returns, progress, checkpoints)
         for state in states:
             started = time.perf_counter()
             paths = state.writer.finish()
@@ -97,10 +99,14 @@ def _run(
     device: torch.device,
     how: Arithmetic,
     memory: MemoryLimit,
+    returns: bool,
     progress: Progress,
     checkpoints: Checkpoints,
 ) -> float:
-    """The loop. Returns the seconds spent for all jobs together: reading, and running the unquantized model."""
+    """The loop. Returns the seconds spent for all jobs together: reading, and running the unquantized model.
+
+    returns: give freed memory back to the system between blocks.
+    """
     started = time.perf_counter()
     blocks = blocks_of(source)
     in_blocks = {name for block in blocks for name in block.tensors}
@@ -128,14 +134,16 @@ def _run(
             for block in blocks[checkpoints.done :]:
                 stream(states, source, block.tensors, block, torch.device("cpu"), measuring)
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                _return_memory(memory, block.index)
+                if returns:
+                    return_freed_memory()
                 tracker.advance(note=block.prefix.rstrip("."))
         else:
             for block, tensors in _read(source, blocks[checkpoints.done :], ahead=device.type == "cuda"):
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
                 del tensors
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                _return_memory(memory, block.index)
+                if returns and block.index % RETURN_EVERY == 0:
+                    return_freed_memory()
                 tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
             alone = Block(-1, "", (head,), (LinearGroup((head,)),), (f"{head}.weight",))
@@ -144,9 +152,14 @@ def _run(
     return shared_s()
 
 
-def _return_memory(memory: MemoryLimit, done: int) -> None:
-    if memory.limit_bytes is not None and done % RETURN_EVERY == 0:
-        return_freed_memory()
+def _returns_memory(states: Sequence[JobState], source: Source, memory: MemoryLimit) -> bool:
+    """Whether freed memory goes back to the system: under a limit, and where the largest linear goes through in parts,
+    which take next to nothing, so that what is kept between would be most of what is resident."""
+    if memory.limit_bytes is not None or any(state.calibrated for state in states):
+        return memory.limit_bytes is not None
+    linears = [f"{linear}.weight" for block in blocks_of(source) for linear in block.linears]
+    largest = max(linears, key=lambda name: prod(source.shape(name)))
+    return all(state.writer.takes_parts(largest) for state in states)
 
 
 def _start(

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantkit.maths.affine import full_range, grid_for_range, nearest_values
 from quantkit.tensors import Grid
 
-SAMPLE_VALUES = 128 * 576
+SAMPLE_VALUES = 64 * 576
 """Weights that a candidate is scored on, in whole rows: the best exponent is a property of the inputs, which all rows
 share, and the longer a row the more it tells."""
 
