@@ -37,8 +37,7 @@ from quantkit.recipe import recipe_sha256
 from quantkit.streaming import Measuring, stream
 
 RETURN_EVERY = 4
-"""Calibrated blocks after which freed memory goes back to the system, where it does: to get it again takes a twentieth
-of a second or so."""
+"""Calibrated blocks after which freed memory goes back to the system: to get it again takes a twentieth of a second."""
 
 
 def quantize(
@@ -69,12 +68,12 @@ def quantize(
             writer = job.recipe.resolved_format.writer(folder, source, job.plans, dtype)
             methods = {plan.name: plan.method for plan in job.plans if plan.method is not None}
             states.append(JobState(job, writer, folder, dtype, methods, layout))
-        returns = _returns_memory(states, source, memory)
-        if not returns:
-            keep_freed_memory()
-        elif memory.limit_bytes is not None:
+        in_parts = _in_parts(states, source)
+        if memory.limit_bytes is not None:
             map_large_memory()
-        shared_s = _run(states, source, calibration, device, how, memory, returns, progress, checkpoints)
+        elif not in_parts:
+            keep_freed_memory()
+        shared_s = _run(states, source, calibration, device, how, memory, in_parts, progress, checkpoints)
         for state in states:
             started = time.perf_counter()
             paths = state.writer.finish()
@@ -99,13 +98,13 @@ def _run(
     device: torch.device,
     how: Arithmetic,
     memory: MemoryLimit,
-    returns: bool,
+    in_parts: bool,
     progress: Progress,
     checkpoints: Checkpoints,
 ) -> float:
     """The loop. Returns the seconds spent for all jobs together: reading, and running the unquantized model.
 
-    returns: give freed memory back to the system between blocks.
+    in_parts: as `_in_parts` says.
     """
     started = time.perf_counter()
     blocks = blocks_of(source)
@@ -134,7 +133,7 @@ def _run(
             for block in blocks[checkpoints.done :]:
                 stream(states, source, block.tensors, block, torch.device("cpu"), measuring)
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                if returns:
+                if in_parts:
                     return_freed_memory()
                 tracker.advance(note=block.prefix.rstrip("."))
         else:
@@ -142,7 +141,7 @@ def _run(
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
                 del tensors
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                if returns and block.index % RETURN_EVERY == 0:
+                if block.index % RETURN_EVERY == 0:
                     return_freed_memory()
                 tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
@@ -152,14 +151,12 @@ def _run(
     return shared_s()
 
 
-def _returns_memory(states: Sequence[JobState], source: Source, memory: MemoryLimit) -> bool:
-    """Whether freed memory goes back to the system: under a limit, and where the largest linear goes through in parts,
-    which take next to nothing, so that what is kept between would be most of what is resident."""
-    if memory.limit_bytes is not None or any(state.calibrated for state in states):
-        return memory.limit_bytes is not None
+def _in_parts(states: Sequence[JobState], source: Source) -> bool:
+    """Whether the largest linear goes through a part at a time. That takes next to nothing, so what the C library keeps
+    of freed memory would be most of what is resident."""
     linears = [f"{linear}.weight" for block in blocks_of(source) for linear in block.linears]
     largest = max(linears, key=lambda name: prod(source.shape(name)))
-    return all(state.writer.takes_parts(largest) for state in states)
+    return not any(state.calibrated for state in states) and all(state.writer.takes_parts(largest) for state in states)
 
 
 def _start(

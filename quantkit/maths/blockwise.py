@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.maths.gram import readable
 from quantkit.tensors import band_size, row_bands
 
 NF4_VALUES = (
@@ -137,24 +138,24 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(len(weight), device=weight.device)
-    compiled = weight.device.type == "cpu"
+    quantized = _compiled_rows if weight.device.type == "cpu" else _rows_by_tensors
     for rows in row_bands(weight):
-        part = weight[rows]
-        if compiled and part.dtype == torch.bfloat16:  # rounded to float16 inside
-            _compiled_rows(part.contiguous().view(torch.int16), codes[rows], absmax[rows])
-            continue
-        part = part.to(torch.float16).float()
-        if compiled:
-            _compiled_rows(part, codes[rows], absmax[rows])
-            continue
-        largest = part.abs().amax(dim=1)
-        absmax[rows] = largest
-        factor = torch.where(largest > 0, 127.0 / largest, 0.0)
-        codes[rows] = part.mul_(factor.unsqueeze(1)).round_()
+        quantized(weight[rows], codes[rows], absmax[rows])
     return codes, absmax
 
 
-def _compiled_rows(rows: Tensor, codes: Tensor, absmax: Tensor) -> None:
+def _compiled_rows(weight: Tensor, codes: Tensor, absmax: Tensor) -> None:
+    """Rows of a weight into codes and absmax, which are written to."""
     from quantkit.maths.int8_kernel import quantize_rows  # its import takes half a second
 
-    quantize_rows(rows.numpy(), codes.numpy(), absmax.numpy())
+    given = weight if weight.dtype == torch.bfloat16 else weight.to(torch.float16)  # bfloat16 is rounded inside
+    quantize_rows(readable(given), codes.numpy(), absmax.numpy())
+
+
+def _rows_by_tensors(weight: Tensor, codes: Tensor, absmax: Tensor) -> None:
+    """The same for any device."""
+    part = weight.to(torch.float16).float()
+    largest = part.abs().amax(dim=1)
+    absmax.copy_(largest)
+    factor = torch.where(largest > 0, 127.0 / largest, 0.0)
+    codes.copy_(part.mul_(factor.unsqueeze(1)).round_())

@@ -30,7 +30,7 @@ _INTEGERS = np.float32(1.5 * 2**23)
 def quantize_rows(rows: NDArray[Any], codes: NDArray[np.int8], absmax: NDArray[np.float32]) -> None:
     """`codes = round(x * (1 / absmax * 127))`, and the largest magnitude of each row: [rows, columns], and [rows].
 
-    rows: the bits of bfloat16 as int16, rounded to float16 here, or float32 values that float16 holds. A row that is
+    rows: the bits of bfloat16, rounded to float16 here, or float32 values that float16 holds. A row that is
     not finite gets an absmax that is not; a row of zeros gets codes of 0.
     """
     for i in range(rows.shape[0]):

@@ -6,7 +6,7 @@ Source: Dettmers et al. 2022, section 2; bitsandbytes' Int8Params.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,6 +27,8 @@ def quantize_rows(weight: Tensor) -> Int8Rows:
 
 class INT8(Method):
     """Every row in int8 with one float32 scale; any shape fits."""
+
+    compiled: ClassVar[bool] = True
 
     name: Literal["int8"] = "int8"
     threshold: float = Field(6.0, ge=0, description="activations above this magnitude go through in half precision")

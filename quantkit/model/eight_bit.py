@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.maths.eight_bit import EightBitWeight, eight_bit_weight
+from quantkit.maths.eight_bit import TRIED, EightBitWeight, eight_bit_weight
 
 
 class EightBitLinear(nn.Linear):
@@ -16,13 +16,16 @@ class EightBitLinear(nn.Linear):
     off.
 
     The weight is coded when the first inputs behind its assignment come, which tell how to balance its columns: later
-    batches take it as it is, so the same inputs in the same order give the same outputs.
+    batches take it as it is, so the same inputs in the same order give the same outputs. A handful of tokens, such as
+    an expert may get, tells too little of the columns, and goes without.
     """
 
     _coded: tuple[Tensor, EightBitWeight | None] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self._coded is None or self._coded[0] is not self.weight:
+            if inputs.numel() < TRIED * self.in_features:
+                return super().forward(inputs)
             self._coded = (self.weight, eight_bit_weight(self.weight, self.bias, inputs))
         coded = self._coded[1]
         if coded is None:

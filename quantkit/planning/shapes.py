@@ -61,11 +61,14 @@ class Work:
     corrects: bool
     calibrated: bool
     gguf: bool
+    compiled: bool
 
     @property
     def kind(self) -> str:
-        """Which libraries the run takes: "calibrated", "gguf" or "plain"."""
-        return "calibrated" if self.calibrated else "gguf" if self.gguf else "plain"
+        """Which libraries the run takes: "calibrated", "gguf", "compiled" or "plain"."""
+        if self.calibrated:
+            return "calibrated"
+        return "gguf" if self.gguf else "compiled" if self.compiled else "plain"
 
     @property
     def block_values(self) -> int:
@@ -118,4 +121,5 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         corrects=any(getattr(method, "correction", 0) > 0 for method in methods),
         calibrated=calibrated,
         gguf=gguf,
+        compiled=any(method.compiled for method in methods),
     )

@@ -26,9 +26,9 @@ from quantkit.planning.shapes import Work
 REFERENCE_FLOP_S = 190e9
 """Float32 rate of the machine that the constants below were measured on: two cores of an AMD EPYC with AVX-512."""
 
-START_S = {"plain": 1.8, "gguf": 3.0, "calibrated": 4.6}
-"""Until the first block on that machine: imports alone, with a GGUF file's tokenizer, or with a model to run and its
-text."""
+START_S = {"plain": 1.8, "compiled": 2.2, "gguf": 3.0, "calibrated": 4.6}
+"""Until the first block on that machine: imports alone, with compiled loops, with a GGUF file's tokenizer, or with a
+model to run and its text."""
 
 ATTENTION_SLOWDOWN = 5.0
 """Attention and rotary positions against the same number of operations in large products."""
@@ -44,8 +44,8 @@ FACTOR_FLOP = 8
 VALUE_FLOP = 4500
 
 ENCODE_NS = {
-    "int8": 5.5,
-    "nf4": 6.5,
+    "int8": 3.0,
+    "nf4": 5.0,
     "rtn": 8.0,
     "F16": 2.0,
     "BF16": 2.0,

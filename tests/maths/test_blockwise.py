@@ -81,6 +81,15 @@ def test_int8_equals_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype) ->
     assert torch.equal(codes[absmax == 0], torch.zeros_like(codes[absmax == 0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_compiled_rows_equal_those_by_tensors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that a GPU takes, which bitsandbytes' processor kernel stands for too."""
+    given = weight((700, 576), dtype)
+    compiled = int8_rows(given)
+    monkeypatch.setattr(blockwise, "_compiled_rows", blockwise._rows_by_tensors)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, int8_rows(given), strict=True))
+
+
 def test_bands_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     given = weight((700, 576), torch.bfloat16)
     whole = (*nf4_codes(given, 64), *int8_rows(given))

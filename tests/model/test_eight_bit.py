@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from quantkit.maths.eight_bit import TRIED
 from quantkit.model import eight_bit
 from quantkit.model.eight_bit import EightBitLinear, use_eight_bits
 
@@ -19,7 +20,7 @@ def linear() -> nn.Linear:
     return made
 
 
-INPUTS = torch.randn(40, 256, generator=torch.Generator().manual_seed(1))
+INPUTS = torch.randn(TRIED, 256, generator=torch.Generator().manual_seed(1))
 
 
 def test_only_plain_linears_are_taken() -> None:
@@ -65,3 +66,13 @@ def test_where_eight_bits_do_not_do_the_linear_is_as_it_was(monkeypatch: pytest.
     module = linear()
     monkeypatch.setattr(eight_bit, "eight_bit_weight", lambda *_: None)
     assert torch.equal(module(INPUTS), nn.functional.linear(INPUTS, module.weight, module.bias))
+
+
+@torch.inference_mode()
+def test_a_handful_of_tokens_neither_codes_the_weight_nor_is_multiplied_in_eight_bits() -> None:
+    module = linear()
+    few = INPUTS[:-1]
+    exact = nn.functional.linear(few, module.weight, module.bias)
+    assert torch.equal(module(few), exact) and module._coded is None
+    module(INPUTS)
+    assert not torch.equal(module(few), exact), "behind enough of them it is"

@@ -85,7 +85,10 @@ def test_on_a_gpu_the_block_is_the_gpus(tiny_llama: Path) -> None:
     assert found.host["CUDA"] == memory.CUDA_BYTES
 
 
-@pytest.mark.parametrize(("method", "kind"), [({"name": "int8"}, "plain"), ({"name": "ggml", "type": "q8_0"}, "gguf")])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [({"name": "nf4"}, "plain"), ({"name": "int8"}, "compiled"), ({"name": "ggml", "type": "q8_0"}, "gguf")],
+)
 def test_an_uncalibrated_run_holds_its_largest_linear(method: dict[str, object], kind: str, tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, method)
     found = memory_of(work, CPU, ROOM)
