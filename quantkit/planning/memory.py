@@ -13,7 +13,7 @@ import torch
 from quantkit.model.forward import BATCH_TOKENS
 from quantkit.planning.shapes import Group, Work
 
-LIBRARIES_BYTES = {"plain": 275_000_000, "compiled": 375_000_000, "gguf": 438_000_000, "calibrated": 520_000_000}
+LIBRARIES_BYTES = {"plain": 275_000_000, "compiled": 395_000_000, "gguf": 438_000_000, "calibrated": 520_000_000}
 """What a process holds before the first tensor: alone, with compiled loops, with a GGUF file's tokenizer and the
 kernels of its types, or with calibration, which takes transformers, a model without weights and the compiled solver.
 All but the last hold the parts of a million weights in which what stays unquantized goes through. Of the CPU build of
@@ -22,7 +22,7 @@ torch; CUDA_BYTES come on top on a GPU."""
 CUDA_BYTES = 600_000_000
 """Host memory of a CUDA context and its libraries: an estimate, not measured here."""
 
-LARGEST_LINEAR_BYTES = {"plain": 9.0, "compiled": 12.0, "gguf": 3.2}
+LARGEST_LINEAR_BYTES = {"plain": 9.0, "compiled": 10.0, "gguf": 3.2}
 """Bytes for each weight of the largest linear, as an uncalibrated run holds it: whole, or in parts where the file takes
 them."""
 
