@@ -23,7 +23,7 @@ from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Accumulator, GramAccumulator, InputStatistics, Look, SquaresAccumulator
-from quantkit.model.blocks import Block, LinearGroup, architecture_of, linear_shape
+from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, linear_shape
 from quantkit.model.eight_bit import use_eight_bits
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import without_weights
@@ -102,7 +102,8 @@ class BlockRunner:
         self.trunk = self.model.get_submodule(self.architecture.trunk)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]
         if arithmetic.eight_bit_linears:
-            use_eight_bits(self.layers.modules())
+            # not a router, whose choices small errors would turn
+            use_eight_bits(self.model.get_submodule(name) for block in blocks_of(source) for name in block.linears)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def embed(self, ids: Tensor, spill: Path | None = None) -> HiddenStates:

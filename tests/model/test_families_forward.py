@@ -10,13 +10,14 @@ from torch import Tensor
 
 from fakes.families import SETTINGS, write_family
 from oracles.memory_source import MemorySource
-from quantkit.device import arithmetic
+from quantkit.device import Arithmetic, arithmetic
 from quantkit.maths import correction, fold
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import InputStatistics, Look
 from quantkit.methods.awq import AWQ
 from quantkit.methods.base import BlockWeights
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim, linear_shape
+from quantkit.model.eight_bit import EightBitLinear
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import load_transformers
@@ -50,6 +51,25 @@ def test_blocks_one_after_the_other_give_the_models_states(source: MemorySource)
     with torch.no_grad():
         expected = model.get_submodule(runner.architecture.trunk)(IDS).last_hidden_state
         torch.testing.assert_close(norm(hidden[:]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("linears", [torch.float32, torch.bfloat16])
+def test_blocks_in_eight_bits_give_nearly_the_same(source: MemorySource, linears: torch.dtype) -> None:
+    exact = BlockRunner(source, CPU, arithmetic(CPU, torch.float32, exact=True))
+    eighth = BlockRunner(source, CPU, Arithmetic(torch.float32, linears, False, True))
+    block = blocks_of(source)[0]
+    tensors = {name: source.read(name) for name in block.tensors}
+    states = []
+    for runner in (exact, eighth):
+        hidden = runner.embed(IDS)
+        with runner.loaded(block, tensors) as module:
+            runner.statistics(module, block, hidden, advance=True)
+            coded = [one for one in module.modules() if isinstance(one, EightBitLinear) and one._coded]
+        states.append(hidden[:])
+    plain = not block.transposed  # others are no linears of torch's, and stay as they are
+    assert len(coded) == (len(block.linears) if plain else 0)
+    apart = float((states[1] - states[0]).norm() / states[0].norm())
+    assert (apart > 0) == (plain or linears == torch.bfloat16) and apart < 0.03
 
 
 def test_folded_scales_leave_every_block_as_it_was(source: MemorySource, monkeypatch: pytest.MonkeyPatch) -> None:
