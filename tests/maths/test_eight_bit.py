@@ -8,8 +8,6 @@ from torch import Tensor
 
 from quantkit.maths.eight_bit import LARGEST_ERROR, EightBitWeight, eight_bit_weight
 
-BFLOAT16_ERROR = 2.0**-8
-
 
 def layer(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """A weight [out, in], a bias and inputs [2, 50, in]."""
