@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
+from quantkit.maths.products import times_transposed
 from quantkit.tensors import Grid
 
 BLOCK_COLUMNS = 128
@@ -23,6 +24,10 @@ RoundBlock = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 INVERTED_WHOLE = 192
 """Rows of a triangle that is inverted at once; below it the products are too small to gain anything."""
+
+LEAST_PIVOT = 1e-4
+"""Share of a column's own square that has to be left of it behind those before, for float32 to know it well: rounding
+takes 1e-7 of the whole, so a thousandth of this."""
 
 DAMP_STEPS = 5
 """How often the damping is raised tenfold before the Gram matrix is given up."""
@@ -48,8 +53,7 @@ def inverse_factor(gram: Tensor, damp: float, act_order: bool) -> InverseFactor:
     """Factor a Gram matrix [in, in] for `round_compensated`.
 
     damp: share of the mean diagonal added to the diagonal. act_order: round the columns with the largest inputs first.
-    One Cholesky factorization and one triangular inversion: with J the reversal, J H J = L L^T gives
-    H = R R^T with R = J L J upper triangular, and U = R^-1.
+    With J the reversal, J H J = L L^T gives H = R R^T with R = J L J upper triangular, and U = R^-1.
     Raises ModelError when the matrix stays indefinite at the highest damping, or is not finite.
     """
     diagonal = gram.diagonal()
@@ -65,19 +69,15 @@ def inverse_factor(gram: Tensor, damp: float, act_order: bool) -> InverseFactor:
         order = torch.arange(len(diagonal), device=gram.device)
     backward = order.flip(0)
     live = dead[backward].logical_not()
-    # double: a Gram whose largest eigenvalue is its whole trace leaves float32 no digits for the damping
-    ordered = gram.index_select(0, backward).index_select(1, backward).double()
-    mean = float(ordered.diagonal()[live].mean()) if bool(live.any()) else 1.0
+    ordered = gram.float().index_select(0, backward).index_select(1, backward)
+    mean = float(ordered.diagonal()[live].mean(dtype=torch.float64)) if bool(live.any()) else 1.0
     ordered.diagonal()[~live] = mean
-    added = 0.0
+    undamped = ordered.diagonal().double()
     for _ in range(DAMP_STEPS):
-        ordered.diagonal().add_((damp - added) * mean)
-        added = damp
-        lower, failed = torch.linalg.cholesky_ex(ordered)
-        if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
-            del ordered
-            # float: the factor's condition is the root of the Gram's, which float32 inverts well
-            return InverseFactor(inverse_lower(lower.float()).flip(0, 1), order, dead, damp)
+        ordered.diagonal().copy_(undamped + damp * mean)
+        inverse = inverse_of_factor(ordered)
+        if inverse is not None:
+            return InverseFactor(inverse.flip(0, 1), order, dead, damp)
         damp = min(damp * 10, 1.0)
     raise ModelError(
         f"the Gram matrix of the inputs is not positive definite even with {damp:.0%} damping",
@@ -85,21 +85,74 @@ def inverse_factor(gram: Tensor, damp: float, act_order: bool) -> InverseFactor:
     )
 
 
-def inverse_lower(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix [n, n], by halves: most of the work is two products of half the size.
+def inverse_of_factor(matrix: Tensor) -> Tensor | None:
+    """L^-1 of a symmetric matrix L L^T, float32 [n, n]; None when it is not positive definite.
+
+    In float32 where that leaves every pivot enough digits, else in float64: a Gram matrix whose largest eigenvalue is
+    its whole trace leaves float32 none for the damping.
+    """
+    inverse = torch.zeros_like(matrix)
+    if _invert_factor(matrix.clone(), inverse):
+        kept = 1 / (matrix.diagonal() * inverse.diagonal().square())  # share of a column that those before do not tell
+        if bool((kept > LEAST_PIVOT).all()):
+            return inverse
+    del inverse
+    lower, failed = torch.linalg.cholesky_ex(matrix.double())
+    if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
+        return None
+    # float: the factor's condition is the root of the matrix's, which float32 inverts well
+    whole = torch.zeros_like(matrix)
+    _invert_lower(lower.float(), whole)
+    return whole
+
+
+def _invert_factor(matrix: Tensor, inverse: Tensor) -> bool:
+    """Write the inverse of the factor of `matrix` [n, n], which is used up, into the zeros of `inverse` by halves;
+    false when it is not positive definite.
+
+    The factor itself is not needed. Nearly all of the work is products, which run several times as fast as a
+    factorization.
+    """
+    size = len(matrix)
+    if size <= INVERTED_WHOLE:
+        lower, failed = torch.linalg.cholesky_ex(matrix.double())
+        if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
+            return False
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        inverse.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return True
+    half = size // 2
+    first, last = slice(half), slice(half, size)
+    if not _invert_factor(matrix[first, first], inverse[first, first]):
+        return False
+    below = times_transposed(matrix[last, first], inverse[first, first])  # of the factor
+    matrix[last, last] -= times_transposed(below, below)
+    if not _invert_factor(matrix[last, last], inverse[last, last]):
+        return False
+    _join(inverse, below, half)
+    return True
+
+
+def _join(inverse: Tensor, below: Tensor, half: int) -> None:
+    """Fill in what lies below the inverses of a triangle's halves, where the triangle itself has `below`."""
+    turned = times_transposed(inverse[half:, half:], below.T)
+    inverse[half:, :half] = times_transposed(turned, inverse[:half, :half].T).neg_()
+
+
+def _invert_lower(lower: Tensor, inverse: Tensor) -> None:
+    """Write the inverse of a lower triangular matrix [n, n] into the zeros of `inverse` by halves.
 
     A solve against the identity, which is what there is, does not know that the right side is triangular too.
     """
     size = len(lower)
     if size <= INVERTED_WHOLE:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
+        inverse.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
     half = size // 2
-    inverse = torch.zeros_like(lower)
-    inverse[:half, :half] = inverse_lower(lower[:half, :half])
-    inverse[half:, half:] = inverse_lower(lower[half:, half:])
-    inverse[half:, :half] = -(inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half]))
-    return inverse
+    _invert_lower(lower[:half, :half], inverse[:half, :half])
+    _invert_lower(lower[half:, half:], inverse[half:, half:])
+    _join(inverse, lower[half:, :half], half)
 
 
 def round_compensated(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: InverseFactor) -> Tensor:
@@ -132,7 +185,7 @@ def compensated(weight: Tensor, factor: InverseFactor, round_block: RoundBlock) 
         upper = factor.upper[start:end, start:end].contiguous()
         codes[:, start:end], error = round_block(work[:, start:end].contiguous(), order[start:end], upper)
         if end < columns:
-            work[:, end:].addmm_(error, factor.upper[start:end, end:], alpha=-1.0)
+            work[:, end:] -= times_transposed(error, factor.upper[start:end, end:].T)
     back = torch.empty_like(codes)
     back[:, order] = codes
     return back

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.maths.gram import readable
+from quantkit.maths.gram import SUM_TOKENS, readable
+from quantkit.maths.products import times_transposed
 
 TRIED = 64
 """Tokens whose products are compared with those in float32."""
@@ -35,11 +36,10 @@ class EightBitWeight:
 
     def __call__(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """`inputs @ weight.T + bias` for inputs [..., in]: [..., out], both float32 or bfloat16, on the CPU."""
-        from quantkit.maths.eight_bit_kernels import round_tokens, scale_products
+        from quantkit.maths.eight_bit_kernels import scale_products
 
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        codes, steps = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
-        round_tokens(readable(rows), self.factors.numpy(), codes.numpy(), steps.numpy())
+        codes, steps = _rounded(rows, self.factors)
         products = torch._int_mm(codes, self.codes.T)
         outputs = torch.empty(products.shape, dtype=dtype)
         written = (outputs.view(torch.uint16) if dtype == torch.bfloat16 else outputs).numpy()
@@ -51,16 +51,31 @@ def eight_bit_weight(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Eig
     """A weight [out, in] for products with inputs like these, [..., in]; None where some of them come out too far from
     those in float32."""
     rows = inputs.detach().reshape(-1, inputs.shape[-1])
-    wide = weight.detach().float()
-    ratio = rows.float().square().mean(dim=0).sqrt() / wide.square().mean(dim=0).sqrt()
+    ratio = _mean_squares(rows) / _mean_squares(weight.detach())
     usable = ratio.isfinite() & (ratio > 0)
-    divisors = torch.where(usable, ratio, torch.ones_like(ratio)).sqrt()
-    balanced = wide * divisors
-    steps = balanced.abs().amax(dim=1) / 127
-    codes = (balanced / steps.clamp_min(1e-30).unsqueeze(1)).round_().to(torch.int8)
-    offset = torch.zeros(len(wide)) if bias is None else bias.detach().float()
+    divisors = torch.where(usable, ratio, torch.ones_like(ratio)).pow_(0.25)
+    codes, steps = _rounded(weight.detach(), divisors)
+    offset = torch.zeros(len(weight)) if bias is None else bias.detach().float()
     made = EightBitWeight(codes, steps, 1 / divisors, offset)
     tried = rows[:: max(1, len(rows) // TRIED)].float()
-    exact = torch.nn.functional.linear(tried, wide)
+    exact = times_transposed(tried, weight.detach().float())
     error = (made(tried) - offset - exact).square().mean()
     return made if bool(error <= LARGEST_ERROR**2 * exact.square().mean()) else None
+
+
+def _rounded(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 of rows [n, columns] times factors float32 [columns], and the step of each row, float32 [n]."""
+    from quantkit.maths.eight_bit_kernels import round_tokens
+
+    codes, steps = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
+    round_tokens(readable(rows), factors.numpy(), codes.numpy(), steps.numpy())
+    return codes, steps
+
+
+def _mean_squares(rows: Tensor) -> Tensor:
+    """Of each column of rows [n, columns]: float32 [columns]."""
+    from quantkit.maths.gram_kernels import column_sums
+
+    parts = torch.empty(-(-len(rows) // SUM_TOKENS), 3, rows.shape[1])
+    column_sums(readable(rows), torch.zeros(len(rows), dtype=torch.bool).numpy(), SUM_TOKENS, parts.numpy())
+    return parts[:, 1].sum(dim=0) / len(rows)

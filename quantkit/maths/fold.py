@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.maths.affine import full_range, grid_for_range, nearest_values
+from quantkit.maths.products import times_transposed
 from quantkit.tensors import Grid
 
 SAMPLE_VALUES = 64 * 576
@@ -42,7 +43,7 @@ def search_scale(weight: Tensor, mean_abs: Tensor, gram: Tensor, grid: Grid, exp
         scaled = weight * scale
         rounded = nearest_values(scaled, *grid_for_range(*full_range(scaled, grid), grid), grid)
         error = rounded.div_(scale).sub_(weight)
-        return float((error @ gram).mul_(error).sum(dtype=torch.float64))
+        return float(times_transposed(error, gram).mul_(error).sum(dtype=torch.float64))
 
     best = _coarse_to_fine(loss, exponents)
     return candidate_scale(mean_abs, best / exponents), best / exponents

@@ -15,6 +15,7 @@ from torch import Tensor
 from quantkit.maths.compensate import InverseFactor, compensated
 from quantkit.maths.ggml_codes import LAYOUTS, CodedBlocks, Layout
 from quantkit.maths.ggml_descend import descend_block, round_block
+from quantkit.maths.products import times_transposed
 from quantkit.maths.refine import BLOCK_COLUMNS
 
 
@@ -76,7 +77,7 @@ def refine_blocks(weight: Tensor, coded: CodedBlocks, type_name: str, gram: Tens
         for start in range(0, columns, BLOCK_COLUMNS):
             part = slice(start, min(start + BLOCK_COLUMNS, columns))
             of = slice(part.start // layout.group, part.stop // layout.group)
-            gradient = (error @ gram[:, part]).cpu()
+            gradient = times_transposed(error, gram[part]).cpu()
             inner = gram[part, part].contiguous().cpu()
             own_codes, own_step, own_base = (
                 tensor.contiguous() for tensor in (codes[:, part], step[:, of], base[:, of])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.maths.affine import as_stored
+from quantkit.maths.products import times_transposed
 from quantkit.tensors import Grid
 
 BLOCK_COLUMNS = 128
@@ -49,7 +50,7 @@ def refine(
         for start in range(0, columns, width):
             part = slice(start, min(start + width, columns))
             of = slice(part.start // size, part.stop // size)
-            gradient = error @ gram[:, part]
+            gradient = times_transposed(error, gram[part])
             inner = gram[part, part].contiguous()
             part_codes, part_scale = codes[:, part].contiguous(), scale[:, of].contiguous()
             part_error = error[:, part].contiguous()
