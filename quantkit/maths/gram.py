@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quantkit.maths.products import times_transposed
+
 EIGHT_BIT_TOKENS = 2048
 """Tokens whose 8-bit products are summed as integers before they are scaled: far below where 32 bits would overflow
 (2^31 / 127^2 = 133144), few enough that their copies are small beside the hidden states."""
@@ -160,8 +162,9 @@ class GramAccumulator:
 
     def _add_product(self, rows: Tensor) -> None:
         """rows: float32 [tokens, in]."""
+        turned = rows.T.contiguous()
         for strip, start in self._strips():
-            self.gram[strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
+            self.gram[strip, start:] += times_transposed(turned[strip], turned[start:])
 
     def _add_waiting(self) -> None:
         """Add the batches that wait, in 8-bit integers."""
