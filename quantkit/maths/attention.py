@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantkit.maths.products import rounding_allowed
+
 CHUNK = 128
 """Queries whose scores are held at once: few enough to stay in the second-level cache."""
 
@@ -38,7 +40,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         wide = (batch * groups, shared * (end - first), end)
         count = wide[0] * wide[1] * end
         scores, weights = room[:count].view(wide), weights_room[:count].view(wide)
-        torch.bmm(queries[:, :, :, first:end].reshape(*wide[:2], width), keys[:, :, :end], out=scores)
+        with rounding_allowed():
+            torch.bmm(queries[:, :, :, first:end].reshape(*wide[:2], width), keys[:, :, :end], out=scores)
         rows = (batch * heads, end - first, end)
         causal_softmax(scores.view(rows).numpy(), first, scale, weights.view(torch.uint16).view(rows).numpy())
         found = torch.bmm(weights, values[:, :end]).view(batch, groups, shared, end - first, -1)

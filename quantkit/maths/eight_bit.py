@@ -57,7 +57,7 @@ def eight_bit_weight(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Eig
     codes, steps = _rounded(weight.detach(), divisors)
     offset = torch.zeros(len(weight)) if bias is None else bias.detach().float()
     made = EightBitWeight(codes, steps, 1 / divisors, offset)
-    tried = rows[:: max(1, len(rows) // TRIED)].float()
+    tried = rows[:: max(1, len(rows) // TRIED)][:TRIED].float()
     exact = times_transposed(tried, weight.detach().float())
     error = (made(tried) - offset - exact).square().mean()
     return made if bool(error <= LARGEST_ERROR**2 * exact.square().mean()) else None

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkit.maths.products import times_transposed
+from quantkit.maths.products import padded, times_transposed
 
 EIGHT_BIT_TOKENS = 2048
 """Tokens whose 8-bit products are summed as integers before they are scaled: far below where 32 bits would overflow
@@ -162,7 +162,9 @@ class GramAccumulator:
 
     def _add_product(self, rows: Tensor) -> None:
         """rows: float32 [tokens, in]."""
-        turned = rows.T.contiguous()
+        tokens, columns = rows.shape
+        turned = rows.new_zeros(columns, padded(tokens))
+        turned[:, :tokens] = rows.T
         for strip, start in self._strips():
             self.gram[strip, start:] += times_transposed(turned[strip], turned[start:])
 

@@ -6,6 +6,8 @@ there at full width (210 beside 450 GFLOP/s on two cores of an AMD EPYC of famil
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -14,12 +16,22 @@ from torch import Tensor
 
 
 def times_transposed(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right.T`: float32 [m, n] for float32 [m, k] and [n, k] of one device."""
+    """`left @ right.T`: float32 [m, n] for float32 [m, k] and [n, k] of one device.
+
+    A shape is compiled when it comes first, and takes memory from then on: one that is different every time should be
+    `padded`.
+    """
     linear = _onednn_linear() if left.device.type == "cpu" else None
     if linear is None:
         return left @ right.T
     # a turned view would go through its reference loops, a thousand times slower
     return linear(left.contiguous(), right.contiguous(), None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def padded(count: int) -> int:
+    """A number of rows or columns rounded up to one of a few: powers of two from 64 on, thousands from 1024 on."""
+    unit = min(max(64, 1 << (count - 1).bit_length()), 1024)
+    return -(-count // unit) * unit
 
 
 @cache
@@ -30,3 +42,19 @@ def _onednn_linear() -> Any:
         return None
     operators = torch.ops.mkldnn
     return operators._linear_pointwise.default if hasattr(operators, "_linear_pointwise") else None
+
+
+@contextmanager
+def rounding_allowed() -> Iterator[None]:
+    """While this lasts, float32 matrix products on a CPU may round what they multiply to bfloat16.
+
+    PyTorch then asks oneDNN instead of MKL, which rounds where the processor has matrix units and gains by it; elsewhere
+    it multiplies float32 in loops made for the processor. Sums are float32 either way.
+    """
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
