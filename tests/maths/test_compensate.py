@@ -8,7 +8,7 @@ from oracles.gptq import gptq
 from quantkit.errors import ModelError
 from quantkit.maths import compensate
 from quantkit.maths.affine import full_range, grid_for_range
-from quantkit.maths.compensate import inverse_factor, round_compensated
+from quantkit.maths.compensate import inverse_factor, inverse_of_factor, round_compensated
 from quantkit.tensors import Grid
 
 
@@ -90,6 +90,31 @@ def test_a_hopeless_gram_is_an_error() -> None:
         inverse_factor(torch.eye(8) - 10 * torch.ones(8, 8) + 10 * torch.eye(8), 0.01, True)
     with pytest.raises(ModelError, match="NaN"):
         inverse_factor(torch.full((8, 8), float("nan")), 0.01, True)
+
+
+def test_a_factor_in_float32_is_that_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    gram = _case(1, 700, 1500)[1]
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    fast = inverse_of_factor(gram)
+    monkeypatch.setattr(compensate, "LEAST_PIVOT", 1.0)  # no pivot is good enough
+    slow = inverse_of_factor(gram)
+    assert fast is not None and slow is not None and not torch.equal(fast, slow)
+    exact = torch.linalg.inv(torch.linalg.cholesky(gram.double()))
+    for found in (fast, slow):
+        assert (found - exact).abs().max() < 2e-4 * exact.abs().max()
+        assert torch.equal(found, found.tril())
+
+
+def test_where_float32_has_no_digits_left_float64_factors() -> None:
+    """One direction holds nearly all of the inputs, so that what tells the columns apart is below its rounding."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(512, generator=generator).double().sign()
+    apart = torch.randn(4000, 512, generator=generator).double()
+    gram = (3e4 * torch.outer(direction, direction) + apart.T @ apart / 4000).float()
+    found = inverse_of_factor(gram)
+    assert found is not None
+    exact = torch.linalg.inv(torch.linalg.cholesky(gram.double()))
+    assert (found - exact).abs().max() < 1e-3 * exact.abs().max()
 
 
 def test_the_compiled_loop_equals_the_tensor_loop(monkeypatch: pytest.MonkeyPatch) -> None:
