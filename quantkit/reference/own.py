@@ -13,7 +13,11 @@ from typing import Any
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job. Returns the answer."""
+    # as the other engines' imports are made before their clocks start
+    import numba  # type: ignore[import-untyped] # noqa: F401
     import torch
+    import transformers.generation
+    import transformers.modeling_utils  # noqa: F401
 
     from quantkit.bench.run import peak_rss
     from quantkit.device import resolve_device
