@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-GROWTH = 1.04
+GROWTH = 1.02
 """What `GrowthWatch` lets pass."""
 
+STARTING = 2
+"""Blocks behind which freed memory goes back in any case: what is left of loading lies between what stays."""
+
 SETTLED_AT = 8
-"""The block behind which most of the pieces that blocks leave have been taken: some 6% more than behind the second, and
-a fiftieth less than behind the thirtieth."""
+"""The block behind which most of the pieces that blocks leave have been taken."""
 
 
 def parse_bytes(text: str, where: str = "--max-memory") -> int:
@@ -70,7 +72,7 @@ def return_freed_memory() -> None:
 
 
 class GrowthWatch:
-    """Gives freed memory back once what is resident has grown by GROWTH since call SETTLED_AT.
+    """Gives freed memory back at the start, and when what is resident has grown by GROWTH since call SETTLED_AT.
 
     To get it again takes a fifth of the time of a block, so it is not given back behind every one; without that, the
     pieces between what is in use grow with the depth of the model.
@@ -88,7 +90,8 @@ class GrowthWatch:
         self._calls += 1
         if self._calls == SETTLED_AT:
             self._settled = resident
-        elif self._calls > SETTLED_AT and resident > GROWTH * self._settled:
+        grown = self._calls > SETTLED_AT and resident > GROWTH * self._settled
+        if grown or self._calls <= STARTING:
             return_freed_memory()
 
 

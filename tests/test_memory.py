@@ -34,7 +34,7 @@ def test_room_is_what_the_limit_leaves() -> None:
 def test_freed_memory_goes_back_once_the_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
     returned = []
     monkeypatch.setattr(memory, "return_freed_memory", lambda: returned.append(True))
-    resident = iter([50, 100, *[100] * (memory.SETTLED_AT - 2), 103, 105, 103, 106])
+    resident = iter([50, 100, *[100] * (memory.SETTLED_AT - 2), 101, 103, 101, 106])
     monkeypatch.setattr(
         "psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=next(resident)))
     )
@@ -42,4 +42,4 @@ def test_freed_memory_goes_back_once_the_process_has_grown(monkeypatch: pytest.M
     for _ in range(memory.SETTLED_AT + 4):
         watch.look()
         seen.append(len(returned))
-    assert seen[-5:] == [0, 0, 1, 1, 2]
+    assert seen == [1, *[2] * memory.SETTLED_AT, 3, 3, 4]
