@@ -14,15 +14,6 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-GROWTH = 1.02
-"""What `GrowthWatch` lets pass."""
-
-STARTING = 2
-"""Blocks behind which freed memory goes back in any case: what is left of loading lies between what stays."""
-
-SETTLED_AT = 8
-"""The block behind which most of the pieces that blocks leave have been taken."""
-
 
 def parse_bytes(text: str, where: str = "--max-memory") -> int:
     """A size such as "3GB", "512 MiB" or "100000" in bytes. where: how the message begins. Raises UsageError."""
@@ -69,30 +60,6 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return
-
-
-class GrowthWatch:
-    """Gives freed memory back at the start, and when what is resident has grown by GROWTH since call SETTLED_AT.
-
-    To get it again takes a fifth of the time of a block, so it is not given back behind every one; without that, the
-    pieces between what is in use grow with the depth of the model.
-    """
-
-    def __init__(self) -> None:
-        self._calls = 0
-        self._settled = 0
-
-    def look(self) -> None:
-        """To be called whenever the same is in use as the time before."""
-        import psutil
-
-        resident = psutil.Process().memory_info().rss
-        self._calls += 1
-        if self._calls == SETTLED_AT:
-            self._settled = resident
-        grown = self._calls > SETTLED_AT and resident > GROWTH * self._settled
-        if grown or self._calls <= STARTING:
-            return_freed_memory()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
 from quantkit.manifest import Manifest, file_record, weight_bytes, write_manifest
 from quantkit.maths.gram import InputStatistics, Look
-from quantkit.memory import NO_LIMIT, GrowthWatch, MemoryLimit, keep_freed_memory, map_large_memory, return_freed_memory
+from quantkit.memory import NO_LIMIT, MemoryLimit, keep_freed_memory, map_large_memory, return_freed_memory
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
@@ -37,7 +37,7 @@ from quantkit.recipe import recipe_sha256
 from quantkit.streaming import Measuring, stream
 
 RETURN_EVERY = 4
-"""Calibrated blocks after which freed memory goes back to the system under a limit."""
+"""Calibrated blocks after which freed memory goes back to the system: to get it again takes a twentieth of a second."""
 
 
 def quantize(
@@ -137,14 +137,11 @@ def _run(
                     return_freed_memory()
                 tracker.advance(note=block.prefix.rstrip("."))
         else:
-            watch = GrowthWatch()
             for block, tensors in _read(source, blocks[checkpoints.done :], ahead=device.type == "cuda"):
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
                 del tensors
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                if memory.limit_bytes is None:
-                    watch.look()
-                elif block.index % RETURN_EVERY == 0:
+                if block.index % RETURN_EVERY == 0:
                     return_freed_memory()
                 tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
