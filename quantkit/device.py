@@ -74,6 +74,11 @@ def multiplies_int8() -> bool:
     return _can("amx_int8", "avx512_vnni")
 
 
+def has_avx512() -> bool:
+    """Whether the processor has vectors of 512 bits."""
+    return _can("avx512_f")
+
+
 def _can(*capabilities: str) -> bool:
     import torch
 

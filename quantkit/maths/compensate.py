@@ -97,13 +97,19 @@ def inverse_of_factor(matrix: Tensor) -> Tensor | None:
         if bool((kept > LEAST_PIVOT).all()):
             return inverse
     del inverse
-    lower, failed = torch.linalg.cholesky_ex(matrix.double())
-    if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
+    lower = _factor(matrix)
+    if lower is None:
         return None
     # float: the factor's condition is the root of the matrix's, which float32 inverts well
     whole = torch.zeros_like(matrix)
     _invert_lower(lower.float(), whole)
     return whole
+
+
+def _factor(matrix: Tensor) -> Tensor | None:
+    """L of a symmetric matrix L L^T, float64 [n, n]; None when it is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(matrix.double())
+    return None if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()) else lower
 
 
 def _invert_factor(matrix: Tensor, inverse: Tensor) -> bool:
@@ -115,11 +121,10 @@ def _invert_factor(matrix: Tensor, inverse: Tensor) -> bool:
     """
     size = len(matrix)
     if size <= INVERTED_WHOLE:
-        lower, failed = torch.linalg.cholesky_ex(matrix.double())
-        if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
+        lower = _factor(matrix)
+        if lower is None:
             return False
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        inverse.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        _invert_lower(lower, inverse)
         return True
     half = size // 2
     first, last = slice(half), slice(half, size)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.maths.gram import SUM_TOKENS, readable
+from quantkit.maths.gram import readable, sums_by_band
 from quantkit.maths.products import times_transposed
 
 TRIED = 64
@@ -74,8 +74,5 @@ def _rounded(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mean_squares(rows: Tensor) -> Tensor:
     """Of each column of rows [n, columns]: float32 [columns]."""
-    from quantkit.maths.gram_kernels import column_sums
-
-    parts = torch.empty(-(-len(rows) // SUM_TOKENS), 3, rows.shape[1])
-    column_sums(readable(rows), torch.zeros(len(rows), dtype=torch.bool).numpy(), SUM_TOKENS, parts.numpy())
-    return parts[:, 1].sum(dim=0) / len(rows)
+    none_far = torch.zeros(len(rows), dtype=torch.bool)
+    return sums_by_band(readable(rows), none_far.numpy())[:, 1].sum(dim=0) / len(rows)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -93,6 +94,16 @@ def readable(rows: Tensor) -> NDArray[Any]:
     return rows.contiguous().float().numpy()
 
 
+def sums_by_band(rows: NDArray[Any], far: NDArray[np.bool_]) -> Tensor:
+    """Sum of |x|, sum of x^2 and largest |x| of each column of inputs as `readable` gives them, without those far out:
+    float32 [bands of SUM_TOKENS tokens, 3, in]. far: [tokens]."""
+    from quantkit.maths.gram_kernels import column_sums
+
+    parts = torch.empty(-(-len(rows) // SUM_TOKENS), 3, rows.shape[1])
+    column_sums(rows, far, SUM_TOKENS, parts.numpy())
+    return parts
+
+
 class SquaresAccumulator:
     """Sums x^2 and |x| over batches of inputs: what is left of a Gram matrix of which only the diagonal is wanted."""
 
@@ -170,7 +181,7 @@ class GramAccumulator:
 
     def _add_waiting(self) -> None:
         """Add the batches that wait, in 8-bit integers."""
-        from quantkit.maths.gram_kernels import add_scaled, column_sums, round_rows
+        from quantkit.maths.gram_kernels import add_scaled, round_rows
 
         lengths = [len(rows) for rows in self._waiting]
         tokens, columns = sum(lengths), len(self.gram)
@@ -184,8 +195,7 @@ class GramAccumulator:
         for round_ in range(FAR_ROUNDS):
             kinds = torch.zeros(3, columns)  # of each column: sum, sum of squares, largest
             for rows, is_far, _ in pieces:
-                parts = torch.empty(-(-len(rows) // SUM_TOKENS), 3, columns)
-                column_sums(rows, is_far, SUM_TOKENS, parts.numpy())
+                parts = sums_by_band(rows, is_far)
                 kinds[:2] += parts[:, :2].sum(dim=0)
                 kinds[2] = torch.maximum(kinds[2], parts[:, 2].amax(dim=0))
             if not round_:

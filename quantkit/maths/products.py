@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.device import has_avx512
+
 
 def times_transposed(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right.T`: float32 [m, n] for float32 [m, k] and [n, k] of one device.
@@ -37,8 +39,7 @@ def padded(count: int) -> int:
 @cache
 def _onednn_linear() -> Any:
     """The operator that torch.compile uses for linears, None where it is not there or not the faster one."""
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if not (known.get("avx512_f") and torch.backends.mkldnn.is_available()):
+    if not (has_avx512() and torch.backends.mkldnn.is_available()):
         return None
     operators = torch.ops.mkldnn
     return operators._linear_pointwise.default if hasattr(operators, "_linear_pointwise") else None
