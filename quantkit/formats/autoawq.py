@@ -18,7 +18,7 @@ from quantkit.formats.base import ArtifactSource, Format, LinearPlan, Writer
 from quantkit.formats.folder import FLOATS, FolderArtifact, FolderWriter, Part, read_quantization_config
 from quantkit.formats.group import float16_scale, grid_of, require_grid, require_group_tensor
 from quantkit.formats.layout import ArtifactLayout, Shapes, folder_layout
-from quantkit.maths.packing import awq_deinterleave, awq_interleave, pack, unpack
+from quantkit.maths.packing import awq_deinterleave, pack_awq_rows, unpack
 from quantkit.model.blocks import architecture_of
 from quantkit.model.source import Source
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
@@ -31,15 +31,12 @@ def pack_awq(name: str, value: QuantizedTensor) -> dict[str, Tensor]:
     """qweight int32 [in, out/8], qzeros int32 [groups, out/8], scales float16 [groups, out] of a weight."""
     tensor = require_group_tensor(name, value)
     module = name.removesuffix(".weight")
-    codes = tensor.codes.T  # [in, out]
-    groups, out_features = tensor.scale.shape[1], tensor.shape[0]
-    if tensor.zero is None:
-        zeros = torch.full((groups, out_features), 2 ** (tensor.grid.bits - 1), dtype=torch.uint8)
-    else:
-        zeros = tensor.zero.T
+    zeros = tensor.zero
+    if zeros is None:
+        zeros = torch.full(tensor.scale.shape, 2 ** (tensor.grid.bits - 1), dtype=torch.uint8)
     return {
-        f"{module}.qweight": pack(awq_interleave(codes), 4),
-        f"{module}.qzeros": pack(awq_interleave(zeros), 4),
+        f"{module}.qweight": pack_awq_rows(tensor.codes),
+        f"{module}.qzeros": pack_awq_rows(zeros),
         f"{module}.scales": float16_scale(name, tensor.scale).T.contiguous(),
     }
 
