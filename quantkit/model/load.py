@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from quantkit.errors import ModelError
 from quantkit.model.blocks import architecture_of, is_buffer
 from quantkit.model.source import Source
+from quantkit.quiet import collecting_later
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,13 +80,14 @@ def without_weights(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
 def built(config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     """What transformers builds from a config.json, on the meta device but for its buffers. Raises what it raises."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    with collecting_later():  # transformers imports a model's modules when it is first asked for
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {key: value for key, value in config.items() if key != "model_type"}
-    known = AutoConfig.for_model(config["model_type"], **settings)
-    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(known, dtype=dtype)
+        settings = {key: value for key, value in config.items() if key != "model_type"}
+        known = AutoConfig.for_model(config["model_type"], **settings)
+        with init_empty_weights(include_buffers=False), _EmptyOnMeta():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(known, dtype=dtype)
     return model
 
 

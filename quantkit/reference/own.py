@@ -13,18 +13,21 @@ from typing import Any
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job. Returns the answer."""
-    # as the other engines' imports are made before their clocks start
-    import numba  # type: ignore[import-untyped] # noqa: F401
-    import torch
-    import transformers.generation
-    import transformers.modeling_utils  # noqa: F401
+    from quantkit.quiet import collecting_later
 
-    from quantkit.bench.run import peak_rss
-    from quantkit.device import resolve_device
-    from quantkit.jobs import run_passes
-    from quantkit.model.reader import open_source
-    from quantkit.progress import Progress
-    from quantkit.recipe import Recipe
+    # as the other engines' imports are made before their clocks start
+    with collecting_later():
+        import numba  # type: ignore[import-untyped] # noqa: F401
+        import torch
+        import transformers.generation
+        import transformers.modeling_utils  # noqa: F401
+
+        from quantkit.bench.run import peak_rss
+        from quantkit.device import resolve_device
+        from quantkit.jobs import run_passes
+        from quantkit.model.reader import open_source
+        from quantkit.progress import Progress
+        from quantkit.recipe import Recipe
 
     torch.set_num_threads(job["threads"])
     device = resolve_device(job["device"])
