@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.maths.gram import readable, sums_by_band
+from quantkit.maths.gram import ColumnSums, readable
 from quantkit.maths.products import times_transposed
 
 TRIED = 64
@@ -74,5 +74,4 @@ def _rounded(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mean_squares(rows: Tensor) -> Tensor:
     """Of each column of rows [n, columns]: float32 [columns]."""
-    none_far = torch.zeros(len(rows), dtype=torch.bool)
-    return sums_by_band(readable(rows), none_far.numpy())[:, 1].sum(dim=0) / len(rows)
+    return ColumnSums(readable(rows)).parts[:, 1].sum(dim=0) / len(rows)

@@ -27,6 +27,9 @@ SUM_TOKENS = 64
 FAR_ROUNDS = 4
 """How often tokens are told apart as too far out, each time by the mean square of those that are left."""
 
+FAR_TOKENS = 256
+"""Tokens far out that are multiplied together: a few at a time would be many passes over the whole matrix."""
+
 REACH = 20.0
 """How many times its root mean square a column's 8-bit steps reach: (20 / 127)^2 / 12 = 0.2% of the mean square is
 added by rounding. Where the largest value is nearer, the steps are as fine as it allows."""
@@ -94,14 +97,34 @@ def readable(rows: Tensor) -> NDArray[Any]:
     return rows.contiguous().float().numpy()
 
 
-def sums_by_band(rows: NDArray[Any], far: NDArray[np.bool_]) -> Tensor:
-    """Sum of |x|, sum of x^2 and largest |x| of each column of inputs as `readable` gives them, without those far out:
-    float32 [bands of SUM_TOKENS tokens, 3, in]. far: [tokens]."""
-    from quantkit.maths.gram_kernels import column_sums
+class ColumnSums:
+    """Sums over each column of inputs as `readable` gives them, tokens that are far out left aside.
 
-    parts = torch.empty(-(-len(rows) // SUM_TOKENS), 3, rows.shape[1])
-    column_sums(rows, far, SUM_TOKENS, parts.numpy())
-    return parts
+    far: bool [tokens], none at first. parts: float32 [bands of SUM_TOKENS tokens, 3, in], the sum of |x|, the sum of
+    x^2 and the largest |x|.
+    """
+
+    def __init__(self, rows: NDArray[Any]):
+        self.rows = rows
+        self.far = torch.zeros(len(rows), dtype=torch.bool)
+        bands = -(-len(rows) // SUM_TOKENS)
+        self.parts = torch.empty(bands, 3, rows.shape[1])
+        self._sum(np.arange(bands))
+
+    def _sum(self, bands: NDArray[np.int64]) -> None:
+        from quantkit.maths.gram_kernels import column_sums
+
+        column_sums(self.rows, self.far.numpy(), SUM_TOKENS, bands, self.parts.numpy())
+
+    def leave_aside(self, reach: Tensor) -> bool:
+        """Tokens with a value beyond `reach` float32 [in] are far from now on. Returns whether there were any."""
+        from quantkit.maths.gram_kernels import mark_far
+
+        bands = (self.parts[:, 2] > reach).any(dim=1).nonzero().flatten().numpy()
+        if bands.size:
+            mark_far(self.rows, reach.numpy(), SUM_TOKENS, bands, self.far.numpy())
+            self._sum(bands)
+        return bool(bands.size)
 
 
 class SquaresAccumulator:
@@ -154,7 +177,8 @@ class GramAccumulator:
         self._every = every
         self._eight_bit = eight_bit and in_features >= EIGHT_BIT_COLUMNS
         self._squares = torch.zeros_like(self.sum_abs) if self._eight_bit else None
-        self._waiting: list[Tensor] = []
+        self._waiting: list[tuple[Tensor, ColumnSums]] = []
+        self._far: list[Tensor] = []
 
     def add(self, inputs: Tensor) -> None:
         """inputs: [..., in], any float dtype; must not change until the result is taken."""
@@ -167,8 +191,8 @@ class GramAccumulator:
             self.sum_abs += wide.abs().sum(dim=0)
             self._add_product(wide)
             return
-        self._waiting.append(rows)
-        if sum(map(len, self._waiting)) >= EIGHT_BIT_TOKENS:
+        self._waiting.append((rows, ColumnSums(readable(rows))))  # while the inputs are in the cache
+        if sum(len(rows) for rows, _ in self._waiting) >= EIGHT_BIT_TOKENS:
             self._add_waiting()
 
     def _add_product(self, rows: Tensor) -> None:
@@ -183,40 +207,36 @@ class GramAccumulator:
         """Add the batches that wait, in 8-bit integers."""
         from quantkit.maths.gram_kernels import add_scaled, round_rows
 
-        lengths = [len(rows) for rows in self._waiting]
-        tokens, columns = sum(lengths), len(self.gram)
-        codes, far = torch.empty(tokens, columns, dtype=torch.int8), torch.zeros(tokens, dtype=torch.bool)
-        parts_of_far = far.split(lengths)
-        pieces = [
-            (readable(rows), is_far.numpy(), own.numpy())
-            for rows, is_far, own in zip(self._waiting, parts_of_far, codes.split(lengths), strict=True)
-        ]
-        near = tokens
+        lengths, pieces = [len(rows) for rows, _ in self._waiting], [piece for _, piece in self._waiting]
+        near = sum(lengths)
         for round_ in range(FAR_ROUNDS):
-            kinds = torch.zeros(3, columns)  # of each column: sum, sum of squares, largest
-            for rows, is_far, _ in pieces:
-                parts = sums_by_band(rows, is_far)
-                kinds[:2] += parts[:, :2].sum(dim=0)
-                kinds[2] = torch.maximum(kinds[2], parts[:, 2].amax(dim=0))
+            parts = torch.cat([piece.parts for piece in pieces])
+            sums, squares = parts[:, :2].sum(dim=0)
             if not round_:
                 assert self._squares is not None
-                self.sum_abs += kinds[0]
-                self._squares += kinds[1]
-            reach = REACH * (kinds[1] / max(near, 1)).sqrt()
-            scale = torch.minimum(reach, kinds[2]) / 127
-            inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-            for rows, is_far, own in pieces:
-                round_rows(rows, reach.numpy(), inverse.numpy(), own, is_far)
-            before, near = near, tokens - int(far.sum())
-            if near == before:
+                self.sum_abs += sums
+                self._squares += squares
+            reach = REACH * (squares / max(near, 1)).sqrt()
+            scale = torch.minimum(reach, parts[:, 2].amax(dim=0)) / 127
+            found = [piece.leave_aside(reach) for piece in pieces]
+            if not any(found):
                 break  # what a huge token adds to a column's mean square must not coarsen the steps of the others
+            near = sum(lengths) - sum(int(piece.far.sum()) for piece in pieces)
+        inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+        codes = torch.empty(sum(lengths), len(self.gram), dtype=torch.int8)
+        for (rows, piece), own in zip(self._waiting, codes.split(lengths), strict=True):
+            round_rows(piece.rows, inverse.numpy(), piece.far.numpy(), own.numpy())
+            if near < sum(lengths):
+                self._far.append(rows[piece.far].float())
         for strip, start in self._strips():
             product = torch._int_mm(codes[:, strip].T, codes[:, start:])
             add_scaled(product.numpy(), scale[strip].numpy(), scale[start:].numpy(), self.gram[strip, start:].numpy())
-        if near < tokens:
-            apart = [rows[is_far] for rows, is_far in zip(self._waiting, parts_of_far, strict=True)]
-            self._add_product(torch.cat(apart).float())
         self._waiting.clear()
+        if sum(map(len, self._far)) >= FAR_TOKENS:
+            *whole, rest = torch.cat(self._far).split(FAR_TOKENS)
+            for rows in whole:
+                self._add_product(rows)
+            self._far = [rest]
 
     def _strips(self) -> Iterator[tuple[slice, int]]:
         """Rows of the matrix that are summed together, and the first column; the lower triangle is the mirror."""
@@ -229,6 +249,8 @@ class GramAccumulator:
         """The statistics of everything added so far."""
         if self._waiting:
             self._add_waiting()
+        if self._far:
+            self._add_product(torch.cat(self._far))
         width = strip_width(len(self.gram))
         for start in range(width, len(self.gram), width):
             self.gram[start:, start - width : start] = self.gram[start - width : start, start:].T

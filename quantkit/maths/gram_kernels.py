@@ -15,22 +15,36 @@ from quantkit.maths.float_bits import value_of
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
-def column_sums(rows: NDArray[Any], far: NDArray[np.bool_], band: int, parts: NDArray[np.float32]) -> None:
+def column_sums(
+    rows: NDArray[Any], far: NDArray[np.bool_], band: int, which: NDArray[np.int64], parts: NDArray[np.float32]
+) -> None:
     """Sum of |x|, sum of x^2 and largest |x| of each column over the rows [tokens, columns] that are not far.
 
-    far: [tokens]. parts: [bands, 3, columns] receives the sums of so many rows each, whatever the threads. A NaN stays
-    one.
+    far: [tokens]. which: the bands, of so many rows each, that are looked at. parts: [bands, 3, columns] receives their
+    sums, whatever the threads. A NaN stays one.
     """
     tokens, columns = rows.shape
-    for part in prange(parts.shape[0]):
+    for at in prange(which.size):
+        part = which[at]
         sums, squares, largest = parts[part, 0], parts[part, 1], parts[part, 2]
         sums[:] = 0.0
         squares[:] = 0.0
         largest[:] = 0.0
+        near, count = np.empty(band, np.int64), 0
         for i in range(part * band, min((part + 1) * band, tokens)):
-            if far[i]:
-                continue
-            row = rows[i]
+            if not far[i]:
+                near[count] = i
+                count += 1
+        whole = count - count % 4
+        for k in range(0, whole, 4):  # four at a time, so that the sums are loaded and stored once for them
+            a, b, c, d = rows[near[k]], rows[near[k + 1]], rows[near[k + 2]], rows[near[k + 3]]
+            for j in range(columns):
+                p, q, r, s = abs(value_of(a[j])), abs(value_of(b[j])), abs(value_of(c[j])), abs(value_of(d[j]))
+                sums[j] += (p + q) + (r + s)
+                squares[j] += (p * p + q * q) + (r * r + s * s)
+                largest[j] = max(largest[j], max(max(p, q), max(r, s)))
+        for k in range(whole, count):
+            row = rows[near[k]]
             for j in range(columns):
                 size = abs(value_of(row[j]))
                 sums[j] += size
@@ -39,25 +53,28 @@ def column_sums(rows: NDArray[Any], far: NDArray[np.bool_], band: int, parts: ND
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
-def round_rows(
-    rows: NDArray[Any],
-    reach: NDArray[np.float32],
-    inverse: NDArray[np.float32],
-    codes: NDArray[np.int8],
-    far: NDArray[np.bool_],
+def mark_far(
+    rows: NDArray[Any], reach: NDArray[np.float32], band: int, which: NDArray[np.int64], far: NDArray[np.bool_]
 ) -> None:
-    """8-bit codes `round(x * inverse)` [tokens, columns] of rows whose every |x| is within `reach` of its column.
+    """Set far [tokens] for rows [tokens, columns] with an |x| beyond `reach` [columns], in the bands `which`."""
+    tokens, columns = rows.shape
+    for at in prange(which.size):
+        for i in range(which[at] * band, min((which[at] + 1) * band, tokens)):
+            row, beyond = rows[i], int(far[i])
+            for j in range(columns):
+                beyond += abs(value_of(row[j])) > reach[j]
+            far[i] = beyond > 0
 
-    far: [tokens], true for rows that are known to be far and set for those that have a value beyond; their codes are 0.
-    """
+
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+def round_rows(
+    rows: NDArray[Any], inverse: NDArray[np.float32], far: NDArray[np.bool_], codes: NDArray[np.int8]
+) -> None:
+    """8-bit codes `round(x * inverse)` [tokens, columns]; those of rows that are far [tokens] are 0."""
     tokens, columns = rows.shape
     for i in prange(tokens):
         row, code = rows[i], codes[i]
-        beyond = int(far[i])
-        for j in range(columns):
-            beyond += abs(value_of(row[j])) > reach[j]
-        far[i] = beyond > 0
-        if beyond:
+        if far[i]:
             code[:] = 0
         else:
             for j in range(columns):
