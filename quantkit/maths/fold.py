@@ -38,30 +38,33 @@ def search_scale(weight: Tensor, mean_abs: Tensor, gram: Tensor, grid: Grid, exp
     rows = max(SAMPLE_ROWS, SAMPLE_VALUES // weight.shape[1])
     weight = weight[:: -(-len(weight) // rows)]
 
-    def loss(step: int) -> float:
-        scale = candidate_scale(mean_abs, step / exponents)
-        scaled = weight * scale
+    def losses(steps: list[int]) -> list[float]:
+        scale = torch.stack([candidate_scale(mean_abs, step / exponents) for step in steps]).unsqueeze(1)
+        scaled = (weight * scale).flatten(0, 1)  # [candidates * rows, in]
         rounded = nearest_values(scaled, *grid_for_range(*full_range(scaled, grid), grid), grid)
-        error = rounded.div_(scale).sub_(weight)
-        return float(times_transposed(error, gram).mul_(error).sum(dtype=torch.float64))
+        error = rounded.view(len(steps), *weight.shape).div_(scale).sub_(weight).flatten(0, 1)
+        lost = times_transposed(error, gram).mul_(error)
+        return lost.view(len(steps), -1).sum(dim=1, dtype=torch.float64).tolist()  # type: ignore[no-any-return]
 
-    best = _coarse_to_fine(loss, exponents)
+    best = _coarse_to_fine(losses, exponents)
     return candidate_scale(mean_abs, best / exponents), best / exponents
 
 
-def _coarse_to_fine(loss: Callable[[int], float], count: int) -> int:
+def _coarse_to_fine(losses_of: Callable[[list[int]], list[float]], count: int) -> int:
     """The integer below `count` with the least loss, looked for in halving steps around the best so far.
 
-    The loss is smooth in the exponent but for rounding, so that half the candidates need not be tried.
+    The loss is smooth in the exponent but for rounding, so that half the candidates need not be tried. losses_of: of
+    several at once, so that the Gram matrix is read once for them.
     """
     step = max(1, count // 4)
-    losses = {position: loss(position) for position in range(0, count, step)}
+    tried = list(range(0, count, step))
+    losses = dict(zip(tried, losses_of(tried), strict=True))
     while step > 1:
         step = (step + 1) // 2
         best = min(losses, key=lambda position: (losses[position], position))
-        for position in (best - step, best + step):
-            if 0 <= position < count and position not in losses:
-                losses[position] = loss(position)
+        tried = [at for at in (best - step, best + step) if 0 <= at < count and at not in losses]
+        if tried:
+            losses |= zip(tried, losses_of(tried), strict=True)
     return min(losses, key=lambda position: (losses[position], position))
 
 

@@ -186,18 +186,43 @@ def descend_block(
                 own_error[j] += moved[j, i]
 
 
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _neighbour(around: int, turn: int, shares: int) -> int:
+    """The candidates next to one in turn: 1 before, 1 behind, 2 before and so on, but never of the other sign."""
+    lowest = around // shares * shares
+    at = around + (turn // 2 + 1) * (1 if turn % 2 else -1)
+    return min(max(at, lowest), lowest + shares - 1)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _loss_by_columns(
+    weight: NDArray[np.float32], importance: NDArray[np.float32], step: np.float32, zero: np.float32, top: np.float32
+) -> np.float32:
+    """What rounding a group [group_size] to nearest loses."""
+    loss = np.float32(0.0)
+    for j in range(weight.size):
+        code = np.rint(weight[j] / step + zero)
+        code = min(max(code, np.float32(0.0)), top)
+        error = (code - zero) * step - weight[j]
+        loss += importance[j] * error * error
+    return loss
+
+
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
 def best_range(
     weight: NDArray[np.float32],
     importance: NDArray[np.float32],
     scale: NDArray[np.float32],
-    middle: NDArray[np.float32],
+    middle: NDArray[np.uint8],
     levels: int,
+    shares: int,
+    coarse: int,
     best: NDArray[np.int64],
 ) -> None:
     """For each group the candidate grid that loses least when its weights are rounded to nearest.
 
-    weight: [out, groups, group_size]. importance: [groups, group_size]. scale, middle: [candidates, out, groups].
+    weight: [out, groups, group_size]. importance: [groups, group_size]. scale, middle: [candidates, out, groups], so
+    many `shares` in a row neighbours of each other; every `coarse`-th of them is tried, then what lies around the best.
     best: [out, groups] receives the candidate's index, the first of equals.
     """
     rows, groups, size = weight.shape
@@ -205,17 +230,21 @@ def best_range(
     for i in prange(rows):
         for g in range(groups):
             least = np.float32(np.inf)
-            for candidate in range(scale.shape[0]):
-                step, zero = scale[candidate, i, g], middle[candidate, i, g]
-                loss = np.float32(0.0)
-                for j in range(size):
-                    code = np.rint(weight[i, g, j] / step + zero)
-                    code = min(max(code, np.float32(0.0)), top)
-                    error = (code - zero) * step - weight[i, g, j]
-                    loss += importance[g, j] * error * error
+            values, columns = weight[i, g], importance[g]
+            around = 0
+            for at in range(scale.shape[0]):
+                if at % shares % coarse:
+                    continue
+                loss = _loss_by_columns(values, columns, scale[at, i, g], np.float32(middle[at, i, g]), top)
+                if loss < least:
+                    least, around = loss, at
+            best[i, g] = around
+            for turn in range(2 * (coarse - 1)):
+                at = _neighbour(around, turn, shares)
+                loss = _loss_by_columns(values, columns, scale[at, i, g], np.float32(middle[at, i, g]), top)
                 if loss < least:
                     least = loss
-                    best[i, g] = candidate
+                    best[i, g] = at
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -223,8 +252,10 @@ def best_range_by_blocks(
     weight: NDArray[np.float32],
     upper: NDArray[np.float32],
     scale: NDArray[np.float32],
-    middle: NDArray[np.float32],
+    middle: NDArray[np.uint8],
     levels: int,
+    shares: int,
+    coarse: int,
     best: NDArray[np.int64],
 ) -> None:
     """The same by `error H_gg error^T`, H_gg being a group's own block of the Gram matrix.
@@ -234,21 +265,31 @@ def best_range_by_blocks(
     """
     rows, groups, size = weight.shape
     top = np.float32(levels - 1)
+    whole = (shares + coarse - 1) // coarse  # of each sign
+    first_turn = scale.shape[0] // shares * whole
     for band in prange((rows + LANES - 1) // LANES):
         first = band * LANES
         turned, error = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
         step, zero, pulled = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         loss, least = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        at, around = np.empty(LANES, np.int64), np.zeros(LANES, np.int64)
         for g in range(groups):
             for i in range(LANES):  # behind the last row it is taken again
                 row = weight[min(first + i, rows - 1), g]
                 for j in range(size):
                     turned[j, i] = row[j]
             least[:] = np.inf
-            for candidate in range(scale.shape[0]):
+            for turn in range(first_turn + 2 * (coarse - 1)):
+                if turn == first_turn:
+                    for i in range(LANES):
+                        around[i] = best[min(first + i, rows - 1), g]
                 for i in range(LANES):
-                    at = min(first + i, rows - 1)
-                    step[i], zero[i] = scale[candidate, at, g], middle[candidate, at, g]
+                    row_at = min(first + i, rows - 1)
+                    if turn < first_turn:
+                        at[i] = turn // whole * shares + turn % whole * coarse
+                    else:
+                        at[i] = _neighbour(around[i], turn - first_turn, shares)
+                    step[i], zero[i] = scale[at[i], row_at, g], np.float32(middle[at[i], row_at, g])
                 for j in range(size):
                     values, off = turned[j], error[j]
                     for i in range(LANES):
@@ -266,4 +307,4 @@ def best_range_by_blocks(
                 for i in range(min(LANES, rows - first)):
                     if loss[i] < least[i]:
                         least[i] = loss[i]
-                        best[first + i, g] = candidate
+                        best[first + i, g] = at[i]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from oracles import awq as oracle
 from quantkit.maths import affine
@@ -43,7 +44,7 @@ def test_range_search_finds_the_best_share_of_each_group(symmetric: bool) -> Non
     inputs = torch.randn(200, 32, generator=generator) * torch.linspace(0.1, 3, 32)
     grid = Grid(4, 16, symmetric)
     shares = (1.0, 0.9, 0.8, 0.7)
-    scale, zero = search_grid(weight, grid, inputs.T @ inputs, shrinks=shares)
+    scale, zero = search_grid(weight, grid, inputs.T @ inputs, shrinks=shares, coarse=1)
     error = (nearest_values(weight, scale, zero, grid) - weight).double().numpy()
     losses = oracle.range_losses(weight.double().numpy(), inputs.double().numpy(), 16, 16, symmetric, shares)
     if symmetric:  # a negative scale sees the mirror image of the weights
@@ -55,6 +56,27 @@ def test_range_search_finds_the_best_share_of_each_group(symmetric: bool) -> Non
         loss = ((error[:, part] @ inputs[:, part].double().numpy().T) ** 2).sum(axis=1)
         assert np.allclose(loss, losses.min(axis=0)[:, group], rtol=1e-3)
     assert (losses.argmin(axis=0) > 0).any(), "the case must have groups whose best range is not the full one"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_the_coarse_search_loses_next_to_nothing(symmetric: bool, blocks: bool) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(64, 128, generator=generator)
+    inputs = torch.randn(500, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    gram, grid = inputs.T @ inputs, Grid(4, 32, symmetric)
+    seen = gram if blocks else gram.diagonal()
+    matrix = (
+        torch.block_diag(*(gram[at : at + 32, at : at + 32] for at in range(0, 128, 32))) if blocks else seen.diag()
+    )
+
+    def lost(*found: Tensor | None) -> float:
+        error = (nearest_values(weight, found[0], found[1], grid) - weight).double()  # type: ignore[arg-type]
+        return float(((error @ matrix.double()) * error).sum())
+
+    every, coarse = (lost(*search_grid(weight, grid, seen, coarse=step)) for step in (1, affine.COARSE))
+    plain = lost(*grid_for_range(*full_range(weight, grid), grid))
+    assert every <= coarse < every * 1.01 < plain
 
 
 def test_without_a_gram_the_search_never_loses_to_the_full_range() -> None:
@@ -81,16 +103,19 @@ def test_the_compiled_search_equals_the_tensor_search(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("size", [12, 32, 64])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_compiled_scores_by_blocks_choose_what_the_tensors_choose(size: int, symmetric: bool) -> None:
+@pytest.mark.parametrize("coarse", [1, 2, 4])
+def test_compiled_scores_by_blocks_choose_what_the_tensors_choose(size: int, symmetric: bool, coarse: int) -> None:
     generator = torch.Generator().manual_seed(size)
     weight = torch.randn(50, 3 * size, generator=generator)
     inputs = torch.randn(400, 3 * size, generator=generator) @ torch.randn(3 * size, 3 * size, generator=generator)
     grid, gram = Grid(4, size, symmetric), inputs.T @ inputs
     low, high = full_range(weight, grid)
-    candidates = [grid_for_range(low * share, high * share, grid) for share in affine.SHRINKS]
+    shares = torch.tensor(affine.SHRINKS).view(-1, 1, 1)
+    scale, zero = grid_for_range(low * shares, high * shares, grid)
+    candidates = (scale, torch.full(scale.shape, 8, dtype=torch.uint8) if zero is None else zero)
     blocks = torch.stack([gram[at : at + size, at : at + size] for at in range(0, 3 * size, size)])
-    by_tensors = affine._best_range_by_blocks_tensors(weight, grid, blocks, candidates)
-    compiled = affine._best_range_by_blocks(weight, grid, blocks, candidates)
+    by_tensors = affine._best_range_by_blocks_tensors(weight, grid, blocks, candidates, coarse)
+    compiled = affine._best_range_by_blocks(weight, grid, blocks, candidates, coarse)
     assert (compiled != by_tensors).float().mean() < 0.02, "sums in another order may choose another of two alike"
 
 
