@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from conftest import write_tiny_llama
 from fakes.runs import quietly
@@ -21,6 +22,7 @@ from quantkit.formats import open_artifact
 from quantkit.jobs import quantize
 from quantkit.manifest import Manifest, read_manifest
 from quantkit.maths.gram import GramAccumulator, InputStatistics
+from quantkit.maths.pairs import move_pairs
 from quantkit.methods.base import BlockWeights
 from quantkit.model import forward
 from quantkit.model.blocks import LinearGroup, blocks_of, head_dim
@@ -149,6 +151,28 @@ def test_a_correction_needs_inputs_in_which_something_went_wrong(tiny_llama: Pat
         make("gptq-4bit-g64", tiny_llama, tmp_path / "a", "method.propagate=unquantized", "method.correction=0.5")
     with pytest.raises(RecipeError, match="expected 0: only rounding gptq"):
         make("gguf-q4_0", tiny_llama, tmp_path / "b", "method.correction=0.5")
+
+
+@pytest.mark.parametrize("name", ["gptq-4bit-g64", "awq-4bit-g64"])
+def test_codes_of_every_linear_are_moved_in_pairs(
+    name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = []
+
+    def note(codes: Tensor, steps: Tensor, error: Tensor, gram: Tensor, levels: int) -> Tensor:
+        found = move_pairs(codes, steps, error, gram, levels)
+        moved.append(bool((found != codes).any()))
+        return found
+
+    monkeypatch.setattr("quantkit.maths.refine.move_pairs", note)
+    make(name, tiny_llama, tmp_path / "out", "method.group_size=32", "method.pairs=2")
+    groups = 4 * json.loads((tiny_llama / "config.json").read_text())["num_hidden_layers"]
+    assert len(moved) == 2 * groups and sum(moved) > groups
+
+
+def test_codes_rounded_to_nearest_are_not_moved_in_pairs(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="needs rounding: gptq"):
+        make("awq-4bit-g64-nearest", tiny_llama, tmp_path / "a", "method.pairs=2")
 
 
 @pytest.mark.parametrize("correction", [0.0, 0.5])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.maths.affine import as_stored
+from quantkit.maths.pairs import move_pairs
 from quantkit.maths.products import times_transposed
 from quantkit.tensors import Grid
 
@@ -31,12 +32,19 @@ def damped(gram: Tensor, damp: float) -> Tensor:
 
 
 def refine(
-    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, gram: Tensor, sweeps: int
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    grid: Grid,
+    gram: Tensor,
+    sweeps: int,
+    pairs: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Better codes uint8 [out, in] and scales float32 [out, groups] for a rounded weight float32 [out, in].
 
     gram: float32 [in, in], already damped. Each sweep visits every code and every scale once; scales stay exact in
-    float16, zeros stay as they are.
+    float16, zeros stay as they are. pairs: how often codes are then moved two at a time, with a sweep behind it.
     """
     columns = weight.shape[1]
     size = grid.group_size or columns
@@ -46,7 +54,11 @@ def refine(
     steps = codes.view(-1, groups, size) - middle.unsqueeze(2)  # [out, groups, group_size]
     error = steps.mul_(scale.unsqueeze(2)).view_as(weight).sub_(weight)
     width = max(1, BLOCK_COLUMNS // size) * size
-    for _ in range(sweeps):
+    for sweep in range(sweeps + pairs):
+        if sweep >= sweeps:
+            better = move_pairs(codes, scale.repeat_interleave(size, dim=1), error, gram, grid.levels)
+            error += (better.float() - codes.float()).mul_(scale.repeat_interleave(size, dim=1))
+            codes = better
         for start in range(0, columns, width):
             part = slice(start, min(start + width, columns))
             of = slice(part.start // size, part.stop // size)

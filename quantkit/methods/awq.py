@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from quantkit.methods.base import affine_bits, affine_misfit
-from quantkit.methods.calibrated import CalibratedMethod, Correction, Steps
+from quantkit.methods.calibrated import CalibratedMethod, Correction, Pairs, Steps
 from quantkit.tensors import Grid
 
 
@@ -35,6 +35,14 @@ class AWQ(CalibratedMethod):
         "quantized", description="whose outputs the next linears are calibrated on"
     )
     correction: Correction = 0.0
+    pairs: Pairs = 0
+
+    @field_validator("pairs")
+    @classmethod
+    def _needs_compensation(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("rounding") == "nearest":
+            raise ValueError("needs rounding: gptq; codes rounded to nearest are left as they are")
+        return value
 
     @property
     def grid(self) -> Grid:
@@ -52,4 +60,6 @@ class AWQ(CalibratedMethod):
     @property
     def steps(self) -> Steps:
         compensate = self.rounding == "gptq"
-        return Steps(self.grid, self.exponents, self.clip, compensate, self.damp, True, self.refine, self.correction)
+        return Steps(
+            self.grid, self.exponents, self.clip, compensate, self.damp, True, self.refine, self.correction, self.pairs
+        )

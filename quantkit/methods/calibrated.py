@@ -36,6 +36,15 @@ Correction = Annotated[
     ),
 ]
 
+Pairs = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=20,
+        description="sweeps of moves of two codes at a time after the descent, each with one more sweep of it behind",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -44,7 +53,7 @@ class Steps:
     exponents: candidates of AWQ's scale search; 0 leaves the scales out. search_range: look for the best share of each
     group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of GPTQ's rounding. refine: sweeps
     of coordinate descent over codes and scales after it. correction: share of GPTAQ's correction of the weights before
-    they are rounded.
+    they are rounded. pairs: sweeps of two codes at a time after the descent.
     """
 
     grid: Grid
@@ -55,6 +64,7 @@ class Steps:
     act_order: bool
     refine: int = 0
     correction: float = 0.0
+    pairs: int = 0
 
     def label(self) -> str:
         """What rounds and how, such as "gptq 4-bit g64 asym"."""
@@ -219,8 +229,9 @@ class CalibratedBlock:
         codes = round_compensated(stacked, scale, zero, grid, factor)
         damp = factor.damp
         del factor
-        if steps.refine:
-            codes, scale = refine(stacked, codes, scale, zero, grid, damped(gram, damp), steps.refine)
+        if steps.refine or steps.pairs:
+            matrix = damped(gram, damp)
+            codes, scale = refine(stacked, codes, scale, zero, grid, matrix, steps.refine, steps.pairs)
         return codes, scale
 
     def _note(self, name: str, text: str) -> None:

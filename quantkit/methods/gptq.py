@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from quantkit.methods.base import affine_bits, affine_misfit
-from quantkit.methods.calibrated import CalibratedMethod, Correction, Steps
+from quantkit.methods.calibrated import CalibratedMethod, Correction, Pairs, Steps
 from quantkit.tensors import Grid
 
 
@@ -37,6 +37,7 @@ class GPTQ(CalibratedMethod):
         "quantized", description="whose outputs the next linears are calibrated on"
     )
     correction: Correction = 0.0
+    pairs: Pairs = 0
 
     @property
     def grid(self) -> Grid:
@@ -62,4 +63,5 @@ class GPTQ(CalibratedMethod):
             self.act_order,
             self.refine,
             self.correction,
+            self.pairs,
         )

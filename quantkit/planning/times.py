@@ -6,7 +6,7 @@ Per block, on T tokens, for each input of n columns whose linears have m rows to
     attention   2 T L d                  at the rate of that dtype; d: all heads together, L: the length of a sequence
     Grams       G n (n + 1)              of G tokens; 8-bit products where the processor has them
     passing     ACTIVATION_FLOP T (4 d + 3 m)   norms, activations, rotary positions, copies
-    solve       m n^2 (1 + 2 sweeps) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
+    solve       m n^2 (1 + 2 sweeps + PAIR_FLOP pairs) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
 
 "Flop" of work that is no product says how many float32 operations of a product take as long, so that the forecast moves
 with the machine. Source of the constants: whole runs, see docs/plan.md.
@@ -42,6 +42,7 @@ GRAM_SLOWDOWN = 3.0
 ACTIVATION_FLOP = 170
 FACTOR_FLOP = 8
 VALUE_FLOP = 4500
+PAIR_FLOP = 18  # a sweep over pairs and the one of the descent behind it
 
 ENCODE_NS = {
     "int8": 3.0,
@@ -145,7 +146,8 @@ def _solve_flop(work: Work, solved: Sequence[LinearPlan]) -> float:
     methods: list[Any] = [plan.method for plan in solved]
     (method, _), *_ = Counter(methods).most_common(1)
     sweeps = method.refine if getattr(method, "rounding", "gptq") == "gptq" else 0
+    moves = 2 * sweeps + PAIR_FLOP * getattr(method, "pairs", 0)
     return sum(
-        group.rows * group.columns**2 * (1 + 2 * sweeps) + FACTOR_FLOP * group.columns**3 + VALUE_FLOP * group.values
+        group.rows * group.columns**2 * (1 + moves) + FACTOR_FLOP * group.columns**3 + VALUE_FLOP * group.values
         for group in work.groups
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from quantkit.maths.gram import (
     EIGHT_BIT_COLUMNS,
     EIGHT_BIT_TOKENS,
+    FAR_TOKENS,
     REACH,
     GramAccumulator,
     InputStatistics,
@@ -88,6 +89,26 @@ def test_one_token_of_huge_values_does_not_blur_the_others() -> None:
     size = others.double().square().sum(dim=0).sqrt()
     kept = 2.0**-22 * own.abs() / size[:, None] / size  # the digits that float32 has beside the huge token
     assert (_relative(left, others) <= kept + 0.01).all()
+
+
+@pytest.mark.parametrize("apart", [7, FAR_TOKENS, 2 * FAR_TOKENS + 60])
+def test_every_token_far_out_counts_once(apart: int) -> None:
+    inputs = _inputs(4 * EIGHT_BIT_TOKENS)
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.randperm(len(inputs), generator=generator)[:apart]
+    inputs[chosen, torch.randint(COLUMNS, (apart,), generator=generator)] *= 1e3
+    seen = GramAccumulator(COLUMNS, CPU, eight_bit=True)
+    for batch in inputs.split(EIGHT_BIT_TOKENS // 2):
+        seen.add(batch)
+    gram = seen.result().gram
+    assert _relative(gram, inputs).max() < 0.01
+    near = torch.ones(len(inputs), dtype=torch.bool)
+    near[chosen] = False
+    far = inputs[chosen].double()
+    left = gram.double() - far.T @ far
+    size = inputs[near].double().square().sum(dim=0).sqrt()
+    digits = 2.0**-20 * (far.T @ far).abs() / size[:, None] / size
+    assert (_relative(left, inputs[near]) <= digits + 0.02).all()
 
 
 def test_columns_without_inputs_stay_zero() -> None:

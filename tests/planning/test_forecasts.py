@@ -120,6 +120,9 @@ def test_the_seconds_of_a_calibrated_run(tiny_llama: Path) -> None:
     solve = rounding + factors + times.VALUE_FLOP * work.block_values
     assert parts["solving"] == pytest.approx(blocks * solve / rate)
     assert "rounding" not in parts
+    paired, plans = planned(tiny_llama, GPTQ | {"refine": 1, "pairs": 2}, calibration={"sequences": 4, "length": 32})
+    more = 2 * times.PAIR_FLOP * (64**2 * (128 + 64 + 256) + 128**2 * 64)
+    assert time_of(paired, plans, UNIT, 10**9).parts["solving"] == pytest.approx(blocks * (solve + more) / rate)
 
 
 def test_faster_products_count_where_they_are_used(tiny_llama: Path) -> None:

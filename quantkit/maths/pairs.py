@@ -1,0 +1,57 @@
+"""Two codes at once: what descent over single codes cannot find, since either move alone would cost something.
+
+Columns that carry the same signal make up for each other, so that one code up and another one down may lose less than
+both where they are. At a minimum of the single moves a column's cheaper one costs `c_j - |s_j g_j|`; behind it the
+gradient is `g + d H_j`, and the move that then gains most is the partner. This is the exchange of pairs of local search
+for integer least squares, on the loss of `maths/refine.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.maths.products import times_transposed
+
+LEAST_GAIN = 1e-3
+"""What a pair has to gain, as a share of what the first move adds by its curvature: far above what float32 rounds."""
+
+
+def move_pairs(codes: Tensor, steps: Tensor, error: Tensor, gram: Tensor, levels: int) -> Tensor:
+    """Better codes uint8 [out, in], each column visited once.
+
+    steps: float32 [out, in], what a code more adds to a weight. error: float32 [out, in], what the codes stand for less
+    the weight. gram: float32 [in, in], already damped.
+    """
+    codes, gradient = codes.clone(), times_transposed(error, gram)
+    if codes.device.type == "cpu":
+        from quantkit.maths.pair_kernel import sweep_pairs
+
+        steps, gram = steps.contiguous(), gram.contiguous()
+        curves = 0.5 * steps.square() * gram.diagonal()
+        sweep_pairs(codes.numpy(), steps.numpy(), curves.numpy(), gradient.numpy(), gram.numpy(), levels, LEAST_GAIN)
+        return codes
+    _sweep_pairs_tensors(codes, steps, gradient, gram, levels)
+    return codes
+
+
+def _sweep_pairs_tensors(codes: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, levels: int) -> None:
+    """The same for any device, a few tensor operations a column; codes and gradient are updated."""
+    curves = 0.5 * steps.square() * gram.diagonal()
+    for j in range(codes.shape[1]):
+        slope = steps[:, j] * gradient[:, j]
+        first = torch.where(slope > 0, -1, 1)
+        code = codes[:, j].int() + first
+        moved = (first * steps[:, j]).unsqueeze(1)
+        slopes = steps * (gradient + moved * gram[j])  # [out, in], behind the first move
+        partner = torch.where(slopes > 0, -1, 1)
+        landed = codes.int() + partner
+        gains = (slopes.abs() - curves).masked_fill((landed < 0) | (landed >= levels), -torch.inf)
+        gains[:, j] = -torch.inf
+        most, at = gains.max(dim=1)
+        least = curves[:, j] - slope.abs() + LEAST_GAIN * curves[:, j]
+        rows = ((code >= 0) & (code < levels) & (most > least)).nonzero().flatten()
+        at = at[rows]
+        codes[rows, j], codes[rows, at] = code[rows].to(torch.uint8), landed[rows, at].to(torch.uint8)
+        second = (partner[rows, at] * steps[rows, at]).unsqueeze(1)
+        gradient[rows] += moved[rows] * gram[j] + second * gram[at]
