@@ -43,12 +43,14 @@ def sweep_pairs(
     gram: NDArray[np.float32],
     levels: int,
     least_gain: float,
+    dearest: float,
 ) -> None:
     """For each column in turn its cheaper move by one code, if there is a move of another one that more than pays it.
 
     codes: [out, columns], updated. steps: [out, columns], what a code more adds to a weight. curves: [out, columns],
     half of what it adds to the loss by itself. gradient: [out, columns], (q - w) H, updated. gram: [columns, columns].
-    Rows are independent and run in parallel.
+    least_gain, dearest: what a pair has to gain and its first move may cost, as shares of that move's curve. Rows are
+    independent and run in parallel.
     """
     rows, columns = codes.shape
     for i in prange(rows):
@@ -64,7 +66,7 @@ def sweep_pairs(
                 continue
             moved = np.float32(first) * step[j]
             least = curve[j] - abs(falls) + np.float32(least_gain) * curve[j]
-            if not _any_beyond(slope, row, step, up, down, moved, least):
+            if least > np.float32(dearest) * curve[j] or not _any_beyond(slope, row, step, up, down, moved, least):
                 continue
             most, at, second = least, -1, 0
             for start in range(0, columns, SCANNED):  # few of them hold a better one

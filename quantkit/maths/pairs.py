@@ -16,6 +16,10 @@ from quantkit.maths.products import times_transposed
 LEAST_GAIN = 1e-3
 """What a pair has to gain, as a share of what the first move adds by its curvature: far above what float32 rounds."""
 
+DEAREST = 0.5
+"""What the first move of a pair may cost, as a share of the same: dearer ones find hardly a partner, and leaving them
+out takes half of the time and next to nothing of the gain (docs/quality.md)."""
+
 
 def move_pairs(codes: Tensor, steps: Tensor, error: Tensor, gram: Tensor, levels: int) -> Tensor:
     """Better codes uint8 [out, in], each column visited once.
@@ -29,7 +33,9 @@ def move_pairs(codes: Tensor, steps: Tensor, error: Tensor, gram: Tensor, levels
 
         steps, gram = steps.contiguous(), gram.contiguous()
         curves = 0.5 * steps.square() * gram.diagonal()
-        sweep_pairs(codes.numpy(), steps.numpy(), curves.numpy(), gradient.numpy(), gram.numpy(), levels, LEAST_GAIN)
+        sweep_pairs(
+            codes.numpy(), steps.numpy(), curves.numpy(), gradient.numpy(), gram.numpy(), levels, LEAST_GAIN, DEAREST
+        )
         return codes
     _sweep_pairs_tensors(codes, steps, gradient, gram, levels)
     return codes
@@ -50,7 +56,8 @@ def _sweep_pairs_tensors(codes: Tensor, steps: Tensor, gradient: Tensor, gram: T
         gains[:, j] = -torch.inf
         most, at = gains.max(dim=1)
         least = curves[:, j] - slope.abs() + LEAST_GAIN * curves[:, j]
-        rows = ((code >= 0) & (code < levels) & (most > least)).nonzero().flatten()
+        worth_it = (most > least) & (least <= DEAREST * curves[:, j])
+        rows = ((code >= 0) & (code < levels) & worth_it).nonzero().flatten()
         at = at[rows]
         codes[rows, j], codes[rows, at] = code[rows].to(torch.uint8), landed[rows, at].to(torch.uint8)
         second = (partner[rows, at] * steps[rows, at]).unsqueeze(1)
