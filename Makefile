@@ -62,10 +62,11 @@ report: model
 # re-gauged. SET='KEY=VALUE ...' changes the recipes, such as the texts they name; ENGINES leaves engines out.
 COMPARE = $(BIN)/quantkit compare --model $(MODEL) --runs $(RUNS) $(if $(ENGINES),--engines $(ENGINES)) \
 	$(foreach setting,$(SET),--set $(setting)) --force
+GPTQ = benchmarks/compare_gptq
 bench: $(STAMP)
 	@test -n "$(MODEL)" || { echo "name a Hugging Face folder: make bench MODEL=DIR" >&2; exit 1; }
-	$(COMPARE) benchmarks/compare_gptq.yaml benchmarks/compare_gptq_unquantized.yaml --out benchmarks/results/gptq.json
-	$(COMPARE) benchmarks/compare_gptq_asymmetric.yaml --out benchmarks/results/gptq_asymmetric.json
+	$(COMPARE) $(GPTQ).yaml $(GPTQ)_unquantized.yaml $(GPTQ)_plain.yaml --out benchmarks/results/gptq.json
+	$(COMPARE) $(GPTQ)_asymmetric.yaml $(GPTQ)_asymmetric_corrected.yaml --out benchmarks/results/gptq_asymmetric.json
 	$(COMPARE) benchmarks/compare_awq.yaml benchmarks/compare_awq_nearest.yaml --out benchmarks/results/awq.json
 	$(COMPARE) benchmarks/compare_nf4.yaml --out benchmarks/results/nf4.json
 	$(COMPARE) benchmarks/compare_int8.yaml --out benchmarks/results/int8.json

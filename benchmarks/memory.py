@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from quantkit.memory import parse_bytes
@@ -76,23 +77,27 @@ def bound_mb(model: Path, tokens: int) -> float:
     return 1.3 * 4 * (block + grams + tokens * hidden) / 1e6
 
 
-def depth(folder: Path) -> dict[str, Any]:
-    """Peaks at 12 and 48 layers: rows waiting in memory (the default), and started again under a limit."""
+def depth(folder: Path, runs: int) -> dict[str, Any]:
+    """Peaks at 12 and 48 layers: rows waiting in memory (the default; medians of so many runs), and started again under
+    a limit, where they hardly differ from run to run."""
     rows = []
     for layers in (12, 48):
         model = checkpoint(folder, layers, 512, 1536)
         bare, _ = peak([sys.executable, "-c", BARE, str(model)])
         for options in ([], ["--max-memory", "600MB"]):
-            top, seconds = quantize(model, folder / "out", 32, 512, *options)
+            found = [quantize(model, folder / "out", 32, 512, *options) for _ in range(1 if options else runs)]
+            tops = [top for top, _ in found]
+            top = median(tops)
             rows.append(
                 {
                     "layers": layers,
                     "options": " ".join(options),
                     "bare_mb": round(bare, 1),
                     "peak_mb": round(top, 1),
+                    "peaks_mb": [round(each, 1) for each in sorted(tops)],
                     "above_mb": round(top - bare, 1),
                     "bound_mb": round(bound_mb(model, 32 * 512), 1),
-                    "seconds": round(seconds, 1),
+                    "seconds": round(median(seconds for _, seconds in found), 1),
                 }
             )
             print(rows[-1], file=sys.stderr)
@@ -137,9 +142,10 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("depth", "larger"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=66, help="of the checkpoint for larger, 92 MB each")
+    parser.add_argument("--runs", type=int, default=3, help="of each depth without a limit")
     parser.add_argument("--limit", default="3GB", help="of the memory for larger")
     given = parser.parse_args()
     place: Path = given.folder.resolve()
     place.mkdir(parents=True, exist_ok=True)
-    found = depth(place) if given.what == "depth" else larger(place, given.layers, given.limit)
+    found = depth(place, given.runs) if given.what == "depth" else larger(place, given.layers, given.limit)
     print(json.dumps(found, indent=2))

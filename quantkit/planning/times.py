@@ -42,7 +42,7 @@ GRAM_SLOWDOWN = 3.0
 ACTIVATION_FLOP = 170
 FACTOR_FLOP = 8
 VALUE_FLOP = 4500
-PAIR_FLOP = 18  # a sweep over pairs and the one of the descent behind it
+PAIR_FLOP = 10  # a sweep over pairs and the one of the descent behind it
 
 ENCODE_NS = {
     "int8": 3.0,
