@@ -164,8 +164,8 @@ class _Rounder:
 
 
 def looked_at(hidden: HiddenStates) -> int:
-    """Of how many sequences one is looked at for the scales: an eighth, but 2048 tokens where there are as many."""
-    return max(1, min(8, hidden.shape[0] * hidden.shape[1] // 2048))
+    """Of how many sequences one is looked at for the scales: a sixteenth, but 1024 tokens where there are as many."""
+    return max(1, min(16, hidden.shape[0] * hidden.shape[1] // 1024))
 
 
 def _shares(state: JobState, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Method, BlockWeights]]:

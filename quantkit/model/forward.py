@@ -27,13 +27,14 @@ from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of
 from quantkit.model.eight_bit import use_eight_bits
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import without_weights
+from quantkit.model.norms import use_compiled_norms
 from quantkit.model.source import Source
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens that go through a block at once: enough rows for a matrix product to run at full rate, few enough that what
 lies between a block's linears stays small beside the hidden states."""
 
-PART_TOKENS = 4096
+PART_TOKENS = 2048
 """Tokens that a part of them is: enough for a group's own block of the Gram matrix, which has few columns."""
 
 
@@ -98,6 +99,7 @@ class BlockRunner:
             from quantkit.model.attention import use_causal_attention
 
             use_causal_attention(self.model)
+            use_compiled_norms(self.model.modules())
         self.model.eval()
         self.trunk = self.model.get_submodule(self.architecture.trunk)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]
