@@ -20,25 +20,34 @@ DEAREST = 0.5
 """What the first move of a pair may cost, as a share of the same: dearer ones find hardly a partner, and leaving them
 out takes half of the time and next to nothing of the gain (docs/quality.md)."""
 
+ROW_BAND = 1024
+"""Rows that are looked at together: what is held of them beside codes and error stays within tens of megabytes."""
 
-def move_pairs(codes: Tensor, steps: Tensor, error: Tensor, gram: Tensor, levels: int) -> Tensor:
-    """Better codes uint8 [out, in], each column visited once.
 
-    steps: float32 [out, in], what a code more adds to a weight. error: float32 [out, in], what the codes stand for less
-    the weight. gram: float32 [in, in], already damped.
+def move_pairs(codes: Tensor, scale: Tensor, error: Tensor, gram: Tensor, levels: int) -> None:
+    """Better codes uint8 [out, in], each column visited once; codes and error are updated.
+
+    scale: float32 [out, groups]. error: float32 [out, in], what the codes stand for less the weight. gram: float32
+    [in, in], already damped.
     """
-    codes, gradient = codes.clone(), times_transposed(error, gram)
-    if codes.device.type == "cpu":
-        from quantkit.maths.pair_kernel import sweep_pairs
+    size = codes.shape[1] // scale.shape[1]
+    bands = (tensor.split(ROW_BAND) for tensor in (codes, scale, error))
+    for own_codes, own_scale, own_error in zip(*bands, strict=True):
+        before, steps = own_codes.float(), own_scale.repeat_interleave(size, dim=1)
+        _sweep_pairs(own_codes, steps, times_transposed(own_error, gram), gram, levels)
+        own_error += (own_codes.float() - before).mul_(steps)
 
-        steps, gram = steps.contiguous(), gram.contiguous()
-        curves = 0.5 * steps.square() * gram.diagonal()
-        sweep_pairs(
-            codes.numpy(), steps.numpy(), curves.numpy(), gradient.numpy(), gram.numpy(), levels, LEAST_GAIN, DEAREST
-        )
-        return codes
-    _sweep_pairs_tensors(codes, steps, gradient, gram, levels)
-    return codes
+
+def _sweep_pairs(codes: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, levels: int) -> None:
+    """steps: float32 [out, in], what a code more adds to a weight. Codes are updated, gradient is used up."""
+    if codes.device.type != "cpu":
+        _sweep_pairs_tensors(codes, steps, gradient, gram, levels)
+        return
+    from quantkit.maths.pair_kernel import sweep_pairs
+
+    curves = 0.5 * steps.square() * gram.diagonal()
+    slopes, matrix = gradient.numpy(), gram.contiguous().numpy()
+    sweep_pairs(codes.numpy(), steps.numpy(), curves.numpy(), slopes, matrix, levels, LEAST_GAIN, DEAREST)
 
 
 def _sweep_pairs_tensors(codes: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, levels: int) -> None:

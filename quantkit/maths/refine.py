@@ -56,9 +56,7 @@ def refine(
     width = max(1, BLOCK_COLUMNS // size) * size
     for sweep in range(sweeps + pairs):
         if sweep >= sweeps:
-            better = move_pairs(codes, scale.repeat_interleave(size, dim=1), error, gram, grid.levels)
-            error += (better.float() - codes.float()).mul_(scale.repeat_interleave(size, dim=1))
-            codes = better
+            move_pairs(codes, scale, error, gram, grid.levels)
         for start in range(0, columns, width):
             part = slice(start, min(start + width, columns))
             of = slice(part.start // size, part.stop // size)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantkit.maths import pairs
 from quantkit.maths import refine as refine_module
 from quantkit.maths.affine import nearest_codes, search_grid
 from quantkit.maths.pairs import DEAREST, LEAST_GAIN, _sweep_pairs_tensors, move_pairs
@@ -40,8 +41,9 @@ def test_no_row_gets_worse_and_some_get_better_than_by_single_codes(symmetric: b
     weight, codes, scale, zero, gram = problem(64, 40, grid)
     codes, scale = refine(weight, codes, scale, zero, grid, gram, 20)
     before = lost(weight, codes, scale, zero, grid, gram)
-    steps = scale.repeat_interleave(16, dim=1)
-    moved = move_pairs(codes, steps, error_of(weight, codes, scale, zero, grid), gram, grid.levels)
+    moved, error = codes.clone(), error_of(weight, codes, scale, zero, grid)
+    move_pairs(moved, scale, error, gram, grid.levels)
+    torch.testing.assert_close(error, error_of(weight, moved, scale, zero, grid))
     after = lost(weight, moved, scale, zero, grid, gram)
     assert (after <= before * (1 + 1e-6)).all()
     assert (after < before * 0.999).float().mean() > 0.2
@@ -54,7 +56,7 @@ def test_behind_enough_sweeps_no_pair_gains_anything() -> None:
     weight, codes, scale, zero, gram = problem(12, 5, grid)
     steps = scale.repeat_interleave(6, dim=1)
     for _ in range(30):
-        codes = move_pairs(codes, steps, error_of(weight, codes, scale, zero, grid), gram, grid.levels)
+        move_pairs(codes, scale, error_of(weight, codes, scale, zero, grid), gram, grid.levels)
     error, exact = error_of(weight, codes, scale, zero, grid).double(), gram.double()
     tried = 0
     for row, j, k in itertools.product(range(5), range(12), range(12)):
@@ -81,8 +83,9 @@ def test_the_compiled_sweep_equals_the_tensor_sweep(symmetric: bool) -> None:
     grid = Grid(4, 16, symmetric)
     weight, codes, scale, zero, gram = problem(48, 33, grid)
     steps, error = scale.repeat_interleave(16, dim=1), error_of(weight, codes, scale, zero, grid)
-    compiled, by_tensors = move_pairs(codes, steps, error, gram, grid.levels), codes.clone()
+    compiled, by_tensors = codes.clone(), codes.clone()
     _sweep_pairs_tensors(by_tensors, steps, error @ gram, gram, grid.levels)
+    move_pairs(compiled, scale, error, gram, grid.levels)
     assert (compiled != codes).float().mean() > 0.05
     assert (compiled == by_tensors).all(dim=1).float().mean() > 0.9, "sums in another order may choose another of two"
 
@@ -91,14 +94,26 @@ def test_pairs_follow_the_descent_and_bring_the_loss_below_its_own(monkeypatch: 
     grid = Grid(4, 16, False)
     weight, codes, scale, zero, gram = problem(64, 40, grid)
 
-    def total(sweeps: int, pairs: int) -> float:
-        found = refine(weight, codes, scale, zero, grid, gram, sweeps, pairs)
+    def total(sweeps: int, sweeps_of_pairs: int) -> float:
+        found = refine(weight, codes, scale, zero, grid, gram, sweeps, sweeps_of_pairs)
         return float(lost(weight, *found, zero, grid, gram).sum())
 
     assert total(2, 2) < 0.97 * total(4, 0)
     calls = []
-    monkeypatch.setattr(refine_module, "move_pairs", lambda *given: calls.append(given) or given[0])
+    monkeypatch.setattr(refine_module, "move_pairs", lambda *given: calls.append(given))
     refine(weight, codes, scale, zero, grid, gram, 2, 3)
     assert len(calls) == 3
-    for _, steps, error, matrix, levels in calls:
-        assert steps.shape == error.shape == weight.shape and matrix is gram and levels == 16
+    for found, steps, error, matrix, levels in calls:
+        assert found.shape == error.shape == weight.shape and steps.shape == scale.shape
+        assert matrix is gram and levels == 16
+
+
+def test_bands_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid(4, 16, False)
+    weight, codes, scale, zero, gram = problem(48, 33, grid)
+    whole, banded = codes.clone(), codes.clone()
+    move_pairs(whole, scale, error_of(weight, codes, scale, zero, grid), gram, grid.levels)
+    monkeypatch.setattr(pairs, "ROW_BAND", 5)
+    move_pairs(banded, scale, error_of(weight, codes, scale, zero, grid), gram, grid.levels)
+    assert (whole == banded).all(dim=1).float().mean() > 0.9, "products of other shapes may sum in another order"
+    assert not torch.equal(banded[-3:], codes[-3:])
