@@ -21,8 +21,8 @@ ENVIRONMENT = {
     "DATASETS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     # OpenMP's threads wait by spinning for long: beside another busy process that made quantizing 5 to 10 times slower.
-    # After this many turns, under a millisecond, they sleep, which costs an idle machine nothing (docs/performance.md).
-    "GOMP_SPINCOUNT": "20000",
+    # After this many turns, some 0.1 ms, they sleep, which costs an idle machine nothing (docs/performance.md).
+    "GOMP_SPINCOUNT": "5000",
 }
 """A user who sets one of them keeps what was set."""
 

@@ -2,69 +2,203 @@
 
 With X the inputs behind all that was rounded before and X' the unquantized model's, a linear should come near W X', not
 W X. The weight whose output on X is nearest to W X' is W + W D H^-1, with D = (X' - X)^T X and H = X^T X; rounding goes
-on from there. A share of it is taken, since D is of the calibration text alone. Source: Li et al. 2025, GPTAQ:
-Efficient Finetuning-Free Quantization for Asymmetric Calibration, section 3, of which this is the part that moves the
-weights before they are rounded.
+on from there. Source: Li et al. 2025, GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration,
+section 3, of which this is the part that moves the weights before they are rounded.
 
 Where the output is added to hidden states that have changed as well, from R' to R, the sum should come near W X' + R':
-that is W + (W D + E) H^-1, with E = (R' - R)^T X. docs/quality.md has what it is worth.
+that is W + (W D + E) H^-1, with E = (R' - R)^T X.
+
+Part of it is of the calibration text alone: with as many columns as tokens any change would be told by the inputs. So
+sums are kept over two halves of the text, and as much is taken as the halves agree on (`_agreed`). docs/quality.md has
+what all this is worth.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from quantkit.errors import ModelError
+from quantkit.maths.compensate import DAMP_STEPS, inverse_of_factor
+from quantkit.maths.gram import (
+    EIGHT_BIT_COLUMNS,
+    EIGHT_BIT_TOKENS,
+    FAR_TOKENS,
+    ColumnSums,
+    GramAccumulator,
+    readable,
+    round_columns,
+    strip_width,
+)
+from quantkit.maths.products import times_transposed
 from quantkit.maths.refine import damped
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FAR = 16.0
 """How many times the median of its batch a token's squared length may be, or the square of its change: the few tokens
 beyond, whose activations are hundreds of times as large, would decide the correction for all the others."""
 
+COMPARED_ROWS = 128
+"""Rows of a weight by which the halves of the text are compared."""
+
+
+class _Half:
+    """Sums over a half of the text: D float32 [in, in] and, where there are states, E float32 [out, in]."""
+
+    def __init__(self) -> None:
+        self.totals: list[Tensor] = []
+        self._waiting: list[tuple[ColumnSums, ...]] = []  # for 8-bit products: inputs, and what changed
+
+    def add(self, rows: Tensor, changed: Sequence[Tensor], far: Tensor, dtype: torch.dtype | None) -> None:
+        """rows: [tokens, in]. changed: [tokens, in] and [tokens, out]. far: bool [tokens]. dtype: of the products, None
+        for integers."""
+        if not self.totals:
+            shapes = [(one.shape[1], rows.shape[1]) for one in changed]
+            self.totals = [torch.zeros(shape, dtype=torch.float32, device=rows.device) for shape in shapes]
+        if dtype is None:
+            self._waiting.append(tuple(ColumnSums(readable(one), far) for one in (rows, *changed)))
+            if sum(len(own.rows) for own, *_ in self._waiting) >= EIGHT_BIT_TOKENS:
+                self.finish()
+            return
+        near = far.logical_not()
+        own = rows[near].to(dtype)
+        for total, one in zip(self.totals, changed, strict=True):
+            total += one[near].to(dtype).T @ own
+
+    def finish(self) -> None:
+        """Add what waits, in 8-bit integers."""
+        if not self._waiting:
+            return
+        from quantkit.maths.gram_kernels import add_scaled
+
+        coded = []
+        for pieces in zip(*self._waiting, strict=True):
+            scale = torch.cat([piece.parts[:, 2] for piece in pieces]).amax(dim=0) / 127
+            coded.append((round_columns(pieces, scale), scale))
+        self._waiting.clear()
+        (own, own_scale), *others = coded
+        for total, (codes, scale) in zip(self.totals, others, strict=True):
+            for strip in torch.arange(len(total)).split(strip_width(len(total))):
+                at = slice(int(strip[0]), int(strip[-1]) + 1)
+                product = torch._int_mm(codes[:, at].T, own)
+                add_scaled(product.numpy(), scale[at].numpy(), own_scale.numpy(), total[at].numpy())
+
 
 class CorrectionAccumulator:
-    """Sums D = (X' - X)^T X, and E where there are states, over the tokens that are not far out, and X^T X over those
-    that are.
+    """Sums D, and E where there are states, over the tokens that are not far out, and X^T X over those that are.
 
     scale: float32 [in], what is divided out of the inputs X already and has still to be out of X', None where nothing
-    is. dtype: what the products are computed in; sums are float32.
+    is. dtype: what the products are computed in; sums are float32. eight_bit: multiply 8-bit integers, each column of
+    2048 tokens in steps of its own, as Gram matrices do; for the CPU.
     """
 
-    def __init__(self, in_features: int, device: torch.device, dtype: torch.dtype, scale: Tensor | None):
-        self.change = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self.far_gram = torch.zeros_like(self.change)
-        self.states_change: Tensor | None = None  # E, [out, in]
-        self._dtype, self._scale = dtype, scale
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        scale: Tensor | None,
+        *,
+        eight_bit: bool = False,
+    ):
+        self._halves = [_Half(), _Half()]
+        self._far = GramAccumulator(in_features, device)
+        self._far_rows: list[Tensor] = []
+        self._dtype = None if eight_bit and in_features >= EIGHT_BIT_COLUMNS else dtype
+        self._factors = torch.ones(in_features, device=device) if scale is None else 1 / scale
 
     def add(self, unquantized: Tensor, inputs: Tensor, states_change: Tensor | None = None) -> None:
-        """A batch of tokens on both ways: [..., in] each, any float dtype. states_change: [..., out], how far the
-        unquantized model's hidden states are from those that the output is added to; in every batch or in none."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
-        change = unquantized.detach().reshape(rows.shape).float()
-        change = change - rows if self._scale is None else change / self._scale - rows
-        apart = rows[:, :0] if states_change is None else states_change.detach().reshape(len(rows), -1).float()
-        far = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for values in (rows, change, apart):
-            length = values.square().sum(dim=1)
-            far |= length > FAR * length.median()
-        if bool(far.any()):
-            self.far_gram.addmm_(rows[far].T, rows[far])
-            rows, change, apart = rows[~far], change[~far], apart[~far]
-        rows = rows.to(self._dtype)
-        self.change += change.to(self._dtype).T @ rows
+        """A batch of tokens on both ways: [..., in] each, any float dtype; they must not change until the result is
+        taken. states_change: [..., out], how far the unquantized model's hidden states are from those that the output
+        is added to; in every batch or in none."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])  # [tokens, in]
+        before = unquantized.detach().reshape(rows.shape)
+        moved, lengths = self._changes(before, rows)
+        changed = [moved]
         if states_change is not None:
-            moved = apart.to(self._dtype).T @ rows
-            self.states_change = moved.float() if self.states_change is None else self.states_change + moved
+            changed.append(states_change.detach().reshape(len(rows), -1).float())
+            lengths = torch.cat([lengths, changed[1].square().sum(dim=1)[None]])
+        far = (lengths > FAR * lengths.median(dim=1, keepdim=True).values).any(dim=0)
+        if bool(far.any()):
+            self._far_rows.append(rows[far].float())
+            if sum(map(len, self._far_rows)) >= FAR_TOKENS:
+                self._add_far()
+        middle = len(rows) // 2
+        for half, part in zip(self._halves, (slice(middle), slice(middle, None)), strict=True):
+            half.add(rows[part], [one[part] for one in changed], far[part], self._dtype)
 
-    def corrected(self, weight: Tensor, gram: Tensor, damp: float, share: float) -> Tensor:
-        """The weight to round, float32 [out, in].
+    def _changes(self, unquantized: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """X' - X, [tokens, in], and the squared lengths of X and of that, float32 [2, tokens]."""
+        if self._dtype is not None:
+            change = unquantized.float() * self._factors - rows.float()
+            return change, torch.stack([rows.float().square().sum(dim=1), change.square().sum(dim=1)])
+        from quantkit.maths.correction_kernel import changes
 
-        weight: float32 [out, in]. gram: float32 [in, in] of all inputs X. damp: share of the mean diagonal added to it.
-        share: of the correction that is taken.
+        change, lengths = torch.empty(rows.shape, dtype=torch.bfloat16), torch.empty(2, len(rows))
+        factors, out = self._factors.numpy(), change.view(torch.uint16).numpy()
+        changes(readable(unquantized), readable(rows), factors, out, lengths.numpy())
+        return change, lengths
+
+    def _add_far(self) -> None:
+        self._far.add(torch.cat(self._far_rows))
+        self._far_rows.clear()
+
+    def totals(self) -> list[Tensor]:
+        """D float32 [in, in] of all tokens and, where there are states, E float32 [out, in]."""
+        for half in self._halves:
+            half.finish()
+        first, second = (half.totals for half in self._halves)
+        return [one + other for one, other in zip(first, second, strict=True)]
+
+    def corrected(self, weights: Sequence[Tensor], gram: Tensor, damp: float, share: float) -> list[Tensor]:
+        """The weights to round of linears that read this input, float32 [out, in] each.
+
+        gram: float32 [in, in] of all inputs X. damp: share of the mean diagonal added to it. share: of the correction
+        that the halves of the text agree on. Raises ModelError when the Gram matrix has no factor.
         """
-        near = damped(gram - self.far_gram, damp).double()
-        missed = weight @ self.change  # [out, in]
-        if self.states_change is not None:
-            missed += self.states_change
-        moved = torch.cholesky_solve(missed.double().T, torch.linalg.cholesky(near)).T.float()
-        return weight + share * moved
+        whole = self.totals()
+        if self._far_rows:
+            self._add_far()
+        inverse = _inverse_factor(gram - self._far.result().gram, damp)
+        made = []
+        for weight in weights:
+            moved = times_transposed(times_transposed(_missed(whole, weight), inverse), inverse.T)
+            made.append(weight + share * self._agreed(weight, inverse) * moved)
+        return made
+
+    def _agreed(self, weight: Tensor, inverse: Tensor) -> float:
+        """The share of a weight's correction that is no matter of chance.
+
+        Each half of the text gives a correction, A and B; measured by what they do to the outputs, <A, B> is what both
+        tell, and |A|^2 and |B|^2 have each half's chance in them as well. Of their sum the best share, by its expected
+        error on other text, is 4 <A, B> / |A + B|^2.
+        """
+        rows = slice(None, None, max(1, len(weight) // COMPARED_ROWS))
+        first, second = (times_transposed(_missed(half.totals, weight, rows), inverse) for half in self._halves)
+        both = float((first + second).square().sum())
+        return min(1.0, max(0.0, 4 * float((first * second).sum()) / both)) if both > 0 else 0.0
+
+
+def _missed(totals: Sequence[Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
+    """W D + E of some rows of the weight, float32 [rows, in]. totals: D and, where there are states, E."""
+    change, *states = totals
+    missed = times_transposed(weight[rows], change.T)
+    return missed + states[0][rows] if states else missed
+
+
+def _inverse_factor(gram: Tensor, damp: float) -> Tensor:
+    """L^-1 of a Gram matrix L L^T with `damp` of its mean diagonal added, float32 [in, in]; with more where that does
+    not make it positive definite. Raises ModelError."""
+    for _ in range(DAMP_STEPS):
+        inverse = inverse_of_factor(damped(gram, damp))
+        if inverse is not None:
+            return inverse
+        damp = min(damp * 10, 1.0)
+    raise ModelError(
+        f"the Gram matrix of the inputs is not positive definite even with {damp:.0%} damping",
+        hint="use more calibration sequences, or do without the correction",
+    )

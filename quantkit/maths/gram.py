@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -100,13 +100,13 @@ def readable(rows: Tensor) -> NDArray[Any]:
 class ColumnSums:
     """Sums over each column of inputs as `readable` gives them, tokens that are far out left aside.
 
-    far: bool [tokens], none at first. parts: float32 [bands of SUM_TOKENS tokens, 3, in], the sum of |x|, the sum of
-    x^2 and the largest |x|.
+    far: bool [tokens], none at first unless told. parts: float32 [bands of SUM_TOKENS tokens, 3, in], the sum of |x|,
+    the sum of x^2 and the largest |x|.
     """
 
-    def __init__(self, rows: NDArray[Any]):
+    def __init__(self, rows: NDArray[Any], far: Tensor | None = None):
         self.rows = rows
-        self.far = torch.zeros(len(rows), dtype=torch.bool)
+        self.far = torch.zeros(len(rows), dtype=torch.bool) if far is None else far
         bands = -(-len(rows) // SUM_TOKENS)
         self.parts = torch.empty(bands, 3, rows.shape[1])
         self._sum(np.arange(bands))
@@ -125,6 +125,18 @@ class ColumnSums:
             mark_far(self.rows, reach.numpy(), SUM_TOKENS, bands, self.far.numpy())
             self._sum(bands)
         return bool(bands.size)
+
+
+def round_columns(pieces: Sequence[ColumnSums], scale: Tensor) -> Tensor:
+    """8-bit codes of inputs in steps of `scale` float32 [in]: int8 [tokens of all pieces, in], 0 for tokens far out."""
+    from quantkit.maths.gram_kernels import round_rows
+
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale)).numpy()
+    lengths = [len(piece.rows) for piece in pieces]
+    codes = torch.empty(sum(lengths), len(scale), dtype=torch.int8)
+    for piece, own in zip(pieces, codes.split(lengths), strict=True):
+        round_rows(piece.rows, inverse, piece.far.numpy(), own.numpy())
+    return codes
 
 
 class SquaresAccumulator:
@@ -205,10 +217,10 @@ class GramAccumulator:
 
     def _add_waiting(self) -> None:
         """Add the batches that wait, in 8-bit integers."""
-        from quantkit.maths.gram_kernels import add_scaled, round_rows
+        from quantkit.maths.gram_kernels import add_scaled
 
-        lengths, pieces = [len(rows) for rows, _ in self._waiting], [piece for _, piece in self._waiting]
-        near = sum(lengths)
+        pieces = [piece for _, piece in self._waiting]
+        tokens = near = sum(len(piece.rows) for piece in pieces)
         for round_ in range(FAR_ROUNDS):
             parts = torch.cat([piece.parts for piece in pieces])
             sums, squares = parts[:, :2].sum(dim=0)
@@ -221,13 +233,10 @@ class GramAccumulator:
             found = [piece.leave_aside(reach) for piece in pieces]
             if not any(found):
                 break  # what a huge token adds to a column's mean square must not coarsen the steps of the others
-            near = sum(lengths) - sum(int(piece.far.sum()) for piece in pieces)
-        inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-        codes = torch.empty(sum(lengths), len(self.gram), dtype=torch.int8)
-        for (rows, piece), own in zip(self._waiting, codes.split(lengths), strict=True):
-            round_rows(piece.rows, inverse.numpy(), piece.far.numpy(), own.numpy())
-            if near < sum(lengths):
-                self._far.append(rows[piece.far].float())
+            near = tokens - sum(int(piece.far.sum()) for piece in pieces)
+        codes = round_columns(pieces, scale)
+        if near < tokens:
+            self._far += [rows[piece.far].float() for rows, piece in self._waiting]
         for strip, start in self._strips():
             product = torch._int_mm(codes[:, strip].T, codes[:, start:])
             add_scaled(product.numpy(), scale[strip].numpy(), scale[start:].numpy(), self.gram[strip, start:].numpy())

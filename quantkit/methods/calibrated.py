@@ -31,8 +31,8 @@ Correction = Annotated[
     Field(
         ge=0,
         le=1,
-        description="share of what went wrong before a linear that its weights make up for (GPTAQ), such as 0.5; "
-        "the unquantized model runs along",
+        description="how much of what went wrong before a linear its weights make up for (GPTAQ): a share of what "
+        "halves of the calibration text agree on, such as 0.75; the unquantized model runs along",
     ),
 ]
 
@@ -53,7 +53,7 @@ class Steps:
     exponents: candidates of AWQ's scale search; 0 leaves the scales out. search_range: look for the best share of each
     group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of GPTQ's rounding. refine: sweeps
     of coordinate descent over codes and scales after it. correction: share of GPTAQ's correction of the weights before
-    they are rounded. pairs: sweeps of two codes at a time after the descent.
+    they are rounded, as far as halves of the text agree on it. pairs: sweeps of two codes at a time after the descent.
     """
 
     grid: Grid
@@ -169,11 +169,10 @@ class CalibratedBlock:
         ours = self.ours(group)
         require_finite(f"inputs of {', '.join(ours)}", gram)
         if correction is not None and self.steps.correction:
-            for name in ours:
-                self.weights[name] = correction.corrected(
-                    self.weights[name], gram, self.steps.damp, self.steps.correction
-                )
-                self._moved.add(name)
+            before = [self.weights[name] for name in ours]
+            after = correction.corrected(before, gram, self.steps.damp, self.steps.correction)
+            self.weights |= zip(ours, after, strict=True)
+            self._moved |= set(ours)
         self._quantized |= self._round(ours, gram)
         return {name: self._quantized[name].dequantize() for name in ours}
 

@@ -62,8 +62,8 @@ class GGML(Method):
         0.0,
         ge=0,
         le=1,
-        description="share of what went wrong before a linear that its weights make up for (GPTAQ), such as 0.5; "
-        "rounding gptq; the unquantized model runs along",
+        description="how much of what went wrong before a linear its weights make up for (GPTAQ): a share of what "
+        "halves of the calibration text agree on, such as 0.75; rounding gptq; the unquantized model runs along",
     )
 
     @field_validator("correction")

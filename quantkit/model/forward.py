@@ -306,9 +306,10 @@ class BlockRunner:
             accumulator.add(rows)
             for there in beside:
                 if correction is None:
-                    linears = self.arithmetic.linears
-                    scale = rounder.input_scale(group)
-                    correction = CorrectionAccumulator(rows.shape[-1], self.device, linears, scale)
+                    how, scale = self.arithmetic, rounder.input_scale(group)
+                    correction = CorrectionAccumulator(
+                        rows.shape[-1], self.device, how.linears, scale, eight_bit=how.eight_bit_gram
+                    )
                 apart = None if there.states is None or here.states is None else there.states - here.states
                 correction.add(there.inputs, rows, apart)
         self.assign(module, block, rounder.round(group, accumulator.result(), correction))

@@ -92,7 +92,10 @@ def _block_parts(work: Work) -> dict[str, int]:
 
 def _solve_bytes(group: Group, work: Work) -> int:
     """Of one group: the Gram matrix in float32, then, while it is factored, two copies in float64; later a damped one.
-    Beside that the stacked weights, their error and their gradient. Without propagation every group's Gram is there."""
+    Beside that the stacked weights, their error and their gradient. Without propagation every group's Gram is there,
+    with the correction its own: sums over two halves of the text and of tokens far out, what they are together, a
+    factor."""
     columns = group.columns
     others = 0 if work.propagates else sum(4 * other.columns**2 for other in work.groups if other is not group)
-    return 20 * columns**2 + 3 * 4 * group.values + others
+    correction = 20 * columns**2 if work.corrects else 0
+    return 20 * columns**2 + correction + 3 * 4 * group.values + others

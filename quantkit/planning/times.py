@@ -7,6 +7,7 @@ Per block, on T tokens, for each input of n columns whose linears have m rows to
     Grams       G n (n + 1)              of G tokens; 8-bit products where the processor has them
     passing     ACTIVATION_FLOP T (4 d + 3 m)   norms, activations, rotary positions, copies
     solve       m n^2 (1 + 2 sweeps + PAIR_FLOP pairs) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
+    correction  2 T n^2 as Grams, then CORRECTION_FLOP m n^2 + FACTOR_FLOP n^3; the passes are two
 
 "Flop" of work that is no product says how many float32 operations of a product take as long, so that the forecast moves
 with the machine. Source of the constants: whole runs, see docs/plan.md.
@@ -42,6 +43,7 @@ GRAM_SLOWDOWN = 3.0
 ACTIVATION_FLOP = 170
 FACTOR_FLOP = 8
 VALUE_FLOP = 4500
+CORRECTION_FLOP = 4
 PAIR_FLOP = 10  # a sweep over pairs and the one of the descent behind it
 
 ENCODE_NS = {
@@ -137,7 +139,7 @@ def _passes(work: Work, probe: Probe) -> dict[str, float]:
         "attention": ways * blocks * attention * ATTENTION_SLOWDOWN / rate,
         "Gram matrices": blocks * grams / (probe.device_flop_s or gram_rate),
         "norms, activations, copies": ways * blocks * passing / (probe.device_flop_s or float32),
-        **({"correction": blocks * crossed / rate} if work.corrects else {}),
+        **({"correction": blocks * crossed / (probe.device_flop_s or gram_rate)} if work.corrects else {}),
     }
 
 
@@ -147,7 +149,11 @@ def _solve_flop(work: Work, solved: Sequence[LinearPlan]) -> float:
     (method, _), *_ = Counter(methods).most_common(1)
     sweeps = method.refine if getattr(method, "rounding", "gptq") == "gptq" else 0
     moves = 2 * sweeps + PAIR_FLOP * getattr(method, "pairs", 0)
+    factors = 2 if work.corrects else 1
+    moves += CORRECTION_FLOP if work.corrects else 0
     return sum(
-        group.rows * group.columns**2 * (1 + moves) + FACTOR_FLOP * group.columns**3 + VALUE_FLOP * group.values
+        group.rows * group.columns**2 * (1 + moves)
+        + factors * FACTOR_FLOP * group.columns**3
+        + VALUE_FLOP * group.values
         for group in work.groups
     )

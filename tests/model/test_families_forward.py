@@ -147,9 +147,9 @@ def test_rows_beside_bring_their_states(source: MemorySource, keep: bool, monkey
         runner.staged(module, block, hidden, Rounder(), keep=keep, advance=False, beside=(twin, beside))
     for group in block.groups:
         seen = found[group.linears[0]]
-        assert seen is not None and (seen.states_change is not None) == (group.added_to is not None)
+        assert seen is not None and len(seen.totals()) == (1 if group.added_to is None else 2)
     if first is not None:
         seen = found[first.linears[0]]
         assert seen is not None
         expected = apart.flatten(0, 1).T @ inputs[0].flatten(0, 1)
-        torch.testing.assert_close(seen.states_change, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen.totals()[1], expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,38 @@
+"""A compiled loop over the inputs of a linear on two ways: how far each token has moved, and how long it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from quantkit.maths.float_bits import stored_as, value_of
+
+
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
+def changes(
+    unquantized: NDArray[Any],
+    inputs: NDArray[Any],
+    factors: NDArray[np.float32],
+    change: NDArray[np.uint16],
+    lengths: NDArray[np.float32],
+) -> None:
+    """change = unquantized * factors - inputs, as the bits of bfloat16: [tokens, columns]; factors: [columns].
+
+    unquantized, inputs: float32, or the bits of bfloat16. lengths: [2, tokens] receives the squared lengths of inputs
+    and of changes.
+    """
+    tokens, columns = inputs.shape
+    for i in prange(tokens):
+        before, now, moved = unquantized[i], inputs[i], change[i]
+        own, apart = np.float32(0.0), np.float32(0.0)
+        for j in range(columns):
+            value = value_of(now[j])
+            difference = value_of(before[j]) * factors[j] - value
+            own += value * value
+            apart += difference * difference
+            moved[j] = stored_as(difference, moved[j])
+        lengths[0, i] = own
+        lengths[1, i] = apart
