@@ -15,7 +15,7 @@ what all this is worth.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +34,6 @@ from quantkit.maths.gram import (
 )
 from quantkit.maths.products import times_transposed
 from quantkit.maths.refine import damped
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 FAR = 16.0
 """How many times the median of its batch a token's squared length may be, or the square of its change: the few tokens
@@ -59,6 +56,8 @@ class _Half:
         if not self.totals:
             shapes = [(one.shape[1], rows.shape[1]) for one in changed]
             self.totals = [torch.zeros(shape, dtype=torch.float32, device=rows.device) for shape in shapes]
+        if not len(rows):
+            return
         if dtype is None:
             self._waiting.append(tuple(ColumnSums(readable(one), far) for one in (rows, *changed)))
             if sum(len(own.rows) for own, *_ in self._waiting) >= EIGHT_BIT_TOKENS:
@@ -82,8 +81,9 @@ class _Half:
         self._waiting.clear()
         (own, own_scale), *others = coded
         for total, (codes, scale) in zip(self.totals, others, strict=True):
-            for strip in torch.arange(len(total)).split(strip_width(len(total))):
-                at = slice(int(strip[0]), int(strip[-1]) + 1)
+            width = strip_width(len(total))
+            for start in range(0, len(total), width):
+                at = slice(start, start + width)
                 product = torch._int_mm(codes[:, at].T, own)
                 add_scaled(product.numpy(), scale[at].numpy(), own_scale.numpy(), total[at].numpy())
 

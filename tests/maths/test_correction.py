@@ -151,6 +151,21 @@ def test_products_of_8_bit_integers_move_the_correction_by_little(dtype: torch.d
     assert float((found - wanted).norm()) < 0.02 * float((wanted - given[2]).norm())
 
 
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_batch_of_one_token_has_one_half_alone(eight_bit: bool) -> None:
+    generator = torch.Generator().manual_seed(6)
+    before, now = torch.randn(2, 401, 256, generator=generator)
+    weight = torch.randn(10, 256, generator=generator)
+    seen = CorrectionAccumulator(256, CPU, torch.float32, None, eight_bit=eight_bit)
+    for part in (slice(400), slice(400, 401)):
+        seen.add(before[part], now[part])
+    wanted = (before - now).T @ now
+    torch.testing.assert_close(seen.totals()[0], wanted, rtol=0, atol=1e-2 * float(wanted.abs().max()))
+    alone = CorrectionAccumulator(256, CPU, torch.float32, None, eight_bit=eight_bit)
+    alone.add(before[:1], now[:1])
+    torch.testing.assert_close(alone.corrected([weight], now.T @ now, 0.01, 1.0)[0], weight)
+
+
 def test_states_that_went_wrong_are_made_up_for_too() -> None:
     before, now, weight = _told()
     generator = torch.Generator().manual_seed(2)
