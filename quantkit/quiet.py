@@ -26,6 +26,9 @@ ENVIRONMENT = {
 }
 """A user who sets one of them keeps what was set."""
 
+_SET_HERE: set[str] = set()
+"""Those of them that this process set."""
+
 KNOWN_WARNINGS = (
     "MatMul8bitLt: inputs will be cast from",  # by every linear of every forward pass on a CPU
     "You passed `quantization_config` or equivalent",  # by every loading that tells transformers how to decode
@@ -38,11 +41,18 @@ def quiet_libraries() -> None:
     if debugging():
         return
     for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+        if name not in os.environ:
+            os.environ[name] = value
+            _SET_HERE.add(name)
     for message in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+
+
+def variables_as_given() -> dict[str, str]:
+    """The environment as the user gave it, for processes that are not ours to tune."""
+    return {name: value for name, value in os.environ.items() if name not in _SET_HERE}
 
 
 def debugging() -> bool:

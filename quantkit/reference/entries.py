@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit import __version__
 from quantkit.errors import RecipeError
 from quantkit.progress import Progress
+from quantkit.quiet import variables_as_given
 from quantkit.recipe import Recipe
 from quantkit.reference.engines import OWN, ReferenceEngine, Request
 from quantkit.reference.environments import EnvironmentFailed, python_of
@@ -140,8 +141,9 @@ def reference_entry(setting: Setting, engine: ReferenceEngine, request: Request,
 
 
 def _variables(setting: Setting) -> dict[str, str]:
-    """Of every job's process: the same number of threads, and no hub, because all that is needed is here."""
+    """Of every job's process: the same number of threads, and no hub, because all that is needed is here. What quantkit
+    sets for itself, such as how long threads spin, its own process sets again; the others keep their defaults."""
     given = {"OMP_NUM_THREADS": str(setting.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if setting.device.type == "cpu":
         given["CUDA_VISIBLE_DEVICES"] = ""
-    return {**os.environ, **given}
+    return {**variables_as_given(), **given}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from quantkit import quiet
 from quantkit.model.reader import open_source
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
@@ -46,6 +48,19 @@ def test_an_engine_gets_the_job_of_the_recipe_in_an_environment_of_its_own(tiny_
     assert "PYTHONPATH" not in entry.environment
     assert (entry.environment["OMP_NUM_THREADS"], entry.environment["HF_HUB_OFFLINE"]) == ("2", "1")
     assert entry.label == "llmcompressor 0.14.0.1: gptq 4-bit g32 sym act-order, float32"
+
+
+@pytest.mark.parametrize("by_user", [False, True])
+def test_other_engines_keep_their_own_way_of_waiting(
+    tiny_llama: Path, by_user: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What quantkit sets for its own threads is none of theirs; what the user set is for all."""
+    found = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "QUANTKIT_DEBUG")}
+    monkeypatch.setattr(os, "environ", found | ({"GOMP_SPINCOUNT": "7"} if by_user else {}))
+    monkeypatch.setattr(quiet, "_SET_HERE", set())
+    quiet.quiet_libraries()
+    assert os.environ["GOMP_SPINCOUNT"] == ("7" if by_user else quiet.ENVIRONMENT["GOMP_SPINCOUNT"])
+    assert _entry(tiny_llama, "llmcompressor", GPTQ).environment.get("GOMP_SPINCOUNT") == ("7" if by_user else None)
 
 
 def test_a_row_says_in_what_an_engine_computes(tiny_llama: Path) -> None:
