@@ -20,20 +20,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantkit.errors import ModelError
-from quantkit.maths.compensate import DAMP_STEPS, inverse_of_factor
+from quantkit.maths.compensate import inverse_factor
 from quantkit.maths.gram import (
     EIGHT_BIT_COLUMNS,
     EIGHT_BIT_TOKENS,
-    FAR_TOKENS,
     ColumnSums,
     GramAccumulator,
     readable,
     round_columns,
-    strip_width,
+    strips,
 )
 from quantkit.maths.products import times_transposed
-from quantkit.maths.refine import damped
 
 FAR = 16.0
 """How many times the median of its batch a token's squared length may be, or the square of its change: the few tokens
@@ -81,11 +78,9 @@ class _Half:
         self._waiting.clear()
         (own, own_scale), *others = coded
         for total, (codes, scale) in zip(self.totals, others, strict=True):
-            width = strip_width(len(total))
-            for start in range(0, len(total), width):
-                at = slice(start, start + width)
-                product = torch._int_mm(codes[:, at].T, own)
-                add_scaled(product.numpy(), scale[at].numpy(), own_scale.numpy(), total[at].numpy())
+            for strip in strips(len(total)):
+                product = torch._int_mm(codes[:, strip].T, own)
+                add_scaled(product.numpy(), scale[strip].numpy(), own_scale.numpy(), total[strip].numpy())
 
 
 class CorrectionAccumulator:
@@ -107,7 +102,6 @@ class CorrectionAccumulator:
     ):
         self._halves = [_Half(), _Half()]
         self._far = GramAccumulator(in_features, device)
-        self._far_rows: list[Tensor] = []
         self._dtype = None if eight_bit and in_features >= EIGHT_BIT_COLUMNS else dtype
         self._factors = torch.ones(in_features, device=device) if scale is None else 1 / scale
 
@@ -124,9 +118,7 @@ class CorrectionAccumulator:
             lengths = torch.cat([lengths, changed[1].square().sum(dim=1)[None]])
         far = (lengths > FAR * lengths.median(dim=1, keepdim=True).values).any(dim=0)
         if bool(far.any()):
-            self._far_rows.append(rows[far].float())
-            if sum(map(len, self._far_rows)) >= FAR_TOKENS:
-                self._add_far()
+            self._far.add_far(rows[far].float())
         middle = len(rows) // 2
         for half, part in zip(self._halves, (slice(middle), slice(middle, None)), strict=True):
             half.add(rows[part], [one[part] for one in changed], far[part], self._dtype)
@@ -143,10 +135,6 @@ class CorrectionAccumulator:
         changes(readable(unquantized), readable(rows), factors, out, lengths.numpy())
         return change, lengths
 
-    def _add_far(self) -> None:
-        self._far.add(torch.cat(self._far_rows))
-        self._far_rows.clear()
-
     def totals(self) -> list[Tensor]:
         """D float32 [in, in] of all tokens and, where there are states, E float32 [out, in]."""
         for half in self._halves:
@@ -161,16 +149,15 @@ class CorrectionAccumulator:
         that the halves of the text agree on. Raises ModelError when the Gram matrix has no factor.
         """
         whole = self.totals()
-        if self._far_rows:
-            self._add_far()
-        inverse = _inverse_factor(gram - self._far.result().gram, damp)
+        # U with U^T U = H^-1, in the order of the columns
+        upper = inverse_factor(gram - self._far.result().gram, damp, act_order=False).upper
         made = []
         for weight in weights:
-            moved = times_transposed(times_transposed(_missed(whole, weight), inverse), inverse.T)
-            made.append(weight + share * self._agreed(weight, inverse) * moved)
+            moved = times_transposed(times_transposed(_missed(whole, weight), upper), upper.T)
+            made.append(weight + share * self._agreed(weight, upper) * moved)
         return made
 
-    def _agreed(self, weight: Tensor, inverse: Tensor) -> float:
+    def _agreed(self, weight: Tensor, upper: Tensor) -> float:
         """The share of a weight's correction that is no matter of chance.
 
         Each half of the text gives a correction, A and B; measured by what they do to the outputs, <A, B> is what both
@@ -178,7 +165,7 @@ class CorrectionAccumulator:
         error on other text, is 4 <A, B> / |A + B|^2.
         """
         rows = slice(None, None, max(1, len(weight) // COMPARED_ROWS))
-        first, second = (times_transposed(_missed(half.totals, weight, rows), inverse) for half in self._halves)
+        first, second = (times_transposed(_missed(half.totals, weight, rows), upper) for half in self._halves)
         both = float((first + second).square().sum())
         return min(1.0, max(0.0, 4 * float((first * second).sum()) / both)) if both > 0 else 0.0
 
@@ -188,17 +175,3 @@ def _missed(totals: Sequence[Tensor], weight: Tensor, rows: slice = slice(None))
     change, *states = totals
     missed = times_transposed(weight[rows], change.T)
     return missed + states[0][rows] if states else missed
-
-
-def _inverse_factor(gram: Tensor, damp: float) -> Tensor:
-    """L^-1 of a Gram matrix L L^T with `damp` of its mean diagonal added, float32 [in, in]; with more where that does
-    not make it positive definite. Raises ModelError."""
-    for _ in range(DAMP_STEPS):
-        inverse = inverse_of_factor(damped(gram, damp))
-        if inverse is not None:
-            return inverse
-        damp = min(damp * 10, 1.0)
-    raise ModelError(
-        f"the Gram matrix of the inputs is not positive definite even with {damp:.0%} damping",
-        hint="use more calibration sequences, or do without the correction",
-    )

@@ -90,6 +90,14 @@ def strip_width(columns: int) -> int:
     return max(64, -(-columns // 4))
 
 
+def strips(columns: int) -> Iterator[slice]:
+    """Rows of a matrix of so many that are summed in one product; those of a Gram matrix from their first one's column
+    on, since the lower triangle is the mirror."""
+    width = strip_width(columns)
+    for start in range(0, columns, width):
+        yield slice(start, min(start + width, columns))
+
+
 def readable(rows: Tensor) -> NDArray[Any]:
     """Inputs [tokens, in] as compiled loops read them: float32, or the bits of bfloat16."""
     if rows.dtype == torch.bfloat16:
@@ -212,8 +220,8 @@ class GramAccumulator:
         tokens, columns = rows.shape
         turned = rows.new_zeros(columns, padded(tokens))
         turned[:, :tokens] = rows.T
-        for strip, start in self._strips():
-            self.gram[strip, start:] += times_transposed(turned[strip], turned[start:])
+        for strip in strips(columns):
+            self.gram[strip, strip.start :] += times_transposed(turned[strip], turned[strip.start :])
 
     def _add_waiting(self) -> None:
         """Add the batches that wait, in 8-bit integers."""
@@ -235,24 +243,23 @@ class GramAccumulator:
                 break  # what a huge token adds to a column's mean square must not coarsen the steps of the others
             near = tokens - sum(int(piece.far.sum()) for piece in pieces)
         codes = round_columns(pieces, scale)
+        for strip in strips(len(self.gram)):
+            product = torch._int_mm(codes[:, strip].T, codes[:, strip.start :])
+            along, own = scale[strip.start :], self.gram[strip, strip.start :]
+            add_scaled(product.numpy(), scale[strip].numpy(), along.numpy(), own.numpy())
         if near < tokens:
-            self._far += [rows[piece.far].float() for rows, piece in self._waiting]
-        for strip, start in self._strips():
-            product = torch._int_mm(codes[:, strip].T, codes[:, start:])
-            add_scaled(product.numpy(), scale[strip].numpy(), scale[start:].numpy(), self.gram[strip, start:].numpy())
+            for rows, piece in self._waiting:
+                self.add_far(rows[piece.far].float())
         self._waiting.clear()
+
+    def add_far(self, rows: Tensor) -> None:
+        """Add tokens far out, float32 [tokens, in], to the Gram matrix alone, FAR_TOKENS together."""
+        self._far.append(rows)
         if sum(map(len, self._far)) >= FAR_TOKENS:
             *whole, rest = torch.cat(self._far).split(FAR_TOKENS)
-            for rows in whole:
-                self._add_product(rows)
+            for part in whole:
+                self._add_product(part)
             self._far = [rest]
-
-    def _strips(self) -> Iterator[tuple[slice, int]]:
-        """Rows of the matrix that are summed together, and the first column; the lower triangle is the mirror."""
-        columns = len(self.gram)
-        width = strip_width(columns)
-        for start in range(0, columns, width):
-            yield slice(start, min(start + width, columns)), start
 
     def result(self) -> InputStatistics:
         """The statistics of everything added so far."""
