@@ -9,9 +9,10 @@ from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import stored_as, value_of
+from quantkit.maths.lane_sum import lane_sum
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def changes(
     unquantized: NDArray[Any],
     inputs: NDArray[Any],
@@ -27,12 +28,10 @@ def changes(
     tokens, columns = inputs.shape
     for i in prange(tokens):
         before, now, moved = unquantized[i], inputs[i], change[i]
-        own, apart = np.float32(0.0), np.float32(0.0)
+        own, apart = np.empty(columns, np.float32), np.empty(columns, np.float32)
         for j in range(columns):
             value = value_of(now[j])
             difference = value_of(before[j]) * factors[j] - value
-            own += value * value
-            apart += difference * difference
+            own[j], apart[j] = value * value, difference * difference
             moved[j] = stored_as(difference, moved[j])
-        lengths[0, i] = own
-        lengths[1, i] = apart
+        lengths[0, i], lengths[1, i] = lane_sum(own), lane_sum(apart)

@@ -13,6 +13,8 @@ import numpy as np
 from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from quantkit.maths.lane_sum import lane_sum
+
 STRIP = 16
 """Rows that are multiplied and added up together: their sum is then loaded and stored once."""
 
@@ -196,19 +198,23 @@ def _neighbour(around: int, turn: int, shares: int) -> int:
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def _loss_by_columns(
-    weight: NDArray[np.float32], importance: NDArray[np.float32], step: np.float32, zero: np.float32, top: np.float32
+    weight: NDArray[np.float32],
+    importance: NDArray[np.float32],
+    step: np.float32,
+    zero: np.float32,
+    top: np.float32,
+    losses: NDArray[np.float32],
 ) -> np.float32:
-    """What rounding a group [group_size] to nearest loses."""
-    loss = np.float32(0.0)
+    """What rounding a group [group_size] to nearest loses. losses: [group_size], overwritten."""
     for j in range(weight.size):
         code = np.rint(weight[j] / step + zero)
         code = min(max(code, np.float32(0.0)), top)
         error = (code - zero) * step - weight[j]
-        loss += importance[j] * error * error
-    return loss
+        losses[j] = importance[j] * error * error
+    return lane_sum(losses)
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def best_range(
     weight: NDArray[np.float32],
     importance: NDArray[np.float32],
@@ -228,6 +234,7 @@ def best_range(
     rows, groups, size = weight.shape
     top = np.float32(levels - 1)
     for i in prange(rows):
+        losses = np.empty(size, np.float32)
         for g in range(groups):
             least = np.float32(np.inf)
             values, columns = weight[i, g], importance[g]
@@ -235,19 +242,19 @@ def best_range(
             for at in range(scale.shape[0]):
                 if at % shares % coarse:
                     continue
-                loss = _loss_by_columns(values, columns, scale[at, i, g], np.float32(middle[at, i, g]), top)
+                loss = _loss_by_columns(values, columns, scale[at, i, g], np.float32(middle[at, i, g]), top, losses)
                 if loss < least:
                     least, around = loss, at
             best[i, g] = around
             for turn in range(2 * (coarse - 1)):
                 at = _neighbour(around, turn, shares)
-                loss = _loss_by_columns(values, columns, scale[at, i, g], np.float32(middle[at, i, g]), top)
+                loss = _loss_by_columns(values, columns, scale[at, i, g], np.float32(middle[at, i, g]), top, losses)
                 if loss < least:
                     least = loss
                     best[i, g] = at
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def best_range_by_blocks(
     weight: NDArray[np.float32],
     upper: NDArray[np.float32],

@@ -6,16 +6,17 @@ import numpy as np
 from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from quantkit.maths.lane_sum import lane_sum
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
+
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def rms_norm(rows: NDArray[np.float32], gains: NDArray[np.float32], eps: float, out: NDArray[np.float32]) -> None:
     """out = rows / sqrt(mean(rows^2) + eps) * gains: [tokens, columns]; gains: [columns]."""
     tokens, columns = rows.shape
     for i in prange(tokens):
         row, made = rows[i], out[i]
-        squares = np.float32(0.0)
         for j in range(columns):
-            squares += row[j] * row[j]
-        factor = np.float32(1.0) / np.sqrt(squares / np.float32(columns) + np.float32(eps))
+            made[j] = row[j] * row[j]
+        factor = np.float32(1.0) / np.sqrt(lane_sum(made) / np.float32(columns) + np.float32(eps))
         for j in range(columns):
             made[j] = row[j] * factor * gains[j]

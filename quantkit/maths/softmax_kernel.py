@@ -11,6 +11,7 @@ from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import bits_of, from_bits, stored_as
+from quantkit.maths.lane_sum import lane_sum
 
 LOWEST = np.float32(-126.0)
 """The least power of two that is told from zero: float32's smallest normal number."""
@@ -43,14 +44,13 @@ def _largest(row: NDArray[np.float32], lanes: NDArray[np.float32]) -> np.float32
     return most
 
 
-@njit(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _soften(
     scores: NDArray[np.float32], weights: NDArray[np.uint16], seen: int, steps: np.float32, lanes: NDArray[np.float32]
 ) -> None:
     """One query's part of `causal_softmax`: so many keys are `seen`, `steps` turns scores into powers of two."""
     row, own = scores[:seen], weights[:seen]
     most = _largest(row, lanes)
-    total = np.float32(0.0)
     for k in range(row.size):
         power = (row[k] - most) * steps
         power = LOWEST if power < LOWEST else power
@@ -65,14 +65,13 @@ def _soften(
         value = value * part + np.float32(9.9999994e-1)
         value = from_bits(bits_of(value) + (np.int32(whole) << np.int32(23)))
         row[k] = value
-        total += value
-    inverse = np.float32(1.0) / total
+    inverse = np.float32(1.0) / lane_sum(row)
     for k in range(row.size):
         own[k] = stored_as(row[k] * inverse, own[k])
     weights[seen:] = 0
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def causal_softmax(scores: NDArray[np.float32], first: int, scale: float, weights: NDArray[np.uint16]) -> None:
     """Softmax of `scale * scores` over the keys up to a query's own; keys behind it get weight zero.
 
