@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
+from quantkit.maths.order import reordered
 from quantkit.maths.products import times_transposed
 from quantkit.tensors import Grid
 
@@ -69,7 +70,7 @@ def inverse_factor(gram: Tensor, damp: float, act_order: bool) -> InverseFactor:
         order = torch.arange(len(diagonal), device=gram.device)
     backward = order.flip(0)
     live = dead[backward].logical_not()
-    ordered = gram.float().index_select(0, backward).index_select(1, backward)
+    ordered = reordered(gram.float(), backward, backward)
     mean = float(ordered.diagonal()[live].mean(dtype=torch.float64)) if bool(live.any()) else 1.0
     ordered.diagonal()[~live] = mean
     undamped = ordered.diagonal().double()
@@ -183,7 +184,7 @@ def compensated(weight: Tensor, factor: InverseFactor, round_block: RoundBlock) 
     float32 [out, columns], each divided by its diagonal element of the factor.
     """
     columns, order = weight.shape[1], factor.order
-    work = weight.float().index_select(1, order)  # [out, in], in the order of rounding
+    work = reordered(weight.float(), order)  # [out, in], in the order of rounding
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     for start in range(0, columns, BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, columns)
@@ -191,9 +192,7 @@ def compensated(weight: Tensor, factor: InverseFactor, round_block: RoundBlock) 
         codes[:, start:end], error = round_block(work[:, start:end].contiguous(), order[start:end], upper)
         if end < columns:
             work[:, end:] -= times_transposed(error, factor.upper[start:end, end:].T)
-    back = torch.empty_like(codes)
-    back[:, order] = codes
-    return back
+    return reordered(codes, torch.argsort(order))
 
 
 def _round_block(

@@ -15,12 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from quantkit.bench.process import how_it_ended
 from quantkit.progress import Tracker
 from quantkit.reference.results import Cost
 
 SAMPLE_S = 0.05
 """Between two looks at the memory of a running job."""
+
+CHILDREN_S = 0.25
+"""Between two looks for children: that goes over all processes of the machine and takes a millisecond, in which one of
+the job's threads stands still and the others wait for it. A look at the memory takes a fortieth of it."""
 
 
 class JobFailed(Exception):  # noqa: N818  # carries the reason for a row without figures
@@ -92,15 +98,20 @@ def run_job(
 def _wait(pid: int, deadline: float, tracker: Tracker) -> tuple[int | None, Any, int]:
     """Exit code (None past the deadline), resource usage of the process and its children, most bytes seen resident."""
     most = 0
+    family: list[psutil.Process] = []
+    listed = -CHILDREN_S
     while True:
         found, status, usage = os.wait4(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status), usage, most
-        if time.perf_counter() > deadline:
+        now = time.perf_counter()
+        if now > deadline:
             _end(pid)
             _, _, usage = os.wait4(pid, 0)
             return None, usage, most
-        most = max(most, _resident(pid))
+        if now >= listed + CHILDREN_S:
+            family, listed = _family(pid), now
+        most = max(most, _resident(family))
         tracker.advance(0)
         time.sleep(SAMPLE_S)
 
@@ -111,16 +122,21 @@ def _end(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _resident(pid: int) -> int:
-    """Resident bytes of a process and its children; what two of them share counts twice."""
-    import psutil
-
-    total = 0
-    with suppress(psutil.Error):
+def _family(pid: int) -> list[psutil.Process]:
+    """A process and its children, if it is still there."""
+    try:
         parent = psutil.Process(pid)
-        for process in (parent, *parent.children(recursive=True)):
-            with suppress(psutil.Error):
-                total += process.memory_info().rss
+        return [parent, *parent.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def _resident(family: Sequence[psutil.Process]) -> int:
+    """Resident bytes of some processes; what two of them share counts twice."""
+    total = 0
+    for process in family:
+        with suppress(psutil.Error):
+            total += process.memory_info().rss
     return total
 
 

@@ -1,0 +1,28 @@
+"""What is set for the libraries' sake, and given back."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from quantkit.quiet import collecting_only_new
+
+
+def test_collection_passes_over_what_was_there_and_comes_back_to_it() -> None:
+    with collecting_only_new():
+        assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(ValueError), collecting_only_new():
+        raise ValueError
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_someone_else_set_aside_stays_so() -> None:
+    gc.freeze()
+    try:
+        with collecting_only_new():
+            pass
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
