@@ -2,7 +2,7 @@
 
 A plain loop over float32 is vectorized only where its sum may be reordered, and then the order is the compiler's: other
 vectors give another sum, and so does a second pass of optimization, which code from the cache has had. The vectors here
-are written out.
+are written out, for loops that are compiled without `reassoc`: what a loop allows, it allows here as well.
 """
 
 from __future__ import annotations
