@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -29,6 +27,7 @@ from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import without_weights
 from quantkit.model.norms import use_compiled_norms
 from quantkit.model.source import Source
+from quantkit.model.watching import Arrived, watched, watched_with_states
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens that go through a block at once: enough rows for a matrix product to run at full rate, few enough that what
@@ -66,20 +65,6 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.args, self.kwargs = args, kwargs
         return hidden
-
-
-@dataclass(frozen=True)
-class _Arrived:
-    """What has come to a group of linears: its inputs, and where it is asked for the hidden states that its outputs
-    will be added to."""
-
-    inputs: Tensor
-    states: Tensor | None
-
-
-_STATES: ContextVar[Tensor | None] = ContextVar("_STATES", default=None)
-"""The hidden states that entered the last module that some group's outputs are added behind; each row that waits in a
-greenlet has a context, and so states, of its own."""
 
 
 class _EnoughError(Exception):
@@ -208,7 +193,7 @@ class BlockRunner:
 
         with ExitStack() as hooks:
             for position, group in enumerate(block.groups):
-                hooks.enter_context(_watched(module, block, group, watch(position)))
+                hooks.enter_context(watched(module, block, group, watch(position)))
             for rows in self._batches(hidden):
                 try:
                     hidden[rows] = self._call(module, block, hidden[rows])
@@ -253,13 +238,13 @@ class BlockRunner:
 
         from greenlet import getcurrent, greenlet
 
-        def wait(arrived: _Arrived) -> None:
+        def wait(arrived: Arrived) -> None:
             getcurrent().parent.switch(arrived)  # type: ignore[union-attr]
 
         # one mode around all rows: each restores at its end what it found at its start, and they overlap
         with torch.inference_mode(), ExitStack() as hooks:
             for (one, _), group in product(ways, block.groups):
-                hooks.enter_context(_watched_with_states(one, block, group, wait))
+                hooks.enter_context(watched_with_states(one, block, group, wait))
             batches = list(self._batches(hidden))
             waiting = [
                 [greenlet(partial(self._call, one, block, states[rows])) for one, states in ways] for rows in batches
@@ -297,7 +282,7 @@ class BlockRunner:
         group: LinearGroup,
         rounder: Rounder,
         accumulator: Accumulator,
-        inputs: Iterable[Sequence[_Arrived]],
+        inputs: Iterable[Sequence[Arrived]],
     ) -> None:
         """inputs: batches of those behind what was rounded and, where it runs along, of the unquantized block's."""
         correction = None
@@ -316,15 +301,15 @@ class BlockRunner:
 
     def _from_start(
         self, module: nn.Module, block: Block, group: LinearGroup, hidden: HiddenStates
-    ) -> Iterator[_Arrived]:
+    ) -> Iterator[Arrived]:
         """What comes to a group, a batch at a time; the block runs no further."""
-        seen: list[_Arrived] = []
+        seen: list[Arrived] = []
 
-        def stop(arrived: _Arrived) -> None:
+        def stop(arrived: Arrived) -> None:
             seen.append(arrived)
             raise _EnoughError
 
-        with _watched_with_states(module, block, group, stop):
+        with watched_with_states(module, block, group, stop):
             for rows in self._batches(hidden):
                 with suppress(_EnoughError):
                     self._call(module, block, hidden[rows])
@@ -354,43 +339,6 @@ class BlockRunner:
         """Linears and attention in their own dtype, all else in that of the hidden states."""
         mixed = self.arithmetic.linears != self.dtype
         return torch.autocast(self.device.type, dtype=self.arithmetic.linears, enabled=mixed)
-
-
-@contextmanager
-def _watched(module: nn.Module, block: Block, group: LinearGroup, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """While this lasts, `see` is called with the inputs of a group's first linear before it runs."""
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        # the mixed arithmetic is the block's: what looks on, and what runs while a row waits, is not meant
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            see(inputs[0])
-
-    reader = module.get_submodule(group.linears[0].removeprefix(block.prefix))
-    handle = reader.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _watched_with_states(
-    module: nn.Module, block: Block, group: LinearGroup, see: Callable[[_Arrived], None]
-) -> Iterator[None]:
-    """`_watched`, with the hidden states that the group's outputs will be added to."""
-
-    def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        _STATES.set(inputs[0])
-
-    def arrive(inputs: Tensor) -> None:
-        see(_Arrived(inputs, _STATES.get() if group.added_to else None))
-
-    with ExitStack() as hooks:
-        if group.added_to:
-            before = module.get_submodule(group.added_to.removeprefix(block.prefix))
-            hooks.callback(before.register_forward_pre_hook(enter).remove)
-        hooks.enter_context(_watched(module, block, group, arrive))
-        yield
 
 
 def _for_any_batch(value: Any) -> Any:
