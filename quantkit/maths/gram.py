@@ -84,16 +84,13 @@ class InputStatistics:
         return Importance(squares, self.tokens)
 
 
-def strip_width(columns: int) -> int:
-    """Columns of a Gram matrix that are summed in one product: few strips keep the products large, many skip more of
-    the lower triangle. A quarter of the matrix was fastest from 576 to 1536 columns."""
-    return max(64, -(-columns // 4))
-
-
 def strips(columns: int) -> Iterator[slice]:
     """Rows of a matrix of so many that are summed in one product; those of a Gram matrix from their first one's column
-    on, since the lower triangle is the mirror."""
-    width = strip_width(columns)
+    on, since the lower triangle is the mirror.
+
+    Few strips keep the products large, many skip more of the triangle. A quarter was fastest from 576 to 1536 columns.
+    """
+    width = max(64, -(-columns // 4))
     for start in range(0, columns, width):
         yield slice(start, min(start + width, columns))
 
@@ -267,7 +264,6 @@ class GramAccumulator:
             self._add_waiting()
         if self._far:
             self._add_product(torch.cat(self._far))
-        width = strip_width(len(self.gram))
-        for start in range(width, len(self.gram), width):
-            self.gram[start:, start - width : start] = self.gram[start - width : start, start:].T
+        for strip in strips(len(self.gram)):
+            self.gram[strip.stop :, strip] = self.gram[strip, strip.stop :].T
         return InputStatistics(self.gram, self.sum_abs / max(self.tokens, 1), self.tokens, self._squares)
