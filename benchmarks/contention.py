@@ -16,7 +16,8 @@ import sys
 WORK = """
 import time, torch
 from quantkit.maths.affine import search_grid
-from quantkit.maths.compensate import inverse_factor, round_compensated
+from quantkit.maths.compensate import round_compensated
+from quantkit.maths.inverse_factor import inverse_factor
 from quantkit.maths.fold import search_scale
 from quantkit.maths.refine import damped, refine
 from quantkit.tensors import Grid

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantkit.maths.compensate import inverse_factor
 from quantkit.maths.gram import (
     EIGHT_BIT_COLUMNS,
     EIGHT_BIT_TOKENS,
@@ -29,7 +28,9 @@ from quantkit.maths.gram import (
     readable,
     round_columns,
     strips,
+    totals,
 )
+from quantkit.maths.inverse_factor import inverse_factor
 from quantkit.maths.products import times_transposed
 
 FAR = 16.0
@@ -73,7 +74,7 @@ class _Half:
 
         coded = []
         for pieces in zip(*self._waiting, strict=True):
-            scale = torch.cat([piece.parts[:, 2] for piece in pieces]).amax(dim=0) / 127
+            scale = totals(pieces)[2] / 127
             coded.append((round_columns(pieces, scale), scale))
         self._waiting.clear()
         (own, own_scale), *others = coded

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.maths.gram import ColumnSums, readable
+from quantkit.maths.gram import ColumnSums, readable, totals
 from quantkit.maths.products import times_transposed
 
 TRIED = 64
@@ -74,4 +74,4 @@ def _rounded(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mean_squares(rows: Tensor) -> Tensor:
     """Of each column of rows [n, columns]: float32 [columns]."""
-    return ColumnSums(readable(rows)).parts[:, 1].sum(dim=0) / len(rows)
+    return totals([ColumnSums(readable(rows))])[1] / len(rows)

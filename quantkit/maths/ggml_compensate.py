@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.maths.compensate import InverseFactor, compensated
+from quantkit.maths.compensate import compensated
 from quantkit.maths.ggml_codes import LAYOUTS, CodedBlocks, Layout
 from quantkit.maths.ggml_descend import descend_block, round_block
+from quantkit.maths.inverse_factor import InverseFactor
 from quantkit.maths.products import times_transposed
 from quantkit.maths.refine import BLOCK_COLUMNS
 

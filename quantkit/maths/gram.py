@@ -123,13 +123,23 @@ class ColumnSums:
 
     def leave_aside(self, reach: Tensor) -> bool:
         """Tokens with a value beyond `reach` float32 [in] are far from now on. Returns whether there were any."""
-        from quantkit.maths.gram_kernels import mark_far
+        from quantkit.maths.gram_kernels import bands_beyond, mark_far
 
-        bands = (self.parts[:, 2] > reach).any(dim=1).nonzero().flatten().numpy()
+        bands = bands_beyond(self.parts.numpy(), reach.numpy())
         if bands.size:
             mark_far(self.rows, reach.numpy(), SUM_TOKENS, bands, self.far.numpy())
             self._sum(bands)
         return bool(bands.size)
+
+
+def totals(pieces: Sequence[ColumnSums]) -> Tensor:
+    """Over all rows that are not far, of each column: float32 [3, in], the sum of |x|, of x^2 and the largest |x|."""
+    from quantkit.maths.gram_kernels import add_bands
+
+    found = torch.zeros(3, pieces[0].rows.shape[1])
+    for piece in pieces:
+        add_bands(piece.parts.numpy(), found.numpy())
+    return found
 
 
 def round_columns(pieces: Sequence[ColumnSums], scale: Tensor) -> Tensor:
@@ -227,14 +237,13 @@ class GramAccumulator:
         pieces = [piece for _, piece in self._waiting]
         tokens = near = sum(len(piece.rows) for piece in pieces)
         for round_ in range(FAR_ROUNDS):
-            parts = torch.cat([piece.parts for piece in pieces])
-            sums, squares = parts[:, :2].sum(dim=0)
+            sums, squares, largest = totals(pieces)
             if not round_:
                 assert self._squares is not None
                 self.sum_abs += sums
                 self._squares += squares
             reach = REACH * (squares / max(near, 1)).sqrt()
-            scale = torch.minimum(reach, parts[:, 2].amax(dim=0)) / 127
+            scale = torch.minimum(reach, largest) / 127
             found = [piece.leave_aside(reach) for piece in pieces]
             if not any(found):
                 break  # what a huge token adds to a column's mean square must not coarsen the steps of the others

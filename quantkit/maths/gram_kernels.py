@@ -52,6 +52,34 @@ def column_sums(
                 largest[j] = max(largest[j], size)
 
 
+@njit(cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+def add_bands(parts: NDArray[np.float32], totals: NDArray[np.float32]) -> None:
+    """Add what `column_sums` found in its bands to totals [3, columns]: two sums, and the largest. A NaN stays one."""
+    bands, _, columns = parts.shape
+    sums, squares, largest = totals[0], totals[1], totals[2]
+    for band in range(bands):
+        part = parts[band]
+        for j in range(columns):
+            sums[j] += part[0, j]
+            squares[j] += part[1, j]
+            largest[j] = max(largest[j], part[2, j])
+
+
+@njit(cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+def bands_beyond(parts: NDArray[np.float32], reach: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The bands with an |x| beyond `reach` [columns]."""
+    bands, _, columns = parts.shape
+    found, count = np.empty(bands, np.int64), 0
+    for band in range(bands):
+        largest, beyond = parts[band, 2], 0
+        for j in range(columns):
+            beyond += largest[j] > reach[j]
+        if beyond:
+            found[count] = band
+            count += 1
+    return found[:count]
+
+
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def mark_far(
     rows: NDArray[Any], reach: NDArray[np.float32], band: int, which: NDArray[np.int64], far: NDArray[np.bool_]

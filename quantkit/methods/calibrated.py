@@ -18,9 +18,10 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.maths import fold
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, search_grid
-from quantkit.maths.compensate import InverseFactor, inverse_factor, round_compensated
+from quantkit.maths.compensate import round_compensated
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import InputStatistics, Look
+from quantkit.maths.inverse_factor import InverseFactor, inverse_factor
 from quantkit.maths.refine import damped, refine
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_range, require_finite
 from quantkit.model.blocks import LinearGroup

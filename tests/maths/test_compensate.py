@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from oracles.gptq import gptq
-from quantkit.errors import ModelError
 from quantkit.maths import compensate
 from quantkit.maths.affine import full_range, grid_for_range
-from quantkit.maths.compensate import inverse_factor, inverse_of_factor, round_compensated
+from quantkit.maths.compensate import round_compensated
+from quantkit.maths.inverse_factor import inverse_factor
 from quantkit.tensors import Grid
 
 
@@ -70,51 +70,6 @@ def test_fewer_tokens_than_columns() -> None:
     codes = round_compensated(weight, scale, zero, grid, inverse_factor(gram, 0.01, True))
     expected = gptq(weight.numpy(), scale.numpy(), zero.numpy(), gram.numpy(), 32, 16, 0.01, True)
     assert (codes.numpy() != expected).mean() < 0.02
-
-
-def test_damping_rises_when_the_factorization_fails_and_says_so() -> None:
-    inputs = torch.randn(100, 24, generator=torch.Generator().manual_seed(0))
-    values, vectors = torch.linalg.eigh(inputs.T @ inputs)
-    values[0] = -0.05 * values.mean()  # what rounding errors of a huge Gram can do
-    indefinite = vectors @ torch.diag(values) @ vectors.T
-    factor = inverse_factor(indefinite, 0.01, False)
-    assert factor.damp == pytest.approx(0.1)
-    product = factor.upper.double().T @ factor.upper.double()
-    mean = float(indefinite.diagonal().double().mean())
-    damped = indefinite.double() + torch.eye(24) * 0.1 * mean
-    assert torch.allclose(product @ damped, torch.eye(24, dtype=torch.float64), atol=1e-3)
-
-
-def test_a_hopeless_gram_is_an_error() -> None:
-    with pytest.raises(ModelError, match="not positive definite"):
-        inverse_factor(torch.eye(8) - 10 * torch.ones(8, 8) + 10 * torch.eye(8), 0.01, True)
-    with pytest.raises(ModelError, match="NaN"):
-        inverse_factor(torch.full((8, 8), float("nan")), 0.01, True)
-
-
-def test_a_factor_in_float32_is_that_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    gram = _case(1, 700, 1500)[1]
-    gram.diagonal().add_(0.01 * gram.diagonal().mean())
-    fast = inverse_of_factor(gram)
-    monkeypatch.setattr(compensate, "LEAST_PIVOT", 1.0)  # no pivot is good enough
-    slow = inverse_of_factor(gram)
-    assert fast is not None and slow is not None and not torch.equal(fast, slow)
-    exact = torch.linalg.inv(torch.linalg.cholesky(gram.double()))
-    for found in (fast, slow):
-        assert (found - exact).abs().max() < 2e-4 * exact.abs().max()
-        assert torch.equal(found, found.tril())
-
-
-def test_where_float32_has_no_digits_left_float64_factors() -> None:
-    """One direction holds nearly all of the inputs, so that what tells the columns apart is below its rounding."""
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(512, generator=generator).double().sign()
-    apart = torch.randn(4000, 512, generator=generator).double()
-    gram = (3e4 * torch.outer(direction, direction) + apart.T @ apart / 4000).float()
-    found = inverse_of_factor(gram)
-    assert found is not None
-    exact = torch.linalg.inv(torch.linalg.cholesky(gram.double()))
-    assert (found - exact).abs().max() < 1e-3 * exact.abs().max()
 
 
 def test_the_compiled_loop_equals_the_tensor_loop(monkeypatch: pytest.MonkeyPatch) -> None:

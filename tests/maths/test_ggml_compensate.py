@@ -10,10 +10,10 @@ from torch import Tensor
 
 from oracles.ggml_descent import sweep
 from oracles.gptq import gptq
-from quantkit.maths.compensate import inverse_factor
 from quantkit.maths.ggml import block_layout, encode
 from quantkit.maths.ggml_codes import LAYOUTS, CodedBlocks, put, take
 from quantkit.maths.ggml_compensate import compensate_codes, refine_blocks, values_of
+from quantkit.maths.inverse_factor import inverse_factor
 from quantkit.maths.refine import damped
 
 
