@@ -26,6 +26,7 @@ from quantkit.model.eight_bit import use_eight_bits
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import without_weights
 from quantkit.model.norms import use_compiled_norms
+from quantkit.model.rotary import use_compiled_rotation
 from quantkit.model.source import Source
 from quantkit.model.watching import Arrived, watched, watched_with_states
 
@@ -85,6 +86,7 @@ class BlockRunner:
 
             use_causal_attention(self.model)
             use_compiled_norms(self.model.modules())
+            use_compiled_rotation(self.model.modules())
         self.model.eval()
         self.trunk = self.model.get_submodule(self.architecture.trunk)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]
@@ -110,7 +112,8 @@ class BlockRunner:
         table = self.source.read(f"{self.architecture.embedding}.weight")[used]
         hidden = HiddenStates((*ids.shape, table.shape[1]), self.dtype, spill)
         try:
-            embedding.weight = nn.Parameter(table.to(self.device), requires_grad=False)
+            # in the dtype of the states, which is that of the rotary tables then, whatever the checkpoint is stored in
+            embedding.weight = nn.Parameter(table.to(self.device, self.dtype), requires_grad=False)
             setattr(self.trunk, norm_name, nn.Identity())
             for position, recorder in enumerate(recorders):
                 self.layers[position] = recorder

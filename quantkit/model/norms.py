@@ -14,6 +14,9 @@ from torch import Tensor, nn
 EPS_NAMES = ("variance_epsilon", "eps")
 """What models call what is added to the mean square."""
 
+COMPARED = 64
+"""Rows of the first inputs by which the loop is compared with the module's own forward."""
+
 
 class CompiledNorm(nn.Module):
     """Mixed into the class of a norm. The first inputs tell whether the loop says what the module does, and every call
@@ -26,10 +29,10 @@ class CompiledNorm(nn.Module):
         if found is None:
             return super().forward(states)  # type: ignore[misc, no-any-return]
         if self._agrees is None:
-            wanted = super().forward(states)  # type: ignore[misc]
-            self._agrees = wanted.dtype == found.dtype and torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
-            return found if self._agrees else wanted  # type: ignore[no-any-return]
-        return found
+            few = (0,) * (states.dim() - 2) + (slice(COMPARED),)  # of the rows
+            wanted = super().forward(states[few])  # type: ignore[misc]
+            self._agrees = wanted.dtype == found.dtype and torch.allclose(found[few], wanted, rtol=1e-4, atol=1e-6)
+        return found if self._agrees else super().forward(states)  # type: ignore[misc, no-any-return]
 
     def _compiled(self, states: Tensor) -> Tensor | None:
         """None where the loop has no say: another dtype or device, or a module without gains and a number beside."""

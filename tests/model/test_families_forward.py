@@ -39,7 +39,9 @@ def _statistics(
         return runner.statistics(module, block, hidden, advance=True)[Look.WHOLE]
 
 
-def test_blocks_one_after_the_other_give_the_models_states(source: MemorySource) -> None:
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_blocks_one_after_the_other_give_the_models_states(source: MemorySource, stored: torch.dtype) -> None:
+    source.tensors = {name: tensor.to(stored) for name, tensor in source.tensors.items()}
     runner = BlockRunner(source, CPU, arithmetic(CPU, torch.float32, exact=True))
     hidden = runner.embed(IDS)
     for block in blocks_of(source):
