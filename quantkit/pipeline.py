@@ -143,7 +143,7 @@ def _run(
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
                 del tensors
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                if block.index % RETURN_EVERY == 0:
+                if (block.index + 1) % RETURN_EVERY == 0:
                     return_freed_memory()
                 tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:

@@ -81,7 +81,7 @@ class _Half:
         for total, (codes, scale) in zip(self.totals, others, strict=True):
             for strip in strips(len(total)):
                 product = torch._int_mm(codes[:, strip].T, own)
-                add_scaled(product.numpy(), scale[strip].numpy(), own_scale.numpy(), total[strip].numpy())
+                add_scaled(product.numpy(), scale[strip].numpy(), own_scale.numpy(), total[strip].numpy(), False)
 
 
 class CorrectionAccumulator:

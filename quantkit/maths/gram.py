@@ -198,7 +198,9 @@ class GramAccumulator:
     """
 
     def __init__(self, in_features: int, device: torch.device, *, eight_bit: bool = False, every: int = 1):
-        self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        # nothing is in it until the first product, which need not be added to zeros
+        self._gram = torch.empty(in_features, in_features, dtype=torch.float32, device=device)
+        self._fresh = True
         self.sum_abs = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.tokens = 0
         self._every = every
@@ -228,7 +230,9 @@ class GramAccumulator:
         turned = rows.new_zeros(columns, padded(tokens))
         turned[:, :tokens] = rows.T
         for strip in strips(columns):
-            self.gram[strip, strip.start :] += times_transposed(turned[strip], turned[strip.start :])
+            product, own = times_transposed(turned[strip], turned[strip.start :]), self._gram[strip, strip.start :]
+            own.copy_(product) if self._fresh else own.add_(product)
+        self._fresh = False
 
     def _add_waiting(self) -> None:
         """Add the batches that wait, in 8-bit integers."""
@@ -249,10 +253,11 @@ class GramAccumulator:
                 break  # what a huge token adds to a column's mean square must not coarsen the steps of the others
             near = tokens - sum(int(piece.far.sum()) for piece in pieces)
         codes = round_columns(pieces, scale)
-        for strip in strips(len(self.gram)):
+        for strip in strips(len(self._gram)):
             product = torch._int_mm(codes[:, strip].T, codes[:, strip.start :])
-            along, own = scale[strip.start :], self.gram[strip, strip.start :]
-            add_scaled(product.numpy(), scale[strip].numpy(), along.numpy(), own.numpy())
+            along, own = scale[strip.start :], self._gram[strip, strip.start :]
+            add_scaled(product.numpy(), scale[strip].numpy(), along.numpy(), own.numpy(), self._fresh)
+        self._fresh = False
         if near < tokens:
             for rows, piece in self._waiting:
                 self.add_far(rows[piece.far].float())
@@ -273,6 +278,8 @@ class GramAccumulator:
             self._add_waiting()
         if self._far:
             self._add_product(torch.cat(self._far))
-        for strip in strips(len(self.gram)):
-            self.gram[strip.stop :, strip] = self.gram[strip, strip.stop :].T
-        return InputStatistics(self.gram, self.sum_abs / max(self.tokens, 1), self.tokens, self._squares)
+        if self._fresh:
+            self._gram.zero_()
+        for strip in strips(len(self._gram)):
+            self._gram[strip.stop :, strip] = self._gram[strip, strip.stop :].T
+        return InputStatistics(self._gram, self.sum_abs / max(self.tokens, 1), self.tokens, self._squares)

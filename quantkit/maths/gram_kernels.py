@@ -111,11 +111,17 @@ def round_rows(
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def add_scaled(
-    product: NDArray[np.int32], across: NDArray[np.float32], along: NDArray[np.float32], gram: NDArray[np.float32]
+    product: NDArray[np.int32],
+    across: NDArray[np.float32],
+    along: NDArray[np.float32],
+    gram: NDArray[np.float32],
+    fresh: bool,
 ) -> None:
-    """gram += across[:, None] * product * along: all [rows, columns]."""
+    """gram += across[:, None] * product * along: all [rows, columns]. fresh: gram holds nothing yet."""
     rows, columns = product.shape
     for i in prange(rows):
         found, own, factor = product[i], gram[i], across[i]
+        if fresh:
+            own[:] = 0.0
         for j in range(columns):
             own[j] += np.float32(found[j]) * factor * along[j]
