@@ -20,6 +20,10 @@ class EightBitLinear(nn.Linear):
     an expert may get, tells too little of the columns, and goes without.
     """
 
+    wide = False
+    """Whether outputs are float32 even where the run multiplies in less: those that are added to hidden states would be
+    widened for that at once."""
+
     _coded: tuple[Tensor, EightBitWeight | None] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -30,6 +34,8 @@ class EightBitLinear(nn.Linear):
         coded = self._coded[1]
         if coded is None:
             return super().forward(inputs)
+        if self.wide:
+            return coded(inputs, torch.float32)
         mixed = torch.is_autocast_enabled("cpu")
         return coded(inputs, torch.get_autocast_dtype("cpu") if mixed else self.weight.dtype)
 
@@ -38,8 +44,10 @@ class EightBitLinear(nn.Linear):
         return super()._apply(fn, recurse)
 
 
-def use_eight_bits(modules: Iterable[nn.Module]) -> None:
-    """Let the plain linears among these multiply in 8-bit integers."""
+def use_eight_bits(modules: Iterable[nn.Module], *, wide: bool = False) -> None:
+    """Let the plain linears among these multiply in 8-bit integers. wide: give float32 in any case."""
     for module in modules:
         if type(module) is nn.Linear:
             module.__class__ = EightBitLinear
+            assert isinstance(module, EightBitLinear)
+            module.wide = wide

@@ -92,7 +92,9 @@ class BlockRunner:
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers)  # type: ignore[assignment]
         if arithmetic.eight_bit_linears:
             # not a router, whose choices small errors would turn
-            use_eight_bits(self.model.get_submodule(name) for block in blocks_of(source) for name in block.linears)
+            for group in chain.from_iterable(block.groups for block in blocks_of(source)):
+                modules = map(self.model.get_submodule, group.linears)
+                use_eight_bits(modules, wide=group.added_to is not None and self.dtype == torch.float32)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def embed(self, ids: Tensor, spill: Path | None = None) -> HiddenStates:

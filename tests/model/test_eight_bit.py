@@ -45,6 +45,16 @@ def test_outputs_are_near_and_in_the_dtype_that_is_multiplied_in() -> None:
 
 
 @torch.inference_mode()
+def test_outputs_that_are_added_to_hidden_states_keep_float32() -> None:
+    module, wide = linear(), nn.Linear(256, 64)
+    wide.load_state_dict(module.state_dict())
+    use_eight_bits([wide], wide=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, found = module(INPUTS), wide(INPUTS)
+    assert found.dtype == torch.float32 and torch.equal(found.bfloat16(), mixed) and not torch.equal(found, mixed)
+
+
+@torch.inference_mode()
 def test_coded_once_and_again_for_another_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     code = eight_bit.eight_bit_weight
