@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
 from quantkit import __version__
+from quantkit.cli_groups import calibration, recipes
+from quantkit.cli_verb import (
+    Artifacts,
+    Device,
+    Force,
+    Json,
+    MaxMemory,
+    Model,
+    Restart,
+    Settings,
+    Shown,
+    TrustCode,
+    verb,
+)
 from quantkit.progress import Progress
-from quantkit.quiet import collecting_later, quiet_libraries, stdout_for_data
+from quantkit.quiet import collecting_later
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 usage or recipe, 3 model or data, 4 a missing engine or dependency, 5 a gate failed, "
     "6 verification failed, 130 interrupted; 1 is a bug in quantkit."
 )
-
-_GROUP: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
 
 app = typer.Typer(
     name="quantkit",
@@ -32,53 +43,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help pages: they come in half the time and go into the docs as they are
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes = typer.Typer(help="The recipes that ship, and the check of your own.", **_GROUP)
-calibration = typer.Typer(help="The texts that statistics are taken from.", **_GROUP)
 app.add_typer(recipes, name="recipes")
 app.add_typer(calibration, name="calibration")
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What a verb has to say: `document` for --json, else `text`, a string or what prints itself."""
-
-    document: Any
-    text: str | Callable[[], None]
-    as_json: bool = False
-    failure: Exception | None = None  # said after the result, with its exit code
-    code: int = 0
-
-
-Verb = TypeVar("Verb", bound=Callable[..., Any])
-
-
-def verb(function: Verb) -> Verb:
-    """A verb whose body may call libraries: they are quieted, and what they print goes to stderr."""
-
-    @functools.wraps(function)
-    def quieted(*args: Any, **kwargs: Any) -> Any:
-        quiet_libraries()
-        with stdout_for_data():
-            return function(*args, **kwargs)
-
-    return quieted  # type: ignore[return-value]
-
-
-Model = Annotated[str | None, typer.Option("--model", metavar="DIR|FILE.gguf|HUB_ID", help="Overrides the recipe's.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any dotted key, such as method.group_size=64.")
-]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to compute.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what quantkit made there before.")]
-Restart = Annotated[bool, typer.Option("--restart", help="Drop what an unfinished run left, and begin again.")]
-MaxMemory = Annotated[
-    str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 3GB: slower, on disk, but within it.")
-]
-TrustCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run a tokenizer's own code from the model's folder.")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
-Artifacts = Annotated[list[Path], typer.Argument(metavar="ARTIFACT", help="Folders that quantize wrote, or .gguf.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -171,7 +137,7 @@ def bench(
     results = verbs.bench(
         artifacts, baseline=baseline, recipe=recipe, out=out, device=device, force=force, progress=Progress()
     )
-    return Shown(results.model_dump(mode="json"), functools.partial(report.show, results), as_json)
+    return Shown(results.model_dump(mode="json"), partial(report.show, results), as_json)
 
 
 @app.command()
@@ -202,7 +168,7 @@ def run(
         restart=restart,
         progress=Progress(),
     )
-    shown = functools.partial(report.show, results)
+    shown = partial(report.show, results)
     return Shown(results.model_dump(mode="json"), shown, as_json, failure(results.gates))
 
 
@@ -240,7 +206,7 @@ def compare(
         force=force,
         progress=Progress(),
     )
-    return Shown(results.model_dump(mode="json"), functools.partial(table.show, results), as_json)
+    return Shown(results.model_dump(mode="json"), partial(table.show, results), as_json)
 
 
 @app.command("report")
@@ -315,7 +281,7 @@ def gate(
     outcomes = run.gate(results, {"row": row, **bars}, junit=junit, github_summary=github_summary)
     for line in judge.warnings(outcomes):
         Progress().say(line)
-    shown = functools.partial(outputs.show, results.name, outcomes)
+    shown = partial(outputs.show, results.name, outcomes)
     document = [outcome.model_dump(mode="json") for outcome in outcomes]
     return Shown(document, shown, as_json, judge.failure(outcomes))
 
@@ -334,7 +300,7 @@ def diff(
 
     found = difference.compare_runs(report.load(before), report.load(after))
     failure = difference.worse(found) if fail_on_worse else None
-    return Shown(found.model_dump(mode="json"), functools.partial(difference.show, found), as_json, failure)
+    return Shown(found.model_dump(mode="json"), partial(difference.show, found), as_json, failure)
 
 
 @app.command()
@@ -436,80 +402,6 @@ def doctor(as_json: Json = False) -> Shown:
 
     facts = examine()
     return Shown(facts, words.doctor(facts), as_json)
-
-
-@recipes.command("list")
-@verb
-def recipes_list() -> Shown:
-    """Name, kind and purpose of everything that ships."""
-    from quantkit import words
-    from quantkit.shipped import list_recipes
-
-    return Shown(None, words.recipes(list_recipes()))
-
-
-@recipes.command("show")
-@verb
-def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped name or a file.")]) -> Shown:
-    """The file itself, to copy and change."""
-    from quantkit.shipped import recipe_text
-
-    return Shown(None, recipe_text(name).rstrip("\n"))
-
-
-@recipes.command("validate")
-@verb
-def recipes_validate(files: Annotated[list[str], typer.Argument(metavar="FILE", help="Recipes or suites.")]) -> Shown:
-    """Every problem of every file at once."""
-    from quantkit import verbs
-
-    return Shown(None, "\n".join(f"{file}: valid" for file in verbs.validate(files)))
-
-
-@recipes.command("schema")
-@verb
-def recipes_schema() -> Shown:
-    """The JSON schema of recipes and suites, for editors."""
-    from quantkit.recipe import json_schema
-
-    return Shown(json_schema(), "", as_json=True)
-
-
-@calibration.command("list")
-@verb
-def calibration_list() -> Shown:
-    """The sets that ship."""
-    from quantkit import verbs, words
-
-    return Shown(None, words.calibration_sets(verbs.calibration_sets()))
-
-
-@calibration.command("show")
-@verb
-def calibration_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A set that ships.")]) -> Shown:
-    """The definition of a set."""
-    from quantkit import verbs
-
-    return Shown(None, verbs.calibration_text(name).rstrip("\n"))
-
-
-@calibration.command("build")
-@verb
-def calibration_build(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A set that ships, or a local file.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="JSON: ids, fingerprint, definition.")],
-    model: Annotated[str, typer.Option("--model", metavar="DIR|FILE.gguf|HUB_ID", help="Whose tokenizer.")],
-    sequences: Annotated[int, typer.Option(min=1)] = 128,
-    length: Annotated[int, typer.Option(min=8, help="Tokens a sequence.")] = 512,
-    seed: Annotated[int, typer.Option()] = 0,
-    part: Annotated[Literal["calibration", "evaluation"], typer.Option()] = "calibration",
-    force: Force = False,
-) -> Shown:
-    """Write the token ids of a set and print their fingerprint."""
-    from quantkit import verbs
-
-    fingerprint = verbs.build_calibration(name, model, sequences, length, seed, part, out, force=force)
-    return Shown(None, fingerprint)
 
 
 def execute(arguments: Sequence[str]) -> int:

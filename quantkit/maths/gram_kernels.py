@@ -54,7 +54,8 @@ def column_sums(
 
 @njit(cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def add_bands(parts: NDArray[np.float32], totals: NDArray[np.float32]) -> None:
-    """Add what `column_sums` found in its bands to totals [3, columns]: two sums, and the largest. A NaN stays one."""
+    """Add what `column_sums` found in its bands to totals [3, columns]: two sums, in which a NaN stays one, and the
+    largest."""
     bands, _, columns = parts.shape
     sums, squares, largest = totals[0], totals[1], totals[2]
     for band in range(bands):
