@@ -21,8 +21,8 @@ class EightBitLinear(nn.Linear):
     """
 
     wide = False
-    """Whether outputs are float32 even where the run multiplies in less: those that are added to hidden states would be
-    widened for that at once."""
+    """Whether 8-bit products come out as float32 even where the run multiplies in less: those that are added to hidden
+    states would be widened for that at once."""
 
     _coded: tuple[Tensor, EightBitWeight | None] | None = None
 
@@ -45,7 +45,7 @@ class EightBitLinear(nn.Linear):
 
 
 def use_eight_bits(modules: Iterable[nn.Module], *, wide: bool = False) -> None:
-    """Let the plain linears among these multiply in 8-bit integers. wide: give float32 in any case."""
+    """Let the plain linears among these multiply in 8-bit integers. wide: these give float32."""
     for module in modules:
         if type(module) is nn.Linear:
             module.__class__ = EightBitLinear

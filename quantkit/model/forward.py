@@ -94,7 +94,7 @@ class BlockRunner:
             # not a router, whose choices small errors would turn
             for group in chain.from_iterable(block.groups for block in blocks_of(source)):
                 modules = map(self.model.get_submodule, group.linears)
-                use_eight_bits(modules, wide=group.added_to is not None and self.dtype == torch.float32)
+                use_eight_bits(modules, wide=group.added_to is not None)
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def embed(self, ids: Tensor, spill: Path | None = None) -> HiddenStates:
@@ -114,7 +114,7 @@ class BlockRunner:
         table = self.source.read(f"{self.architecture.embedding}.weight")[used]
         hidden = HiddenStates((*ids.shape, table.shape[1]), self.dtype, spill)
         try:
-            # in the dtype of the states, which is that of the rotary tables then, whatever the checkpoint is stored in
+            # in the dtype of the states, which is then that of rotary tables and of Gemma's factor, whatever is stored
             embedding.weight = nn.Parameter(table.to(self.device, self.dtype), requires_grad=False)
             setattr(self.trunk, norm_name, nn.Identity())
             for position, recorder in enumerate(recorders):

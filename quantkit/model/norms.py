@@ -15,7 +15,8 @@ EPS_NAMES = ("variance_epsilon", "eps")
 """What models call what is added to the mean square."""
 
 COMPARED = 64
-"""Rows of the first inputs by which the loop is compared with the module's own forward."""
+"""Rows of the first inputs, of those that are not all zeros, by which the loop is compared with the module's own
+forward."""
 
 
 class CompiledNorm(nn.Module):
@@ -29,8 +30,12 @@ class CompiledNorm(nn.Module):
         if found is None:
             return super().forward(states)  # type: ignore[misc, no-any-return]
         if self._agrees is None:
-            few, ours = (whole.reshape(-1, whole.shape[-1])[:COMPARED] for whole in (states, found))
-            wanted = super().forward(few)  # type: ignore[misc]
+            rows = states.reshape(-1, states.shape[-1])
+            telling = rows.any(dim=1).nonzero().flatten()[:COMPARED]
+            if not len(telling):
+                return super().forward(states)  # type: ignore[misc, no-any-return] # of zeros, which tell nothing
+            ours = found.reshape(rows.shape)[telling]
+            wanted = super().forward(rows[telling])  # type: ignore[misc]
             self._agrees = wanted.dtype == ours.dtype and torch.allclose(ours, wanted, rtol=1e-4, atol=1e-6)
         return found if self._agrees else super().forward(states)  # type: ignore[misc, no-any-return]
 

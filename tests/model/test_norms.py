@@ -69,6 +69,17 @@ def test_a_norm_that_does_something_else_keeps_its_own_way(calls: list[tuple[int
     assert len(calls) == 1, "asked once"
 
 
+def test_rows_of_zeros_decide_nothing(calls: list[tuple[int, ...]]) -> None:
+    module = norm(GemmaRMSNorm)
+    with torch.inference_mode():
+        module(torch.zeros_like(INPUTS))
+        begun_with_zeros = torch.cat([torch.zeros(100, 24), INPUTS.view(-1, 24)])
+        torch.testing.assert_close(
+            module(begun_with_zeros), exact(module, begun_with_zeros, offset=1.0), rtol=1e-5, atol=1e-6
+        )
+    assert len(calls) == 2, "not decided by the first"
+
+
 def test_other_dtypes_and_modules_are_left_alone(calls: list[tuple[int, ...]]) -> None:
     plain, half = nn.LayerNorm(24), norm().bfloat16()
     use_compiled_norms([plain])

@@ -65,6 +65,24 @@ def test_a_function_that_does_something_else_stays(calls: list[torch.dtype]) -> 
     assert len(calls) == 2, "queries and keys, asked once"
 
 
+@pytest.mark.parametrize("first", ["one position", "zeros"])
+def test_inputs_that_tell_nothing_decide_nothing(first: str) -> None:
+    rotation = CompiledRotation(rotate_neighbours)
+    length = 1 if first == "one position" else 70
+    query, key = (heads(count, torch.float32, length) * (first != "zeros") for count in (6, 2))
+    rotation(query, key, *tables(length))
+    given = (heads(6, torch.float32), heads(2, torch.float32), *tables())
+    for found, wanted in zip(rotation(*given), rotate_neighbours(*given), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_function_with_another_signature_gets_what_it_was_given() -> None:
+    rotation = CompiledRotation(lambda states, cos, sin, scale=1: states * cos * sin * scale)
+    states, (cos, sin) = torch.ones(1, 70, 16), tables()
+    assert torch.equal(rotation(states, cos, sin), cos * sin)
+    assert torch.equal(rotation(states, cos=cos, sin=sin, scale=2), 2 * cos * sin)
+
+
 def test_what_the_loop_is_not_made_for_goes_the_models_way(calls: list[torch.dtype]) -> None:
     rotation, (cos, sin) = CompiledRotation(apply_rotary_pos_emb), tables()
     query, key = heads(6, torch.float32), heads(2, torch.float32)
