@@ -43,9 +43,7 @@ class CompiledRotation:
         found = None if self._agrees.get(kind) is False else (_rotated(query, cos, sin), _rotated(key, cos, sin))
         if found is not None and kind not in self._agrees:
             if query.shape[2] < 2 or not (query.any() and key.any()):
-                return self._own(
-                    query, key, cos, sin
-                )  # first positions and zeros are the same by any
+                return self._own(query, key, cos, sin)  # first positions and zeros are the same by any
             wanted = self._own(query[:, :, :COMPARED], key[:, :, :COMPARED], cos[:, :COMPARED], sin[:, :COMPARED])
             pairs = zip(found, wanted, strict=True)
             self._agrees[kind] = all(
