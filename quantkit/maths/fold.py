@@ -1,12 +1,14 @@
 """AWQ's scales: multiply the input channels that matter most before rounding, divide them out where they are made.
 
-Source: Lin et al. 2023 (AWQ), section 3.2. The paper scores a candidate by running the layer on stored activations;
+Source: Lin et al. 2023 (AWQ), section 3.2. There candidates are powers of the inputs' mean magnitude;
+`balanced_scale` (balance.py) is another base for them. The paper scores a candidate by running the layer on stored
+activations;
 `||(Q(W s) / s - W) X||^2 = trace(dW H dW^T)` gives the same number from the Gram matrix H = X^T X alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,31 +25,33 @@ SAMPLE_ROWS = 32
 """At least so many rows, however long."""
 
 
-def candidate_scale(mean_abs: Tensor, exponent: float) -> Tensor:
+def candidate_scale(base: Tensor, exponent: float) -> Tensor:
     """The scale of each input channel for one exponent: float32 [in], centred so that max * min = 1."""
-    scale = mean_abs.clamp(min=1e-4).pow(exponent)
+    scale = base.clamp(min=1e-4).pow(exponent)
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def search_scale(weight: Tensor, mean_abs: Tensor, gram: Tensor, grid: Grid, exponents: int) -> tuple[Tensor, float]:
-    """The best scale among `mean_abs ** e`, e = 0, 1/n ... (n - 1)/n, and its e: float32 [in] and a number.
+def search_scale(
+    weight: Tensor, base: Tensor, gram: Tensor, grid: Grid, exponents: Sequence[float]
+) -> tuple[Tensor, float]:
+    """The best scale among `base ** e` for e in ascending `exponents`, and its e: float32 [in] and a number.
 
-    weight: float32 [out, in], the linears of one input stacked by rows. mean_abs: float32 [in]. gram: float32 [in, in].
+    weight: float32 [out, in], the linears of one input stacked by rows. base: float32 [in]. gram: float32 [in, in].
     e = 0 is a scale of one everywhere: no fold. Candidates are scored on rows taken at even distances.
     """
     rows = max(SAMPLE_ROWS, SAMPLE_VALUES // weight.shape[1])
     weight = weight[:: -(-len(weight) // rows)]
 
     def losses(steps: list[int]) -> list[float]:
-        scale = torch.stack([candidate_scale(mean_abs, step / exponents) for step in steps]).unsqueeze(1)
+        scale = torch.stack([candidate_scale(base, exponents[step]) for step in steps]).unsqueeze(1)
         scaled = (weight * scale).flatten(0, 1)  # [candidates * rows, in]
         rounded = nearest_values(scaled, *grid_for_range(*full_range(scaled, grid), grid), grid)
         error = rounded.view(len(steps), *weight.shape).div_(scale).sub_(weight).flatten(0, 1)
         lost = times_transposed(error, gram).mul_(error)
         return lost.view(len(steps), -1).sum(dim=1, dtype=torch.float64).tolist()  # type: ignore[no-any-return]
 
-    best = _coarse_to_fine(losses, exponents)
-    return candidate_scale(mean_abs, best / exponents), best / exponents
+    best = exponents[_coarse_to_fine(losses, len(exponents))]
+    return candidate_scale(base, best), best
 
 
 def _coarse_to_fine(losses_of: Callable[[list[int]], list[float]], count: int) -> int:
@@ -76,6 +80,11 @@ def tie_over_heads(values: Tensor, head_dim: int, repeats: int, reduce: str) -> 
     """
     view = values.reshape(-1, repeats, head_dim)  # [kv_heads, repeats, head_dim]
     return (view.mean(dim=1) if reduce == "mean" else view[:, 0]).reshape(-1)
+
+
+def mean_over_heads(values: Tensor, head_dim: int, repeats: int) -> Tensor:
+    """Give channels of o_proj's inputs that share a value channel their mean: [heads * head_dim]."""
+    return spread_over_heads(tie_over_heads(values, head_dim, repeats, "mean"), head_dim, repeats)
 
 
 def spread_over_heads(values: Tensor, head_dim: int, repeats: int) -> Tensor:

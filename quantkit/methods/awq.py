@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from quantkit.methods.base import affine_bits, affine_misfit
+from quantkit.methods.base import Scales, affine_bits, affine_misfit
 from quantkit.methods.calibrated import CalibratedMethod, Correction, Pairs, Steps
 from quantkit.tensors import Grid
 
@@ -26,7 +26,8 @@ class AWQ(CalibratedMethod):
         "gptq", description="how the scaled weights are rounded; nearest is the method of the paper"
     )
     clip: bool = Field(True, description="search each group's range for the one that loses least")
-    exponents: int = Field(20, ge=1, le=200, description="candidates of the scale search")
+    exponents: int = Field(4, ge=1, le=200, description="steps of the search for scales")
+    scales: Scales = "balanced"
     damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram; rounding gptq")
     refine: int = Field(
         2, ge=0, le=20, description="sweeps of coordinate descent over codes and scales after GPTQ's rounding"
@@ -49,7 +50,8 @@ class AWQ(CalibratedMethod):
         return Grid(self.bits, self.group_size, not self.zero_point)
 
     def label(self) -> str:
-        return f"awq{'+gptq' if self.rounding == 'gptq' else ''} {self.grid.label()}"
+        balance = "+balance" if self.scales == "balanced" else ""
+        return f"awq{balance}{'+gptq' if self.rounding == 'gptq' else ''} {self.grid.label()}"
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         return affine_misfit(self.grid, in_features)
@@ -61,5 +63,14 @@ class AWQ(CalibratedMethod):
     def steps(self) -> Steps:
         compensate = self.rounding == "gptq"
         return Steps(
-            self.grid, self.exponents, self.clip, compensate, self.damp, True, self.refine, self.correction, self.pairs
+            self.grid,
+            self.exponents,
+            self.scales,
+            self.clip,
+            compensate,
+            self.damp,
+            True,
+            self.refine,
+            self.correction,
+            self.pairs,
         )

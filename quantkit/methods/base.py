@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from quantkit.errors import ModelError
@@ -21,6 +22,14 @@ from quantkit.tensors import Grid, QuantizedTensor
 if TYPE_CHECKING:
     from quantkit.methods.calibrated import CalibratedBlock
     from quantkit.sections import CalibrationSection
+
+Scales = Annotated[
+    Literal["balanced", "inputs"],
+    Field(
+        description="what scales go by: balanced weighs inputs against what their weights do to the ranges of groups; "
+        "inputs, as in AWQ's paper, does not look at weights"
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -18,12 +19,13 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.maths import fold
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, search_grid
+from quantkit.maths.balance import balanced_scale
 from quantkit.maths.compensate import round_compensated
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import InputStatistics, Look
 from quantkit.maths.inverse_factor import InverseFactor, inverse_factor
 from quantkit.maths.refine import damped, refine
-from quantkit.methods.base import BlockResult, BlockWeights, Method, check_range, require_finite
+from quantkit.methods.base import BlockResult, BlockWeights, Method, Scales, check_range, require_finite
 from quantkit.model.blocks import LinearGroup
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
 
@@ -51,14 +53,16 @@ Pairs = Annotated[
 class Steps:
     """How a calibrated method treats the linears of one input.
 
-    exponents: candidates of AWQ's scale search; 0 leaves the scales out. search_range: look for the best share of each
-    group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of GPTQ's rounding. refine: sweeps
-    of coordinate descent over codes and scales after it. correction: share of GPTAQ's correction of the weights before
-    they are rounded, as far as halves of the text agree on it. pairs: sweeps of two codes at a time after the descent.
+    exponents: steps of the search for AWQ's scales; 0 leaves the scales out. scales: what they go by. search_range:
+    look for the best share of each group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of
+    GPTQ's rounding. refine: sweeps of coordinate descent over codes and scales after it. correction: share of GPTAQ's
+    correction of the weights before they are rounded, as far as halves of the text agree on it. pairs: sweeps of two
+    codes at a time after the descent.
     """
 
     grid: Grid
     exponents: int
+    scales: Scales
     search_range: bool
     compensate: bool
     damp: float
@@ -273,13 +277,20 @@ class CalibratedBlock:
         stacked = torch.cat([self.weights[name] for name in ours])  # [sum of out, in]
         channels = repeats = 0
         mean_abs = seen.mean_abs
+        tie = None
         if group.producer_kind == "value":
             assert self.given.head_dim is not None
             channels = self.weights[group.producer].shape[0]
             repeats = stacked.shape[1] // channels
-            tied = fold.tie_over_heads(mean_abs, self.given.head_dim, repeats, "mean")
-            mean_abs = fold.spread_over_heads(tied, self.given.head_dim, repeats)
-        scale, exponent = fold.search_scale(stacked, mean_abs, seen.gram, self.steps.grid, self.steps.exponents)
+            tie = partial(fold.mean_over_heads, head_dim=self.given.head_dim, repeats=repeats)
+            mean_abs = tie(mean_abs)
+        steps, exponents = self.steps, self.steps.exponents
+        if steps.scales == "balanced":
+            base = balanced_scale(stacked, mean_abs, steps.grid.group_size, tie)
+            powers = [step / exponents for step in range(exponents + 1)]
+        else:
+            base, powers = mean_abs, [step / exponents for step in range(exponents)]
+        scale, exponent = fold.search_scale(stacked, base, seen.gram, steps.grid, powers)
         if group.producer_kind == "norm" and not self._norm_holds(f"{group.producer}.weight", scale):
             reason = f"{group.producer}.weight divided by it would leave float16's range"
             for name in ours:

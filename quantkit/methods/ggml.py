@@ -14,7 +14,7 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.maths.ggml import SEARCHED, WEIGHTED, block_layout, encode, type_size
 from quantkit.maths.gram import Importance, InputStatistics, Look
-from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite
+from quantkit.methods.base import BlockResult, BlockWeights, Method, Scales, check_finite
 from quantkit.methods.ggml_mixes import MIXES, Facts, fitted, misfit_reason, type_of
 from quantkit.model.blocks import linear_shape
 from quantkit.model.gguf_config import family_of_config
@@ -52,8 +52,12 @@ class GGML(Method):
         description="weigh columns by the mean square of their inputs: true calibrates, a file is llama.cpp's imatrix",
     )
     exponents: int = Field(
-        0, ge=0, le=200, description="candidates of AWQ's scale search, folded in before rounding gptq; 0 leaves it out"
+        0,
+        ge=0,
+        le=200,
+        description="steps of the search for scales, folded in before rounding gptq; 0 leaves scales out",
     )
+    scales: Scales = "balanced"
     damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram; rounding gptq")
     refine: int = Field(
         2, ge=0, le=20, description="sweeps of coordinate descent over codes, scales and minima after GPTQ's rounding"

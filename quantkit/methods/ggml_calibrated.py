@@ -30,7 +30,9 @@ class GGMLBlock(CalibratedBlock):
         layout = LAYOUTS[method.wanted]
         # what the search of AWQ's scales takes the grid to be; every linear then has its own
         grid = Grid(layout.bits, layout.group, not layout.has_minimum)
-        steps = Steps(grid, method.exponents, True, True, method.damp, True, method.refine, method.correction)
+        steps = Steps(
+            grid, method.exponents, method.scales, True, True, method.damp, True, method.refine, method.correction
+        )
         super().__init__(given, steps)
         self._types = {}
         for name, weight in given.weights.items():

@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al. 2022): round column by column, each error made up for by the columns still to come.
 
 Groups are static (their scales come from the unrounded weight), so act-order costs the file no g_idx permutation.
-Beyond the paper, AWQ's scales are folded in first, each group's range is searched, and codes and scales are refined in
+Beyond the paper, scales are folded in first as for AWQ, each group's range is searched, and codes and scales are refined in
 turn after rounding (maths/refine.py); docs/quality.md has what each is worth. The paper's method is `exponents: 0,
 search_range: false, refine: 0`.
 """
@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from quantkit.methods.base import affine_bits, affine_misfit
+from quantkit.methods.base import Scales, affine_bits, affine_misfit
 from quantkit.methods.calibrated import CalibratedMethod, Correction, Pairs, Steps
 from quantkit.tensors import Grid
 
@@ -27,8 +27,9 @@ class GPTQ(CalibratedMethod):
     act_order: bool = Field(True, description="round the columns with the largest inputs first")
     damp: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added to the Gram")
     exponents: int = Field(
-        20, ge=0, le=200, description="candidates of AWQ's scale search, folded in before rounding; 0 leaves scales out"
+        4, ge=0, le=200, description="steps of the search for scales, folded in before rounding; 0 leaves scales out"
     )
+    scales: Scales = "balanced"
     search_range: bool = Field(True, description="search each group's range for the one that loses least")
     refine: int = Field(
         2, ge=0, le=20, description="sweeps of coordinate descent over codes and scales after GPTQ's rounding"
@@ -44,7 +45,8 @@ class GPTQ(CalibratedMethod):
         return Grid(self.bits, self.group_size, self.symmetric)
 
     def label(self) -> str:
-        return f"gptq{'+scales' if self.exponents else ''} {self.grid.label()}{' act-order' if self.act_order else ''}"
+        scales = {"balanced": "+scales", "inputs": "+awq"}[self.scales] if self.exponents else ""
+        return f"gptq{scales} {self.grid.label()}{' act-order' if self.act_order else ''}"
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         return affine_misfit(self.grid, in_features)
@@ -57,6 +59,7 @@ class GPTQ(CalibratedMethod):
         return Steps(
             self.grid,
             self.exponents,
+            self.scales,
             self.search_range,
             True,
             self.damp,

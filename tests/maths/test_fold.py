@@ -22,7 +22,9 @@ def test_the_gram_score_finds_the_scale_that_running_the_layer_finds(symmetric: 
     statistics = seen.result()
     assert statistics.tokens == 300
     assert torch.allclose(statistics.gram, inputs.T @ inputs, rtol=1e-4, atol=1e-2)
-    scale, exponent = search_scale(weight, statistics.mean_abs, statistics.gram, Grid(4, 16, symmetric), 20)
+    scale, exponent = search_scale(
+        weight, statistics.mean_abs, statistics.gram, Grid(4, 16, symmetric), [k / 20 for k in range(20)]
+    )
     expected, expected_exponent, losses = oracle.best_scale(weight.numpy(), inputs.numpy(), 16, 16, symmetric, 20)
     assert exponent == pytest.approx(expected_exponent)
     assert np.allclose(scale.numpy(), expected, rtol=1e-4)

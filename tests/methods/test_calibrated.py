@@ -112,6 +112,34 @@ def test_compensation_lowers_the_loss_on_its_inputs(symmetric: bool) -> None:
         assert losses[1] < 0.3 * losses[0] and losses[2] < 0.3 * losses[0], losses
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_balanced_scales_lose_the_same_whatever_channels_were_scaled_by(rounding: str) -> None:
+    weights, others, statistics = _weights(3)
+    generator = torch.Generator().manual_seed(8)
+    before = torch.exp(1.5 * torch.randn(HIDDEN, generator=generator))
+    moved = weights | {name: weights[name] / before for name in ("mlp.gate_proj", "mlp.up_proj")}
+    accumulator = GramAccumulator(HIDDEN, torch.device("cpu"))
+    accumulator.add(torch.randn(500, HIDDEN, generator=generator) * torch.logspace(-1, 1, HIDDEN))
+    seen = accumulator.result()
+    other = InputStatistics(seen.gram * before[:, None] * before, seen.mean_abs * before, seen.tokens)
+    gain = {"post_attention_layernorm.weight": others["post_attention_layernorm.weight"] * before}
+
+    def lost(
+        scales: str, exponents: int, weights: dict[str, Tensor], others: dict[str, Tensor], seen: InputStatistics
+    ) -> float:
+        method = AWQ(group_size=16, rounding=rounding, scales=scales, exponents=exponents)  # type: ignore[arg-type]
+        result = _run(method, weights, others, statistics | dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), seen))
+        scale = others["post_attention_layernorm.weight"] / result.replaced["post_attention_layernorm.weight"]
+        error = (result.quantized["mlp.gate_proj"].dequantize() / scale - weights["mlp.gate_proj"]).double()
+        return float(((error @ seen.gram.double()) * error).sum())
+
+    # whole scales or none: powers between them are not the same
+    here, there = lost("balanced", 1, weights, others, seen), lost("balanced", 1, moved, others | gain, other)
+    if rounding == "nearest":
+        assert there == pytest.approx(here, rel=0.02)
+    assert there < 0.8 * lost("inputs", 20, moved, others | gain, other)
+
+
 def test_linears_of_one_input_are_rounded_as_if_alone() -> None:
     weights, others, statistics = _weights()
     together = _run(GPTQ(group_size=16, exponents=0), weights, others, statistics).quantized["self_attn.k_proj"]

@@ -1,0 +1,78 @@
+"""Scales of input channels that weigh what the weights' ranges lose against what the inputs make of it.
+
+A weight rounded to nearest is off by up to half a step, and the steps of a group follow its largest weights. So with
+columns of a weight multiplied by scales s, and its inputs divided by them, a group loses about
+
+    (sum over rows of range(w_j s_j)^2) * (sum over its columns of x_j^2 / s_j^2).
+
+A larger scale keeps a column's own errors small and makes the range, and so the errors of the whole group, larger.
+AWQ's scales (`mean |x| ** e`, Lin et al. 2023, section 3.2) look at the second factor alone; its authors' code divides
+by a mean of the weights as well. Here the product is minimized, with the mean of `|w s| ** SHARPNESS` in the place of
+the largest value, which a single weight would decide. What comes out is the same whatever the channels were scaled by
+before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+SHARPNESS = 6.0
+"""The power whose mean stands for a group's largest weight; from 4 to 10 the models come out the same."""
+
+STEPS = 5
+"""The first ends where rows that are alike would be balanced; three are within 1e-4 of the least loss."""
+
+ROWS = 512
+"""Rows at even distances that tell enough of a column."""
+
+FARTHEST = 5.0
+"""The largest logarithm of a scale: a column of next to nothing must not send a norm's gain out of range."""
+
+
+def balanced_scale(
+    weight: Tensor, magnitude: Tensor, group_size: int | None, tie: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The scale of each input channel at which the loss above is least: float32 [in], about 1.
+
+    weight: float32 [out, in], the linears of one input stacked by rows. magnitude: float32 [in], of the inputs, at
+    least 0. group_size: columns a group, None the whole row; what is over is a group of its own. tie: brings float32
+    [in] to the same value for channels whose scale is one. Channels without weights or inputs stay as they are.
+    """
+    columns = weight.shape[1]
+    group_size = min(group_size or columns, columns)
+    room = (0, -columns % group_size)
+
+    def grouped(values: Tensor) -> Tensor:
+        return pad(values, room).unflatten(-1, (-1, group_size))  # [..., groups, group_size]
+
+    sizes = grouped(weight[:: -(-len(weight) // ROWS)].float().abs()).transpose(0, 1)  # [groups, rows, group_size]
+    largest = sizes.amax(dim=2, keepdim=True)
+    powers = (sizes / _or_one(largest)).pow_(SHARPNESS)
+    rows = (largest / _or_one(largest.max())).square()  # [groups, rows, 1], what a row's range counts
+    inputs = grouped((magnitude / _or_one(magnitude.max())).float().square())  # [groups, group_size]
+    known = (sizes.amax(dim=1) > 0) & (inputs > 0)
+    scale = torch.zeros_like(inputs)  # its logarithm
+    for _ in range(STEPS):
+        grown = (scale * SHARPNESS).exp()
+        totals = powers @ grown.unsqueeze(2)  # [groups, rows, 1], of |w s| ** SHARPNESS
+        each = rows * _or_one(totals).pow(2 / SHARPNESS - 1)
+        ranges = grown * (each.transpose(1, 2) @ powers).squeeze(1)  # what each column has of the sum of squared ranges
+        errors = inputs * (-2 * scale).exp()
+        # at the minimum a column's shares of both sums are the same
+        have, want = errors * ranges.sum(1, keepdim=True), ranges * errors.sum(1, keepdim=True)
+        if tie is not None:
+            have, want = (grouped(tie(values.flatten()[:columns])) for values in (have, want))
+        tiny = torch.finfo(torch.float32).tiny
+        step = (have.clamp(min=tiny).log() - want.clamp(min=tiny).log()) / (SHARPNESS + 2)
+        scale = torch.where(known, scale + step, 0.0)
+        centred = scale - scale.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
+        scale = torch.where(known, centred, 0.0).clamp(-FARTHEST, FARTHEST)
+    return scale.exp().flatten()[:columns].contiguous()
+
+
+def _or_one(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, torch.ones_like(values))
