@@ -119,7 +119,7 @@ class CorrectionAccumulator:
             lengths = torch.cat([lengths, changed[1].square().sum(dim=1)[None]])
         far = (lengths > FAR * lengths.median(dim=1, keepdim=True).values).any(dim=0)
         if bool(far.any()):
-            self._far.add_far(rows[far].float())
+            self._far.add_huge(rows[far].float())
         middle = len(rows) // 2
         for half, part in zip(self._halves, (slice(middle), slice(middle, None)), strict=True):
             half.add(rows[part], [one[part] for one in changed], far[part], self._dtype)

@@ -27,12 +27,16 @@ SUM_TOKENS = 64
 FAR_ROUNDS = 4
 """How often tokens are told apart as too far out, each time by the mean square of those that are left."""
 
-FAR_TOKENS = 256
-"""Tokens far out that are multiplied together: a few at a time would be many passes over the whole matrix."""
+HUGE_TOKENS = 256
+"""Huge tokens that are multiplied together: a few at a time would be many passes over the whole matrix."""
 
 REACH = 20.0
 """How many times its root mean square a column's 8-bit steps reach: (20 / 127)^2 / 12 = 0.2% of the mean square is
 added by rounding. Where the largest value is nearer, the steps are as fine as it allows."""
+
+HUGE = 4.0
+"""How many times as far out a token may be and still be multiplied in 8 bits, together with others like it in steps of
+their own. Such tokens are a few in a hundred, so their coarser steps add less than the steps of the others do."""
 
 
 class Look(Enum):
@@ -193,8 +197,9 @@ class GramAccumulator:
     Sums are float32: a Gram matrix of bfloat16 sums is not positive definite. eight_bit: multiply 8-bit integers, which
     processors with units for them do four times as fast. Each column is then rounded in steps of at most REACH / 127 of
     its own root mean square, which adds at most 0.2% to a diagonal element, a fifth of GPTQ's usual damping; tokens
-    with a value farther out are multiplied in float32. What is summed is the Gram matrix of the rounded inputs, so it
-    stays positive semidefinite. For the CPU. every: of how many tokens of a batch one counts.
+    with a value farther out have steps of their own, and huge ones are multiplied in float32. What is summed is the
+    Gram matrix of the rounded inputs, so it stays positive semidefinite. For the CPU. every: of how many tokens of a
+    batch one counts.
     """
 
     def __init__(self, in_features: int, device: torch.device, *, eight_bit: bool = False, every: int = 1):
@@ -208,6 +213,7 @@ class GramAccumulator:
         self._squares = torch.zeros_like(self.sum_abs) if self._eight_bit else None
         self._waiting: list[tuple[Tensor, ColumnSums]] = []
         self._far: list[Tensor] = []
+        self._huge: list[Tensor] = []
 
     def add(self, inputs: Tensor) -> None:
         """inputs: [..., in], any float dtype; must not change until the result is taken."""
@@ -236,8 +242,6 @@ class GramAccumulator:
 
     def _add_waiting(self) -> None:
         """Add the batches that wait, in 8-bit integers."""
-        from quantkit.maths.gram_kernels import add_scaled
-
         pieces = [piece for _, piece in self._waiting]
         tokens = near = sum(len(piece.rows) for piece in pieces)
         for round_ in range(FAR_ROUNDS):
@@ -252,32 +256,53 @@ class GramAccumulator:
             if not any(found):
                 break  # what a huge token adds to a column's mean square must not coarsen the steps of the others
             near = tokens - sum(int(piece.far.sum()) for piece in pieces)
+        self._add_rounded(pieces, scale)
+        if near < tokens:
+            for rows, piece in self._waiting:
+                far = rows[piece.far].float()
+                bounded = (far.abs() <= HUGE * reach).all(dim=1)  # a NaN is not
+                if bool(bounded.any()):
+                    self._far.append(far[bounded])
+                if not bool(bounded.all()):
+                    self.add_huge(far[~bounded])
+            if sum(map(len, self._far)) >= EIGHT_BIT_TOKENS:
+                self._add_far()
+        self._waiting.clear()
+
+    def _add_rounded(self, pieces: Sequence[ColumnSums], scale: Tensor) -> None:
+        """Add what is not far of pieces, in 8-bit integers with steps of `scale` float32 [in]."""
+        from quantkit.maths.gram_kernels import add_scaled
+
         codes = round_columns(pieces, scale)
         for strip in strips(len(self._gram)):
             product = torch._int_mm(codes[:, strip].T, codes[:, strip.start :])
             along, own = scale[strip.start :], self._gram[strip, strip.start :]
             add_scaled(product.numpy(), scale[strip].numpy(), along.numpy(), own.numpy(), self._fresh)
         self._fresh = False
-        if near < tokens:
-            for rows, piece in self._waiting:
-                self.add_far(rows[piece.far].float())
-        self._waiting.clear()
 
-    def add_far(self, rows: Tensor) -> None:
-        """Add tokens far out, float32 [tokens, in], to the Gram matrix alone, FAR_TOKENS together."""
-        self._far.append(rows)
-        if sum(map(len, self._far)) >= FAR_TOKENS:
-            *whole, rest = torch.cat(self._far).split(FAR_TOKENS)
+    def _add_far(self) -> None:
+        """Add tokens far out that are not huge, together."""
+        piece = ColumnSums(readable(torch.cat(self._far)))
+        self._add_rounded([piece], totals([piece])[2] / 127)
+        self._far.clear()
+
+    def add_huge(self, rows: Tensor) -> None:
+        """Add tokens, float32 [tokens, in], to the Gram matrix alone by float32 products, HUGE_TOKENS together."""
+        self._huge.append(rows)
+        if sum(map(len, self._huge)) >= HUGE_TOKENS:
+            *whole, rest = torch.cat(self._huge).split(HUGE_TOKENS)
             for part in whole:
                 self._add_product(part)
-            self._far = [rest]
+            self._huge = [rest]
 
     def result(self) -> InputStatistics:
         """The statistics of everything added so far."""
         if self._waiting:
             self._add_waiting()
         if self._far:
-            self._add_product(torch.cat(self._far))
+            self._add_far()
+        if self._huge:
+            self._add_product(torch.cat(self._huge))
         if self._fresh:
             self._gram.zero_()
         for strip in strips(len(self._gram)):

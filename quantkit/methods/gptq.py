@@ -1,9 +1,9 @@
 """GPTQ (Frantar et al. 2022): round column by column, each error made up for by the columns still to come.
 
 Groups are static (their scales come from the unrounded weight), so act-order costs the file no g_idx permutation.
-Beyond the paper, scales are folded in first as for AWQ, each group's range is searched, and codes and scales are refined in
-turn after rounding (maths/refine.py); docs/quality.md has what each is worth. The paper's method is `exponents: 0,
-search_range: false, refine: 0`.
+Beyond the paper, scales are folded in first as for AWQ, each group's range is searched, and codes and scales are
+refined in turn after rounding (maths/refine.py); docs/quality.md has what each is worth. The paper's method is
+`exponents: 0, search_range: false, refine: 0`.
 """
 
 from __future__ import annotations

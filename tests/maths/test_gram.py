@@ -9,7 +9,7 @@ from torch import Tensor
 from quantkit.maths.gram import (
     EIGHT_BIT_COLUMNS,
     EIGHT_BIT_TOKENS,
-    FAR_TOKENS,
+    HUGE_TOKENS,
     REACH,
     GramAccumulator,
     InputStatistics,
@@ -91,7 +91,7 @@ def test_one_token_of_huge_values_does_not_blur_the_others() -> None:
     assert (_relative(left, others) <= kept + 0.01).all()
 
 
-@pytest.mark.parametrize("apart", [7, FAR_TOKENS, 2 * FAR_TOKENS + 60])
+@pytest.mark.parametrize("apart", [7, HUGE_TOKENS, 2 * HUGE_TOKENS + 60])
 def test_every_token_far_out_counts_once(apart: int) -> None:
     inputs = _inputs(4 * EIGHT_BIT_TOKENS)
     generator = torch.Generator().manual_seed(1)
@@ -109,6 +109,30 @@ def test_every_token_far_out_counts_once(apart: int) -> None:
     size = inputs[near].double().square().sum(dim=0).sqrt()
     digits = 2.0**-20 * (far.T @ far).abs() / size[:, None] / size
     assert (_relative(left, inputs[near]) <= digits + 0.02).all()
+
+
+def test_tokens_out_of_reach_that_are_not_huge_have_steps_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _inputs(2 * EIGHT_BIT_TOKENS)
+    root = inputs.square().mean(dim=0).sqrt()
+    generator = torch.Generator().manual_seed(2)
+    chosen = torch.randperm(len(inputs), generator=generator)[: len(inputs) // 50]
+    at = torch.randint(COLUMNS, (len(chosen),), generator=generator)
+    inputs[chosen, at] = root[at] * REACH * (1 + torch.rand(len(chosen), generator=generator))
+    monkeypatch.setattr(GramAccumulator, "_add_product", _refused)
+    gram = _seen(list(inputs.split(EIGHT_BIT_TOKENS // 2)), eight_bit=True).gram
+    assert _relative(gram, inputs).max() < 2 * REACH / 127 / 2
+    near = torch.ones(len(inputs), dtype=torch.bool)
+    near[chosen] = False
+    far = inputs[chosen].double()
+    size = inputs[near].double().square().sum(dim=0).sqrt()
+    apart = (
+        (gram.double() - far.T @ far - inputs[near].double().T @ inputs[near].double()) / size[:, None] / size
+    ).abs()
+    assert apart.diagonal().max() < 0.01 and apart.max() < 0.02
+
+
+def _refused(self: GramAccumulator, rows: Tensor) -> None:
+    raise AssertionError(f"{len(rows)} tokens are multiplied in float32")
 
 
 def test_columns_without_inputs_stay_zero() -> None:
