@@ -14,6 +14,7 @@ from quantkit.errors import ModelError, RecipeError, UsageError
 from quantkit.manifest import Manifest, write_atomic
 from quantkit.memory import NO_LIMIT, MemoryLimit
 from quantkit.progress import Progress
+from quantkit.quiet import collecting_only_new
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ def quantize(
     return run_passes([(name, loaded, folder)], source, target, force, progress, memory, restart)[0]
 
 
+@collecting_only_new()
 def run(
     suite: str,
     *,
@@ -137,6 +139,7 @@ def _file_name(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", label).strip("-.") or "model"
 
 
+@collecting_only_new()
 def run_passes(
     wanted: Sequence[tuple[str, Recipe, Path]],
     source: Source,

@@ -33,7 +33,6 @@ from quantkit.model.source import Source
 from quantkit.one_block import Job, JobState, Layout, ModelRun, quantize_block, quantize_staged
 from quantkit.output import no_space_explained
 from quantkit.progress import Progress
-from quantkit.quiet import collecting_only_new
 from quantkit.recipe import recipe_sha256
 from quantkit.streaming import Measuring, stream
 
@@ -58,7 +57,6 @@ def quantize(
     """
     layout = Layout(architecture_of(source.config).norm_offset, head_dim(source.config))
     with ExitStack() as stack:
-        stack.enter_context(collecting_only_new())
         for job in jobs:
             stack.enter_context(no_space_explained(job.out))
         how = _arithmetic(jobs, source, device)

@@ -83,10 +83,12 @@ def built(config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     with collecting_later():  # transformers imports a model's modules when it is first asked for
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
 
         settings = {key: value for key, value in config.items() if key != "model_type"}
         known = AutoConfig.for_model(config["model_type"], **settings)
-        with init_empty_weights(include_buffers=False), _EmptyOnMeta():
+        # there is nothing to fill with numbers, which takes as long as all the rest
+        with init_empty_weights(include_buffers=False), _EmptyOnMeta(), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(known, dtype=dtype)
     return model
 

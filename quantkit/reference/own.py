@@ -22,6 +22,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         import transformers.generation
         import transformers.modeling_utils  # noqa: F401
 
+        import quantkit.pipeline  # noqa: F401
         from quantkit.bench.run import peak_rss
         from quantkit.device import resolve_device
         from quantkit.jobs import run_passes
