@@ -31,6 +31,12 @@ class Cost(Frozen):
     quantize_s: float | None = None
     save_s: float | None = None
 
+    @property
+    def folder_s(self) -> float | None:
+        """From the model's folder to the artifact's, without imports: what all engines do alike."""
+        parts = [self.load_s, self.quantize_s, self.save_s]
+        return None if self.quantize_s is None else sum(part for part in parts if part is not None)
+
 
 class Figure(Frozen):
     """A mean over sequences and its standard error, None for a single sequence."""

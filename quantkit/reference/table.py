@@ -73,7 +73,7 @@ def _lead(results: ComparisonResults) -> list[str]:
 
 
 def _cost(results: ComparisonResults, rows: list[EngineRow]) -> TextTable:
-    headers = ["engine", "quantize s", "process s", "CPU s", "peak RSS MB", "process vs first row"]
+    headers = ["engine", "quantize s", "load to save s", "process s", "CPU s", "peak RSS MB", "process vs first row"]
     vram = any(row.spread("peak_vram_bytes") for row in rows)
     if vram:
         headers.append("peak VRAM MB")
@@ -83,7 +83,7 @@ def _cost(results: ComparisonResults, rows: list[EngineRow]) -> TextTable:
     for row in rows:
         wall = row.spread("wall_s")
         assert wall is not None
-        line = [row.label, _seconds(row, "quantize_s"), _seconds(row, "wall_s"), _seconds(row, "cpu_s")]
+        line = [row.label, *(_seconds(row, name) for name in ("quantize_s", "folder_s", "wall_s", "cpu_s"))]
         line += [_megabytes(row, "peak_rss_bytes"), f"{wall[0] / first[0]:.2f}×"]
         lines.append([*line, _megabytes(row, "peak_vram_bytes")] if vram else line)
     return TextTable("What it took", headers, lines)

@@ -43,7 +43,12 @@ OURS = EngineRow(
     kl=Figure(value=0.12345, error=0.00678),
     top1=Figure(value=0.801, error=0.006),
 )
-PEER = EngineRow(engine="peer", label="peer 1.0", runs=[_cost(48.0, 40.0)], reason="run 2: stopped after 60 s")
+PEER = EngineRow(
+    engine="peer",
+    label="peer 1.0",
+    runs=[_cost(48.0, 40.0).model_copy(update={"load_s": 0.5, "save_s": 1.5})],
+    reason="run 2: stopped after 60 s",
+)
 ABSENT = EngineRow(engine="other", label="other 2.0", reason="needs a GPU")
 
 
@@ -55,8 +60,8 @@ def test_medians_stand_beside_their_spread_and_times_are_compared_with_the_first
     took = _parts(_results([OURS, PEER, ABSENT]))["What it took"]
     assert isinstance(took, TextTable)
     assert took.rows == [
-        ["ours", "7.0 (6.0-8.0)", "12.0 (10.0-20.0)", "24.0 (20.0-40.0)", "500", "1.00×"],
-        ["peer 1.0", "40.0", "48.0", "96.0", "500", "4.00×"],
+        ["ours", "7.0 (6.0-8.0)", "7.0 (6.0-8.0)", "12.0 (10.0-20.0)", "24.0 (20.0-40.0)", "500", "1.00×"],
+        ["peer 1.0", "40.0", "42.0", "48.0", "96.0", "500", "4.00×"],
     ]
 
 
