@@ -67,7 +67,8 @@ bench: $(STAMP)
 	@test -n "$(MODEL)" || { echo "name a Hugging Face folder: make bench MODEL=DIR" >&2; exit 1; }
 	$(COMPARE) $(GPTQ).yaml $(GPTQ)_unquantized.yaml $(GPTQ)_one_pass.yaml $(GPTQ)_plain.yaml --out benchmarks/results/gptq.json
 	$(COMPARE) $(GPTQ)_asymmetric.yaml $(GPTQ)_asymmetric_corrected.yaml --out benchmarks/results/gptq_asymmetric.json
-	$(COMPARE) benchmarks/compare_awq.yaml benchmarks/compare_awq_nearest.yaml --out benchmarks/results/awq.json
+	$(COMPARE) benchmarks/compare_awq.yaml benchmarks/compare_awq_nearest.yaml \
+		benchmarks/compare_awq_nearest_balanced.yaml --out benchmarks/results/awq.json
 	$(COMPARE) benchmarks/compare_nf4.yaml --out benchmarks/results/nf4.json
 	$(COMPARE) benchmarks/compare_int8.yaml --out benchmarks/results/int8.json
 	$(BIN)/python benchmarks/fill_performance.py
