@@ -55,6 +55,8 @@ def balanced_scale(
     rows = (largest / _or_one(largest.max())).square()  # [groups, rows, 1], what a row's range counts
     inputs = grouped((magnitude / _or_one(magnitude.max())).float().square())  # [groups, group_size]
     known = (sizes.amax(dim=1) > 0) & (inputs > 0)
+    if tie is not None:  # a head without weights has the scale of those that share it
+        known = grouped(tie(known.flatten()[:columns].float())) > 0
     scale = torch.zeros_like(inputs)  # its logarithm
     for _ in range(STEPS):
         grown = (scale * SHARPNESS).exp()
@@ -69,8 +71,10 @@ def balanced_scale(
         tiny = torch.finfo(torch.float32).tiny
         step = (have.clamp(min=tiny).log() - want.clamp(min=tiny).log()) / (SHARPNESS + 2)
         scale = torch.where(known, scale + step, 0.0)
-        centred = scale - scale.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
-        scale = torch.where(known, centred, 0.0).clamp(-FARTHEST, FARTHEST)
+        # channels with one scale may lie in several groups, whose means are not the same
+        together = (1,) if tie is None else (0, 1)
+        level = scale.sum(together, keepdim=True) / known.sum(together, keepdim=True).clamp(min=1)
+        scale = torch.where(known, scale - level, 0.0).clamp(-FARTHEST, FARTHEST)
     return scale.exp().flatten()[:columns].contiguous()
 
 

@@ -291,6 +291,12 @@ class CalibratedBlock:
         else:
             base, powers = mean_abs, [step / exponents for step in range(exponents)]
         scale, exponent = fold.search_scale(stacked, base, seen.gram, steps.grid, powers)
+        divisor = scale
+        if group.producer_kind == "value":
+            assert self.given.head_dim is not None
+            divisor = fold.tie_over_heads(scale, self.given.head_dim, repeats, "first")
+            # what is divided out is what is multiplied in, to the last bit
+            scale = fold.spread_over_heads(divisor, self.given.head_dim, repeats)
         if group.producer_kind == "norm" and not self._norm_holds(f"{group.producer}.weight", scale):
             reason = f"{group.producer}.weight divided by it would leave float16's range"
             for name in ours:
@@ -303,10 +309,6 @@ class CalibratedBlock:
         for name in ours:
             self.weights[name] = self.weights[name] * scale
             self._input_scale[name] = scale
-        divisor = scale
-        if group.producer_kind == "value":
-            assert self.given.head_dim is not None
-            divisor = fold.tie_over_heads(scale, self.given.head_dim, repeats, "first")
         self._divide_producer(group, divisor)
 
     def _why_no_scale(self, group: LinearGroup, ours: list[str]) -> str | None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from oracles import balance as oracle
 from quantkit.maths.balance import FARTHEST, SHARPNESS, balanced_scale
+from quantkit.maths.fold import mean_over_heads
 
 
 def case(rows: int = 96, columns: int = 64) -> tuple[Tensor, Tensor]:
@@ -38,6 +41,19 @@ def test_heads_that_share_a_scale_get_the_best_one_for_all() -> None:
     best = oracle.least(weight, magnitude, 16, SHARPNESS, repeats=4)
     found, least = (float(oracle.losses(s, weight, magnitude, 16, SHARPNESS).sum()) for s in (scale.double(), best))
     assert found == pytest.approx(least, rel=0.01)
+
+
+@pytest.mark.parametrize("group_size", [8, 16, 24, 48, None])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_shared_scale_is_the_same_in_every_head_however_groups_lie(group_size: int | None, pruned: bool) -> None:
+    weight, magnitude = case(columns=48)  # two value heads of 8, three query heads each
+    tie = partial(mean_over_heads, head_dim=8, repeats=3)
+    if pruned:
+        weight[:, :8] = 0
+    scale = balanced_scale(weight, tie(magnitude), group_size, tie)
+    heads = scale.view(2, 3, 8)
+    assert torch.equal(heads, heads[:, :1].expand_as(heads))
+    assert not torch.equal(heads[0], torch.ones(3, 8))
 
 
 def test_what_channels_were_scaled_by_before_changes_nothing() -> None:
