@@ -59,7 +59,6 @@ def quantize(
     return run_passes([(name, loaded, folder)], source, target, force, progress, memory, restart)[0]
 
 
-@collecting_only_new()
 def run(
     suite: str,
     *,
@@ -93,7 +92,7 @@ def run(
     folder = out or Path("reports") / loaded.name
     pairs = suite_recipes(loaded)
     outs = [(label, recipe, folder / "artifacts" / _file_name(label)) for label, recipe in pairs]
-    with passes(outs, source, target, force, progress, memory, restart):
+    with collecting_only_new(), passes(outs, source, target, force, progress, memory, restart):
         results = bench(
             [path for _, _, path in outs],
             baseline=model or str(loaded.model.id),

@@ -6,10 +6,10 @@ columns of a weight multiplied by scales s, and its inputs divided by them, a gr
     (sum over rows of range(w_j s_j)^2) * (sum over its columns of x_j^2 / s_j^2).
 
 A larger scale keeps a column's own errors small and makes the range, and so the errors of the whole group, larger.
-AWQ's scales (`mean |x| ** e`, Lin et al. 2023, section 3.2) look at the second factor alone; its authors' code divides
-by a mean of the weights as well. Here the product is minimized, with the mean of `|w s| ** SHARPNESS` in the place of
-the largest value, which a single weight would decide. What comes out is the same whatever the channels were scaled by
-before.
+AWQ's scales (`mean |x| ** e`, Lin et al. 2023, section 3.2) look at the second factor alone; AutoAWQ and
+llm-compressor divide by a mean of the weights as well (duo scaling). Here the product is minimized, with the mean of
+`|w s| ** SHARPNESS` in the place of the largest value, which a single weight would decide. The scaled weights are the
+same, but for a factor a group, whatever the channels were scaled by before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS = 5
 """The first ends where rows that are alike would be balanced; three are within 1e-4 of the least loss."""
 
 ROWS = 512
-"""Rows at even distances that tell enough of a column."""
+"""At most so many rows, at even distances, which tell enough of a column."""
 
 FARTHEST = 5.0
 """The largest logarithm of a scale: a column of next to nothing must not send a norm's gain out of range."""
@@ -36,11 +36,12 @@ FARTHEST = 5.0
 def balanced_scale(
     weight: Tensor, magnitude: Tensor, group_size: int | None, tie: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """The scale of each input channel at which the loss above is least: float32 [in], about 1.
+    """The scale of each input channel at which the loss above is least where all channels have weights and inputs:
+    float32 [in], about 1.
 
     weight: float32 [out, in], the linears of one input stacked by rows. magnitude: float32 [in], of the inputs, at
     least 0. group_size: columns a group, None the whole row; what is over is a group of its own. tie: brings float32
-    [in] to the same value for channels whose scale is one. Channels without weights or inputs stay as they are.
+    [in] to the same value for channels whose scale is one. Channels without weights or inputs get 1.
     """
     columns = weight.shape[1]
     group_size = min(group_size or columns, columns)

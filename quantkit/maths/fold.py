@@ -2,8 +2,7 @@
 
 Source: Lin et al. 2023 (AWQ), section 3.2. There candidates are powers of the inputs' mean magnitude;
 `balanced_scale` (balance.py) is another base for them. The paper scores a candidate by running the layer on stored
-activations;
-`||(Q(W s) / s - W) X||^2 = trace(dW H dW^T)` gives the same number from the Gram matrix H = X^T X alone.
+activations; `||(Q(W s) / s - W) X||^2 = trace(dW H dW^T)` gives the same number from the Gram matrix H = X^T X alone.
 """
 
 from __future__ import annotations

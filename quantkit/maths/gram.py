@@ -36,7 +36,8 @@ added by rounding. Where the largest value is nearer, the steps are as fine as i
 
 HUGE = 4.0
 """How many times as far out a token may be and still be multiplied in 8 bits, together with others like it in steps of
-their own. Such tokens are a few in a hundred, so their coarser steps add less than the steps of the others do."""
+their own, which add up to HUGE^2 times as much for each of them. They are 4% of the tokens before SmolLM2's
+`down_proj`, so that is less than what the steps of the others add."""
 
 
 class Look(Enum):
@@ -197,9 +198,9 @@ class GramAccumulator:
     Sums are float32: a Gram matrix of bfloat16 sums is not positive definite. eight_bit: multiply 8-bit integers, which
     processors with units for them do four times as fast. Each column is then rounded in steps of at most REACH / 127 of
     its own root mean square, which adds at most 0.2% to a diagonal element, a fifth of GPTQ's usual damping; tokens
-    with a value farther out have steps of their own, and huge ones are multiplied in float32. What is summed is the
-    Gram matrix of the rounded inputs, so it stays positive semidefinite. For the CPU. every: of how many tokens of a
-    batch one counts.
+    with a value farther out, few as a rule, have coarser steps of their own (HUGE), and huge ones are multiplied in
+    float32. What is summed is the Gram matrix of the rounded inputs, so it stays positive semidefinite. For the CPU.
+    every: of how many tokens of a batch one counts.
     """
 
     def __init__(self, in_features: int, device: torch.device, *, eight_bit: bool = False, every: int = 1):
@@ -258,16 +259,18 @@ class GramAccumulator:
             near = tokens - sum(int(piece.far.sum()) for piece in pieces)
         self._add_rounded(pieces, scale)
         if near < tokens:
-            for rows, piece in self._waiting:
-                far = rows[piece.far].float()
-                bounded = (far.abs() <= HUGE * reach).all(dim=1)  # a NaN is not
-                if bool(bounded.any()):
-                    self._far.append(far[bounded])
-                if not bool(bounded.all()):
-                    self.add_huge(far[~bounded])
-            if sum(map(len, self._far)) >= EIGHT_BIT_TOKENS:
-                self._add_far()
+            self._add_beyond(torch.cat([rows[piece.far].float() for rows, piece in self._waiting]), reach)
         self._waiting.clear()
+
+    def _add_beyond(self, rows: Tensor, reach: Tensor) -> None:
+        """Add tokens with values beyond `reach` float32 [in]: rows float32 [tokens, in]."""
+        bounded = (rows.abs() <= HUGE * reach).all(dim=1)  # a NaN is not
+        if bool(bounded.any()):
+            self._far.append(rows[bounded])
+        if not bool(bounded.all()):
+            self.add_huge(rows[~bounded])
+        if sum(map(len, self._far)) >= EIGHT_BIT_TOKENS:
+            self._add_far()
 
     def _add_rounded(self, pieces: Sequence[ColumnSums], scale: Tensor) -> None:
         """Add what is not far of pieces, in 8-bit integers with steps of `scale` float32 [in]."""

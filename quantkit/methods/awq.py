@@ -23,7 +23,7 @@ class AWQ(CalibratedMethod):
     group_size: int | None = Field(128, ge=8, description="input columns a scale; null is the whole row")
     zero_point: bool = Field(True, description="asymmetric grid")
     rounding: Literal["nearest", "gptq"] = Field(
-        "gptq", description="how the scaled weights are rounded; nearest is the method of the paper"
+        "gptq", description="how the scaled weights are rounded; nearest, by scales: inputs, is the method of the paper"
     )
     clip: bool = Field(True, description="search each group's range for the one that loses least")
     exponents: int = Field(4, ge=1, le=200, description="steps of the search for scales")
@@ -61,16 +61,15 @@ class AWQ(CalibratedMethod):
 
     @property
     def steps(self) -> Steps:
-        compensate = self.rounding == "gptq"
         return Steps(
             self.grid,
-            self.exponents,
-            self.scales,
-            self.clip,
-            compensate,
-            self.damp,
-            True,
-            self.refine,
-            self.correction,
-            self.pairs,
+            exponents=self.exponents,
+            scales=self.scales,
+            search_range=self.clip,
+            compensate=self.rounding == "gptq",
+            damp=self.damp,
+            act_order=True,
+            refine=self.refine,
+            correction=self.correction,
+            pairs=self.pairs,
         )

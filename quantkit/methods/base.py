@@ -27,7 +27,7 @@ Scales = Annotated[
     Literal["balanced", "inputs"],
     Field(
         description="what scales go by: balanced weighs inputs against what their weights do to the ranges of groups; "
-        "inputs, as in AWQ's paper, does not look at weights"
+        "inputs does not look at weights, which with exponents: 20 is AWQ's paper's"
     ),
 ]
 

@@ -7,7 +7,7 @@ of `Steps`: scales or none, a searched or a full range, rounding to nearest or w
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar
@@ -53,7 +53,7 @@ Pairs = Annotated[
 class Steps:
     """How a calibrated method treats the linears of one input.
 
-    exponents: steps of the search for AWQ's scales; 0 leaves the scales out. scales: what they go by. search_range:
+    exponents: steps of the search for scales; 0 leaves the scales out. scales: what they go by. search_range:
     look for the best share of each group's range. compensate: GPTQ's rounding, else to nearest. damp, act_order: of
     GPTQ's rounding. refine: sweeps of coordinate descent over codes and scales after it. correction: share of GPTAQ's
     correction of the weights before they are rounded, as far as halves of the text agree on it. pairs: sweeps of two
@@ -284,19 +284,7 @@ class CalibratedBlock:
             repeats = stacked.shape[1] // channels
             tie = partial(fold.mean_over_heads, head_dim=self.given.head_dim, repeats=repeats)
             mean_abs = tie(mean_abs)
-        steps, exponents = self.steps, self.steps.exponents
-        if steps.scales == "balanced":
-            base = balanced_scale(stacked, mean_abs, steps.grid.group_size, tie)
-            powers = [step / exponents for step in range(exponents + 1)]
-        else:
-            base, powers = mean_abs, [step / exponents for step in range(exponents)]
-        scale, exponent = fold.search_scale(stacked, base, seen.gram, steps.grid, powers)
-        divisor = scale
-        if group.producer_kind == "value":
-            assert self.given.head_dim is not None
-            divisor = fold.tie_over_heads(scale, self.given.head_dim, repeats, "first")
-            # what is divided out is what is multiplied in, to the last bit
-            scale = fold.spread_over_heads(divisor, self.given.head_dim, repeats)
+        scale, exponent = self._search_scale(stacked, mean_abs, seen.gram, tie)
         if group.producer_kind == "norm" and not self._norm_holds(f"{group.producer}.weight", scale):
             reason = f"{group.producer}.weight divided by it would leave float16's range"
             for name in ours:
@@ -309,7 +297,21 @@ class CalibratedBlock:
         for name in ours:
             self.weights[name] = self.weights[name] * scale
             self._input_scale[name] = scale
+        divisor = scale
+        if group.producer_kind == "value":
+            assert self.given.head_dim is not None
+            divisor = fold.tie_over_heads(scale, self.given.head_dim, repeats, "first")
         self._divide_producer(group, divisor)
+
+    def _search_scale(
+        self, stacked: Tensor, mean_abs: Tensor, gram: Tensor, tie: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, float]:
+        """The best power of what scales go by, and the power. tie: as `balanced_scale` takes it."""
+        steps, count = self.steps, self.steps.exponents
+        if steps.scales == "inputs":
+            return fold.search_scale(stacked, mean_abs, gram, steps.grid, [step / count for step in range(count)])
+        base = balanced_scale(stacked, mean_abs, steps.grid.group_size, tie)
+        return fold.search_scale(stacked, base, gram, steps.grid, [step / count for step in range(count + 1)])
 
     def _why_no_scale(self, group: LinearGroup, ours: list[str]) -> str | None:
         """Why the input of a group cannot be rescaled, None when it can."""

@@ -28,10 +28,18 @@ class GGMLBlock(CalibratedBlock):
 
     def __init__(self, given: BlockWeights, method: GGML):
         layout = LAYOUTS[method.wanted]
-        # what the search of AWQ's scales takes the grid to be; every linear then has its own
+        # what the search for scales takes the grid to be; every linear then has its own
         grid = Grid(layout.bits, layout.group, not layout.has_minimum)
         steps = Steps(
-            grid, method.exponents, method.scales, True, True, method.damp, True, method.refine, method.correction
+            grid,
+            exponents=method.exponents,
+            scales=method.scales,
+            search_range=True,
+            compensate=True,
+            damp=method.damp,
+            act_order=True,
+            refine=method.refine,
+            correction=method.correction,
         )
         super().__init__(given, steps)
         self._types = {}

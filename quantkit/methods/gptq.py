@@ -58,13 +58,13 @@ class GPTQ(CalibratedMethod):
     def steps(self) -> Steps:
         return Steps(
             self.grid,
-            self.exponents,
-            self.scales,
-            self.search_range,
-            True,
-            self.damp,
-            self.act_order,
-            self.refine,
-            self.correction,
-            self.pairs,
+            exponents=self.exponents,
+            scales=self.scales,
+            search_range=self.search_range,
+            compensate=True,
+            damp=self.damp,
+            act_order=self.act_order,
+            refine=self.refine,
+            correction=self.correction,
+            pairs=self.pairs,
         )
