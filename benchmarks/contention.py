@@ -17,7 +17,7 @@ WORK = """
 import time, torch
 from quantkit.maths.affine import search_grid
 from quantkit.maths.compensate import round_compensated
-from quantkit.maths.inverse_factor import inverse_factor
+from quantkit.maths.gram_factor import factor_gram
 from quantkit.maths.fold import search_scale
 from quantkit.maths.refine import damped, refine
 from quantkit.tensors import Grid
@@ -27,7 +27,7 @@ gram = inputs.T @ inputs
 def once():
     search_scale(weight, inputs.abs().mean(dim=0), gram, grid, 20)
     scale, zero = search_grid(weight, grid, gram.diagonal())
-    codes = round_compensated(weight, scale, zero, grid, inverse_factor(gram, 0.01, True))
+    codes = round_compensated(weight, scale, zero, grid, factor_gram(gram, 0.01, True))
     refine(weight, codes, scale, zero, grid, damped(gram, 0.01), 2)
 once()
 times = []

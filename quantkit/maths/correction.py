@@ -30,7 +30,7 @@ from quantkit.maths.gram import (
     strips,
     totals,
 )
-from quantkit.maths.inverse_factor import inverse_factor
+from quantkit.maths.gram_factor import factor_gram
 from quantkit.maths.products import times_transposed
 
 FAR = 16.0
@@ -150,11 +150,12 @@ class CorrectionAccumulator:
         that the halves of the text agree on. Raises ModelError when the Gram matrix has no factor.
         """
         whole = self.totals()
-        # U with U^T U = H^-1, in the order of the columns
-        upper = inverse_factor(gram - self._far.result().gram, damp, act_order=False).upper
+        # R with R R^T = H, in the order of the columns
+        upper = factor_gram(gram - self._far.result().gram, damp, act_order=False).upper
         made = []
         for weight in weights:
-            moved = times_transposed(times_transposed(_missed(whole, weight), upper), upper.T)
+            outputs = _outputs(_missed(whole, weight), upper)
+            moved = torch.linalg.solve_triangular(upper, outputs, upper=True, left=False)
             made.append(weight + share * self._agreed(weight, upper) * moved)
         return made
 
@@ -166,9 +167,15 @@ class CorrectionAccumulator:
         error on other text, is 4 <A, B> / |A + B|^2.
         """
         rows = slice(None, None, max(1, len(weight) // COMPARED_ROWS))
-        first, second = (times_transposed(_missed(half.totals, weight, rows), upper) for half in self._halves)
+        first, second = (_outputs(_missed(half.totals, weight, rows), upper) for half in self._halves)
         both = float((first + second).square().sum())
         return min(1.0, max(0.0, 4 * float((first * second).sum()) / both)) if both > 0 else 0.0
+
+
+def _outputs(missed: Tensor, upper: Tensor) -> Tensor:
+    """M R^-T for M = C H of a change C of the weight, that is C R, of which each row is as long as what the change does
+    to the outputs. Both float32 [rows, in]; upper: R, with R R^T = H."""
+    return torch.linalg.solve_triangular(upper.T, missed, upper=False, left=False)
 
 
 def _missed(totals: Sequence[Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:

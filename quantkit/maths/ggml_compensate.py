@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit.maths.compensate import compensated
 from quantkit.maths.ggml_codes import LAYOUTS, CodedBlocks, Layout
 from quantkit.maths.ggml_descend import descend_block, round_block
-from quantkit.maths.inverse_factor import InverseFactor
+from quantkit.maths.gram_factor import GramFactor
 from quantkit.maths.products import times_transposed
 from quantkit.maths.refine import BLOCK_COLUMNS
 
@@ -27,7 +27,7 @@ def values_of(coded: CodedBlocks, type_name: str) -> Tensor:
     return values.mul_(coded.step.unsqueeze(2)).sub_(coded.base.unsqueeze(2)).flatten(1)
 
 
-def compensate_codes(weight: Tensor, coded: CodedBlocks, type_name: str, factor: InverseFactor) -> CodedBlocks:
+def compensate_codes(weight: Tensor, coded: CodedBlocks, type_name: str, factor: GramFactor) -> CodedBlocks:
     """The same blocks with the codes of a weight float32 [rows, columns] rounded with error compensation.
 
     Scales and minima stay. Where a group's step is 0 its codes stay too, and what they miss is passed on.
@@ -39,12 +39,13 @@ def compensate_codes(weight: Tensor, coded: CodedBlocks, type_name: str, factor:
     step = torch.where(still, torch.full_like(coded.step, torch.finfo(torch.float32).tiny), coded.step)
     own_step = np.ascontiguousarray(step.cpu().numpy())
 
-    def rounded(work: Tensor, at: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        device, work = work.device, work.cpu()
-        codes, errors = torch.empty(work.shape, dtype=torch.uint8), torch.empty_like(work)
+    def rounded(weight: Tensor, owed: Tensor, at: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        device, weight = weight.device, weight.cpu()
+        codes, errors = torch.empty(weight.shape, dtype=torch.uint8), torch.empty_like(weight)
         group = (at // layout.group).cpu().numpy()
         round_block(
-            work.numpy(),
+            weight.numpy(),
+            owed.cpu().numpy(),
             own_step,
             table,
             not layout.values,

@@ -31,7 +31,8 @@ def _nearest_code(value: np.float32, table: NDArray[np.float32], uniform: bool) 
 
 @njit(parallel=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def round_block(
-    work: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    owed: NDArray[np.float32],
     step: NDArray[np.float32],
     table: NDArray[np.float32],
     uniform: bool,
@@ -42,24 +43,26 @@ def round_block(
 ) -> None:
     """GPTQ's inner loop over one block of columns: every weight goes to the nearest `step * table[code]`.
 
-    work: [out, columns], overwritten. step: [out, groups], none zero; group: [columns], the group of each column.
-    table: [levels], rising. upper: [columns, columns]. codes and errors [out, columns] receive the result.
+    weight: [out, columns]. owed: [out, columns], what the errors of blocks before this one add to those of its columns
+    by the factor; overwritten. step: [out, groups], none zero; group: [columns], the group of each column. table:
+    [levels], rising. upper: [columns, columns]. codes and errors [out, columns] receive the result, errors the weight
+    less what its codes stand for.
     """
-    rows, columns = work.shape
+    rows, columns = weight.shape
     for band in prange((rows + BAND - 1) // BAND):
         first, end = band * BAND, min((band + 1) * BAND, rows)
         for j in range(columns):
             g = group[j]
             inverse = np.float32(1.0) / upper[j, j]
             for i in range(first, end):
-                value, own = work[i, j], step[i, g]
-                code = _nearest_code(value / own, table, uniform)
-                error = (value - table[code] * own) * inverse
+                value, own = weight[i, j], step[i, g]
+                code = _nearest_code((value + owed[i, j] * inverse) / own, table, uniform)
+                error = value - table[code] * own
                 codes[i, j] = np.uint8(code)
                 errors[i, j] = error
-                rest, pull = work[i, j + 1 :], upper[j, j + 1 :]
+                rest, pull = owed[i, j + 1 :], upper[j, j + 1 :]
                 for k in range(rest.size):
-                    rest[k] -= error * pull[k]
+                    rest[k] += error * pull[k]
 
 
 @njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]

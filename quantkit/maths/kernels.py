@@ -60,7 +60,8 @@ def _turn(rows: NDArray[Any], lanes: NDArray[np.float32]) -> None:
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def round_block(
-    work: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    owed: NDArray[np.float32],
     scale: NDArray[np.float32],
     middle: NDArray[np.float32],
     group: NDArray[np.int64],
@@ -71,30 +72,31 @@ def round_block(
 ) -> None:
     """GPTQ's inner loop over one block of columns; rows are independent and run in parallel.
 
-    work: [out, columns]. scale, middle: [groups, out]; group: [columns], the group of each column. lower: [columns,
-    columns], the block of the factor with rows and columns exchanged. codes and errors [out, columns] receive the
-    result. A column takes up what those before it left when its turn comes. Sums run in one fixed order a row, so the
-    result does not depend on the threads.
+    weight: [out, columns]. owed: [out, columns], what the errors of blocks before this one add to those of its columns
+    by the factor. scale, middle: [groups, out]; group: [columns], the group of each column. lower: [columns, columns],
+    the block of the factor with rows and columns exchanged. codes and errors [out, columns] receive the result, errors
+    the weight less what its codes stand for. Sums run in one fixed order a row, so the result does not depend on the
+    threads.
     """
-    rows, columns = work.shape
+    rows, columns = weight.shape
     top = np.float32(levels - 1)
     for band in prange((rows + LANES - 1) // LANES):
         first, end = band * LANES, min((band + 1) * LANES, rows)
         values, error = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
-        code, pulled = np.empty((columns, LANES), np.uint8), np.empty(LANES, np.float32)
-        _turn(work[first:end], values)
+        code, pulls = np.empty((columns, LANES), np.uint8), np.empty((columns, LANES), np.float32)
+        _turn(weight[first:end], values)
+        _turn(owed[first:end], pulls)
         for j in range(columns):
-            pulled[:] = 0.0
+            pulled = pulls[j]
             _add_products(lower[j, :j], error[:j], pulled)
             inverse = np.float32(1.0) / lower[j, j]
             step, zero = scale[group[j], first:end], middle[group[j], first:end]
             value, off, chosen = values[j], error[j], code[j]
             for i in range(step.size):
-                left = value[i] - pulled[i]
-                level = np.rint(left / step[i] + zero[i])
+                level = np.rint((value[i] + pulled[i] * inverse) / step[i] + zero[i])
                 level = min(max(level, np.float32(0.0)), top)
                 chosen[i] = np.uint8(level)
-                off[i] = (left - (level - zero[i]) * step[i]) * inverse
+                off[i] = value[i] - (level - zero[i]) * step[i]
         for i in range(end - first):
             own_code, own_error = codes[first + i], errors[first + i]
             for j in range(columns):

@@ -23,7 +23,7 @@ from quantkit.maths.balance import balanced_scale
 from quantkit.maths.compensate import round_compensated
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import InputStatistics, Look
-from quantkit.maths.inverse_factor import InverseFactor, inverse_factor
+from quantkit.maths.gram_factor import GramFactor, factor_gram
 from quantkit.maths.refine import damped, refine
 from quantkit.methods.base import BlockResult, BlockWeights, Method, Scales, check_range, require_finite
 from quantkit.model.blocks import LinearGroup
@@ -242,11 +242,11 @@ class CalibratedBlock:
         """Add to what is odd about a linear."""
         self._notes[name] = "; ".join(filter(None, (self._notes.get(name), text)))
 
-    def _factor(self, linears: list[str], gram: Tensor) -> InverseFactor:
+    def _factor(self, linears: list[str], gram: Tensor) -> GramFactor:
         """What error compensation needs of a Gram matrix; what is odd about it is noted. Raises ModelError."""
         steps = self.steps
         try:
-            factor = inverse_factor(gram, steps.damp, steps.act_order)
+            factor = factor_gram(gram, steps.damp, steps.act_order)
         except ModelError as error:
             raise ModelError(f"{', '.join(linears)}: {error.message}", hint=error.hint) from error
         dead = int(factor.dead.sum())

@@ -8,7 +8,7 @@ from oracles.gptq import gptq
 from quantkit.maths import compensate
 from quantkit.maths.affine import full_range, grid_for_range
 from quantkit.maths.compensate import round_compensated
-from quantkit.maths.inverse_factor import inverse_factor
+from quantkit.maths.gram_factor import factor_gram
 from quantkit.tensors import Grid
 
 
@@ -27,7 +27,7 @@ def test_codes_equal_the_oracle(bits: int, symmetric: bool, act_order: bool) -> 
     grid = Grid(bits, 16, symmetric)
     scale, zero = grid_for_range(*full_range(weight, grid), grid)
     middle = np.full(scale.shape, 2 ** (bits - 1)) if zero is None else zero.numpy()
-    codes = round_compensated(weight, scale, zero, grid, inverse_factor(gram, 0.01, act_order))
+    codes = round_compensated(weight, scale, zero, grid, factor_gram(gram, 0.01, act_order))
     expected = gptq(weight.numpy(), scale.numpy(), middle, gram.numpy(), 16, grid.levels, 0.01, act_order)
     assert np.array_equal(codes.numpy(), expected)
 
@@ -39,7 +39,7 @@ def test_blocks_join_without_a_seam(columns: int) -> None:
     grid = Grid(4, None, False)
     scale, zero = grid_for_range(*full_range(weight, grid), grid)
     assert zero is not None
-    codes = round_compensated(weight, scale, zero, grid, inverse_factor(gram, 0.01, True))
+    codes = round_compensated(weight, scale, zero, grid, factor_gram(gram, 0.01, True))
     expected = gptq(weight.numpy(), scale.numpy(), zero.numpy(), gram.numpy(), columns, 16, 0.01, True)
     # float32 against float64: a value on the edge between two codes may fall either way and is then compensated for
     assert (codes.numpy() != expected).mean() < 0.005
@@ -53,7 +53,7 @@ def test_dead_columns_and_outliers() -> None:
     weight[2] = 0.0
     grid = Grid(4, 16, True)
     scale, zero = grid_for_range(*full_range(weight, grid), grid)
-    factor = inverse_factor(gram, 0.01, True)
+    factor = factor_gram(gram, 0.01, True)
     codes = round_compensated(weight, scale, zero, grid, factor)
     middle = np.full(scale.shape, 8)
     expected = gptq(weight.numpy(), scale.numpy(), middle, gram.numpy(), 16, 16, 0.01, True)
@@ -67,7 +67,7 @@ def test_fewer_tokens_than_columns() -> None:
     grid = Grid(4, 32, False)
     scale, zero = grid_for_range(*full_range(weight, grid), grid)
     assert zero is not None
-    codes = round_compensated(weight, scale, zero, grid, inverse_factor(gram, 0.01, True))
+    codes = round_compensated(weight, scale, zero, grid, factor_gram(gram, 0.01, True))
     expected = gptq(weight.numpy(), scale.numpy(), zero.numpy(), gram.numpy(), 32, 16, 0.01, True)
     assert (codes.numpy() != expected).mean() < 0.02
 
@@ -77,7 +77,7 @@ def test_the_compiled_loop_equals_the_tensor_loop(monkeypatch: pytest.MonkeyPatc
     weight, gram = _case(16, 200, 500)
     grid = Grid(4, 40, False)
     scale, zero = grid_for_range(*full_range(weight, grid), grid)
-    factor = inverse_factor(gram, 0.01, True)
+    factor = factor_gram(gram, 0.01, True)
     compiled = round_compensated(weight, scale, zero, grid, factor)
     monkeypatch.setattr(compensate, "_round_block", compensate._round_block_tensors)
     plain = round_compensated(weight, scale, zero, grid, factor)

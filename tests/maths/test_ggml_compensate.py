@@ -13,7 +13,7 @@ from oracles.gptq import gptq
 from quantkit.maths.ggml import block_layout, encode
 from quantkit.maths.ggml_codes import LAYOUTS, CodedBlocks, put, take
 from quantkit.maths.ggml_compensate import compensate_codes, refine_blocks, values_of
-from quantkit.maths.inverse_factor import inverse_factor
+from quantkit.maths.gram_factor import factor_gram
 from quantkit.maths.refine import damped
 
 
@@ -31,7 +31,7 @@ def _case(type_name: str, rows: int, blocks: int, seed: int = 0) -> tuple[Tensor
 def test_codes_equal_the_oracle(type_name: str) -> None:
     weight, gram, coded = _case(type_name, 2, 1)
     layout = LAYOUTS[type_name]
-    found = compensate_codes(weight, coded, type_name, inverse_factor(gram, 0.01, True))
+    found = compensate_codes(weight, coded, type_name, factor_gram(gram, 0.01, True))
     moved = weight.double() + coded.base.double().repeat_interleave(layout.group, dim=1)
     values = layout.table(torch.device("cpu")).numpy() if layout.values else None
     zero = np.full(coded.step.shape, -layout.low)
@@ -71,7 +71,7 @@ def test_a_sweep_equals_the_oracle(type_name: str) -> None:
 @pytest.mark.parametrize("type_name", LAYOUTS)
 def test_bytes_decode_to_what_was_meant_and_lose_less(type_name: str) -> None:
     weight, gram, coded = _case(type_name, 6, 2, seed=2)
-    factor = inverse_factor(gram, 0.01, True)
+    factor = factor_gram(gram, 0.01, True)
     compensated = compensate_codes(weight, coded, type_name, factor)
     found = refine_blocks(weight, compensated, type_name, damped(gram, factor.damp), 2)
     decoded = gguf.dequantize(put(found, type_name).numpy(), gguf.GGMLQuantizationType[type_name])
@@ -90,7 +90,7 @@ def test_zero_rows_and_dead_columns(type_name: str) -> None:
     weight[1] = 0.0
     gram[5, :] = gram[:, 5] = 0.0
     coded = take(encode(weight, type_name, gram.diagonal()), type_name)
-    factor = inverse_factor(gram, 0.01, True)
+    factor = factor_gram(gram, 0.01, True)
     compensated = compensate_codes(weight, coded, type_name, factor)
     found = refine_blocks(weight, compensated, type_name, damped(gram, factor.damp), 2)
     values = values_of(found, type_name)
