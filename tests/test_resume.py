@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,8 @@ def test_a_changed_calibration_set_is_refused(model: Path, tmp_path: Path, monke
 
 def test_files_that_were_lost_are_noticed(stopped: Path, model: Path) -> None:
     partial = stopped.parent / ".out.partial"
-    for path in (partial / "artifact" / ".model-00001.partial", next(partial.glob("states-*"))):
+    states = max(partial.glob("states-*"), key=lambda path: path.stat().st_mtime_ns)
+    for path in (partial / "artifact" / ".model-00001.partial", states):
         content = path.read_bytes()
         for damaged in (None, content[:-400_000] if len(content) > 400_000 else content[: len(content) // 4]):
             path.unlink()
@@ -177,6 +179,25 @@ def test_files_that_were_lost_are_noticed(stopped: Path, model: Path) -> None:
             assert caught.value.hint is not None and "--restart" in caught.value.hint
             path.write_bytes(content)
     make(model, stopped)
+
+
+def test_states_are_written_over_those_of_the_last_checkpoint_but_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = Checkpoints._write_hidden, []
+
+    def write_hidden(self: Checkpoints, held: Any) -> None:
+        original(self, held)
+        files = (tmp_path / ".out.partial").glob("states-*")
+        seen.append({path.name: (path.stat().st_ino, path.read_bytes()) for path in files})
+
+    monkeypatch.setattr(Checkpoints, "_write_hidden", write_hidden)
+    make(model, tmp_path / "out")
+    assert [len(files) for files in seen] == [1, 2, 2, 2, 2]
+    for before, after in pairwise(seen[1:]):
+        (kept,) = (name for name in after if after[name] == before[name])
+        assert all(after[name][0] == before[name][0] for name in after)
+        assert all(len(after[name][1]) == len(after[kept][1]) for name in after)
 
 
 def test_a_write_that_fails_keeps_what_was_done(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +314,7 @@ def test_a_run_that_ended_between_artifact_and_farewell_is_done(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_work_is_written_down_for_a_fiftieth_of_the_time(
+def test_work_is_written_down_for_a_small_share_of_the_time(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock on which a block takes 10 s and each fsync 1 s."""

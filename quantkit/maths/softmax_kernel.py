@@ -1,7 +1,6 @@
 """A compiled softmax over what a query may see, from float32 scores to bfloat16 weights.
 
-Two passes over scores in the cache: the exponential is a polynomial in plain multiplications, so that the loop is
-vectorized, and the rounding to bfloat16 is done on the bits.
+Two passes over scores in the cache, both vectorized.
 """
 
 from __future__ import annotations
@@ -10,12 +9,8 @@ import numpy as np
 from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from quantkit.maths.float_bits import bits_of, from_bits, stored_as
+from quantkit.maths.float_bits import power_of_two, stored_as
 from quantkit.maths.lane_sum import lane_sum
-
-LOWEST = np.float32(-126.0)
-"""The least power of two that is told from zero: float32's smallest normal number."""
-
 
 LANES = 64
 """Scores whose maxima are taken side by side: a maximum over one row after another is not vectorized."""
@@ -52,19 +47,7 @@ def _soften(
     row, own = scores[:seen], weights[:seen]
     most = _largest(row, lanes)
     for k in range(row.size):
-        power = (row[k] - most) * steps
-        power = LOWEST if power < LOWEST else power
-        whole = np.floor(power)
-        part = power - whole
-        # 2^part on [0, 1), fitted for the least relative error
-        value = np.float32(1.8775767e-3)
-        value = value * part + np.float32(8.9893397e-3)
-        value = value * part + np.float32(5.5826318e-2)
-        value = value * part + np.float32(2.4015361e-1)
-        value = value * part + np.float32(6.9315308e-1)
-        value = value * part + np.float32(9.9999994e-1)
-        value = from_bits(bits_of(value) + (np.int32(whole) << np.int32(23)))
-        row[k] = value
+        row[k] = power_of_two((row[k] - most) * steps)
     inverse = np.float32(1.0) / lane_sum(row)
     for k in range(row.size):
         own[k] = stored_as(row[k] * inverse, own[k])

@@ -23,6 +23,7 @@ from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Accumulator, GramAccumulator, InputStatistics, Look, SquaresAccumulator
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, linear_shape
 from quantkit.model.eight_bit import use_eight_bits
+from quantkit.model.gates import use_compiled_gates
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import without_weights
 from quantkit.model.norms import use_compiled_norms
@@ -86,6 +87,7 @@ class BlockRunner:
 
             use_causal_attention(self.model)
             use_compiled_norms(self.model.modules())
+            use_compiled_gates(self.model.modules())
             use_compiled_rotation(self.model.modules())
         self.model.eval()
         self.trunk = self.model.get_submodule(self.architecture.trunk)
