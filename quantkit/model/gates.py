@@ -25,7 +25,8 @@ class CompiledGate(nn.Module):
     """Mixed into the class of an MLP that is spelled as above."""
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.down_proj(silu_times(self.gate_proj(states), self.up_proj(states)))  # type: ignore[no-any-return]
+        made: Tensor = self.down_proj(silu_times(self.gate_proj(states), self.up_proj(states)))  # type: ignore[operator]
+        return made
 
 
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
@@ -33,11 +34,11 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     known = gate.dtype == up.dtype in (torch.float32, torch.bfloat16) and gate.device.type == up.device.type == "cpu"
     if not known or gate.shape != up.shape:
         return nn.functional.silu(gate) * up
-    from quantkit.maths.gate_kernel import silu_times
+    from quantkit.maths import gate_kernel
 
     rows = [tensor.detach().reshape(-1, gate.shape[-1]) for tensor in (gate, up)]
     out = torch.empty_like(rows[0])
-    silu_times(*map(readable, rows), readable(out))
+    gate_kernel.silu_times(readable(rows[0]), readable(rows[1]), readable(out))
     return out.view(gate.shape)
 
 
@@ -56,7 +57,7 @@ def use_compiled_gates(modules: Iterable[nn.Module]) -> None:
         module.__class__ = _COMPILED[kind]
 
 
-def _same(one: Any, other: FunctionType) -> bool:
+def _same(one: Any, other: Any) -> bool:
     """Whether two functions do the same to the attributes of the same names."""
     return isinstance(one, FunctionType) and all(
         getattr(one.__code__, part) == getattr(other.__code__, part) for part in ("co_code", "co_names", "co_argcount")
