@@ -181,13 +181,22 @@ def test_files_that_were_lost_are_noticed(stopped: Path, model: Path) -> None:
     make(model, stopped)
 
 
+def test_states_of_another_checkpoint_are_not_taken(stopped: Path, model: Path) -> None:
+    """A journal that was damaged may tell of an older checkpoint, whose states have been written over."""
+    partial = stopped.parent / ".out.partial"
+    newest, other = sorted(partial.glob("states-*"), key=lambda path: -path.stat().st_mtime_ns)
+    newest.write_bytes(other.read_bytes())
+    with pytest.raises(DataError, match="does not hold what the journal"):
+        make(model, stopped)
+
+
 def test_states_are_written_over_those_of_the_last_checkpoint_but_one(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, seen = Checkpoints._write_hidden, []
 
-    def write_hidden(self: Checkpoints, held: Any) -> None:
-        original(self, held)
+    def write_hidden(self: Checkpoints, *given: Any) -> None:
+        original(self, *given)
         files = (tmp_path / ".out.partial").glob("states-*")
         seen.append({path.name: (path.stat().st_ino, path.read_bytes()) for path in files})
 

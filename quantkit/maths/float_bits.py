@@ -57,13 +57,13 @@ LEAST_POWER = np.float32(-126.0)
 """The least power of two that is told from zero: float32's smallest normal number."""
 
 MOST_POWER = np.float32(127.0)
-"""The largest that is told from infinity."""
+"""The largest whole one that is told from infinity."""
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def power_of_two(power: np.float32) -> np.float32:
-    """2^power, within 3e-7 of it where it can be told from zero and from infinity: a polynomial in plain
-    multiplications, so that a loop over it is vectorized."""
+    """2^power from the least to the most of the above, within 3e-7 of it; outside of them that of the nearer one. A
+    polynomial in plain multiplications, so that a loop over it is vectorized."""
     power = LEAST_POWER if power < LEAST_POWER else power
     power = MOST_POWER if power > MOST_POWER else power
     whole = np.floor(power)

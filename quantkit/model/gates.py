@@ -24,8 +24,8 @@ def _spelled(self, x):  # type: ignore[no-untyped-def] # compared with what mode
 class CompiledGate(nn.Module):
     """Mixed into the class of an MLP that is spelled as above."""
 
-    def forward(self, states: Tensor) -> Tensor:
-        made: Tensor = self.down_proj(silu_times(self.gate_proj(states), self.up_proj(states)))  # type: ignore[operator]
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.down_proj(silu_times(self.gate_proj(x), self.up_proj(x)))  # type: ignore[operator]
         return made
 
 
@@ -37,7 +37,7 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     from quantkit.maths import gate_kernel
 
     rows = [tensor.detach().reshape(-1, gate.shape[-1]) for tensor in (gate, up)]
-    out = torch.empty_like(rows[0])
+    out = torch.empty(rows[0].shape, dtype=gate.dtype)  # in one piece, whatever the gate is
     gate_kernel.silu_times(readable(rows[0]), readable(rows[1]), readable(out))
     return out.view(gate.shape)
 
@@ -48,9 +48,11 @@ _COMPILED: dict[type[nn.Module], type[nn.Module]] = {}
 
 def use_compiled_gates(modules: Iterable[nn.Module]) -> None:
     """Let the gated MLPs among these go through the loop."""
+    from transformers.activations import SiLUActivation
+
     for module in modules:
         kind = type(module)
-        if not _same(kind.forward, _spelled) or not _is_silu(getattr(module, "act_fn", None)):
+        if not _same(kind.forward, _spelled) or type(getattr(module, "act_fn", None)) not in (nn.SiLU, SiLUActivation):
             continue
         if kind not in _COMPILED:
             _COMPILED[kind] = type(kind.__name__, (CompiledGate, kind), {})
@@ -58,15 +60,10 @@ def use_compiled_gates(modules: Iterable[nn.Module]) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two functions do the same to the attributes of the same names."""
-    return isinstance(one, FunctionType) and all(
-        getattr(one.__code__, part) == getattr(other.__code__, part) for part in ("co_code", "co_names", "co_argcount")
+    """Whether two functions take the same arguments and do the same to the attributes of the same names."""
+    parts = ("co_code", "co_names", "co_varnames", "co_argcount", "co_freevars")
+    return (
+        isinstance(one, FunctionType)
+        and not one.__defaults__
+        and all(getattr(one.__code__, part) == getattr(other.__code__, part) for part in parts)
     )
-
-
-def _is_silu(activation: Any) -> bool:
-    """Whether an activation is SiLU: transformers has a module of its own for it besides PyTorch's."""
-    if not isinstance(activation, nn.Module):
-        return False
-    telling = torch.linspace(-8.0, 8.0, 65)
-    return torch.equal(activation(telling), nn.functional.silu(telling))

@@ -49,6 +49,17 @@ def test_a_factor_in_float32_is_that_of_float64(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(found, found.triu())
 
 
+@pytest.mark.parametrize("size", [1, 2, 192, 193, 385, 386, 577])
+def test_halves_of_any_size_join(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    inputs = torch.randn(2 * size + 5, size, generator=generator) * torch.linspace(0.2, 4.0, size)
+    gram = inputs.T @ inputs
+    found = factor_gram(gram, 0.01, True)
+    exact = _exact(gram[found.order][:, found.order], 0.01)
+    assert (found.upper - exact).abs().max() < 2e-5 * exact.abs().max()
+    assert torch.equal(found.upper, found.upper.triu())
+
+
 def test_where_float32_has_no_digits_left_float64_factors() -> None:
     """One direction holds nearly all of the inputs, so that what tells the columns apart is below its rounding."""
     generator = torch.Generator().manual_seed(0)

@@ -47,7 +47,30 @@ def test_a_forward_that_asks_for_more_is_not_taken() -> None:
             down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
             return down_proj
 
-    assert type(mlp(Halved, "silu")) is Halved
+    class Optional(LlamaMLP):
+        def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
+            down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return down_proj
+
+    for kind in (Halved, Optional):
+        assert type(mlp(kind, "silu")) is kind
+
+
+def test_an_activation_that_may_be_more_is_not_asked() -> None:
+    class Scaled(nn.SiLU):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("it may want inputs of another kind")
+
+    made = LlamaMLP(SimpleNamespace(hidden_size=24, intermediate_size=40, mlp_bias=False, hidden_act="silu"))
+    made.act_fn = Scaled()
+    use_compiled_gates([made])
+    assert type(made) is LlamaMLP
+
+
+def test_inputs_may_lie_in_any_order() -> None:
+    gate, up = torch.randn(40, 6).T, torch.randn(6, 40)
+    torch.testing.assert_close(silu_times(gate, up), nn.functional.silu(gate) * up)
+    torch.testing.assert_close(silu_times(up, gate), nn.functional.silu(up) * gate)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
