@@ -155,4 +155,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from quantkit.interrupts import end
+
+    end(main())

@@ -122,4 +122,7 @@ def main(job_file: str, out_file: str) -> None:
 
 
 if __name__ == "__main__":
+    from quantkit.interrupts import end
+
     main(*sys.argv[1:])
+    end(0)

@@ -43,8 +43,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(job_file: str, answer_file: str) -> None:
-    """Read a job, do it, write the answer; exits with 1 when that is an error the user can act on."""
+    """Read a job, do it, write the answer; ends as quantkit's commands do, with 1 when that is an error the user can act
+    on."""
     from quantkit.errors import QuantkitError
+    from quantkit.interrupts import end
     from quantkit.quiet import quiet_libraries
 
     quiet_libraries()
@@ -54,7 +56,7 @@ def main(job_file: str, answer_file: str) -> None:
         print(error.render(), file=sys.stderr)
         answer = {"error": error.message.splitlines()[0]}
     Path(answer_file).write_text(json.dumps(answer))
-    sys.exit("error" in answer)
+    end("error" in answer)
 
 
 if __name__ == "__main__":
