@@ -53,7 +53,7 @@ def balanced_scale(
     sizes = grouped(weight[:: -(-len(weight) // ROWS)].float().abs()).transpose(0, 1)  # [groups, rows, group_size]
     largest = sizes.amax(dim=2, keepdim=True)
     powers = (sizes / _or_one(largest)).square_().pow_(SHARPNESS / 2)  # cubes are products, higher powers logarithms
-    turned = powers.transpose(1, 2).contiguous()  # a row times a matrix takes a sixth of what a matrix times a column does
+    turned = powers.transpose(1, 2).contiguous()  # a row by a matrix takes a sixth of a matrix by a column
     rows = (largest / _or_one(largest.max())).square()  # [groups, rows, 1], what a row's range counts
     inputs = grouped((magnitude / _or_one(magnitude.max())).float().square())  # [groups, group_size]
     known = (sizes.amax(dim=1) > 0) & (inputs > 0)
