@@ -43,7 +43,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(job_file: str, answer_file: str) -> None:
-    """Read a job, do it, write the answer; ends as quantkit's commands do, with 1 when that is an error for the user."""
+    """Read a job, do it, write the answer; ends as commands do, with 1 when that is an error for the user."""
     from quantkit.errors import QuantkitError
     from quantkit.interrupts import end
     from quantkit.quiet import quiet_libraries
