@@ -4,8 +4,8 @@ H = R R^T with R upper triangular, so that columns are taken in their order. The
 then `|D R|^2`, and element k of `D R` knows no column behind k: rounding can go from the first column to the last and
 bring each element as near to 0 as its grid allows. That is GPTQ, whose own description takes a factor of the inverse of
 H (`maths/compensate.py`); that the two are the same is shown by Chen et al. 2025, The Geometry of LLM Quantization:
-GPTQ as Babai's Nearest Plane Algorithm. Here nothing is
-inverted but small blocks on the diagonal, where the inverse is half of the work.
+GPTQ as Babai's Nearest Plane Algorithm. Nothing is inverted here but small blocks on the diagonal; the inverse was half
+of the work.
 """
 
 from __future__ import annotations
