@@ -50,14 +50,15 @@ def compensated(weight: Tensor, factor: GramFactor, round_block: RoundBlock) -> 
     for. It may overwrite the first two.
     """
     columns, order = weight.shape[1], factor.order
-    work = reordered(weight.float(), order)  # [out, in], in the order of rounding
-    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    owed = torch.zeros_like(work)
+    # in the order of rounding; the weight itself is brought to it a block at a time, so that no copy of it is held
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    owed = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for start in range(0, columns, BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, columns)
         part = slice(start, end)
         upper = factor.upper[part, part].contiguous()
-        codes[:, part], error = round_block(work[:, part].contiguous(), owed[:, part].contiguous(), order[part], upper)
+        own = reordered(weight, order[part]).float()
+        codes[:, part], error = round_block(own, owed[:, part].contiguous(), order[part], upper)
         if end < columns:
             owed[:, end:] += times_transposed(error, factor.upper[part, end:].T)
     return reordered(codes, torch.argsort(order))
