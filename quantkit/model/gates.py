@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.maths.gram import readable
+from quantkit.model.mixed import mixed_into
 
 
 def _spelled(self, x):  # type: ignore[no-untyped-def] # compared with what models have, as it is compiled
@@ -42,21 +43,14 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     return out.view(gate.shape)
 
 
-_COMPILED: dict[type[nn.Module], type[nn.Module]] = {}
-"""The class that takes an MLP's place."""
-
-
 def use_compiled_gates(modules: Iterable[nn.Module]) -> None:
     """Let the gated MLPs among these go through the loop."""
     from transformers.activations import SiLUActivation
 
     for module in modules:
         kind = type(module)
-        if not _same(kind.forward, _spelled) or type(getattr(module, "act_fn", None)) not in (nn.SiLU, SiLUActivation):
-            continue
-        if kind not in _COMPILED:
-            _COMPILED[kind] = type(kind.__name__, (CompiledGate, kind), {})
-        module.__class__ = _COMPILED[kind]
+        if _same(kind.forward, _spelled) and type(getattr(module, "act_fn", None)) in (nn.SiLU, SiLUActivation):
+            module.__class__ = mixed_into(kind, CompiledGate)
 
 
 def _same(one: Any, other: Any) -> bool:

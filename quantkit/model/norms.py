@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from quantkit.model.mixed import mixed_into
+
 EPS_NAMES = ("variance_epsilon", "eps")
 """What models call what is added to the mean square."""
 
@@ -57,15 +59,9 @@ class CompiledNorm(nn.Module):
         return out.view(states.shape)
 
 
-_COMPILED: dict[type[nn.Module], type[nn.Module]] = {}
-"""The class that takes a norm's place."""
-
-
 def use_compiled_norms(modules: Iterable[nn.Module]) -> None:
     """Let the root-mean-square norms among these go through the loop where it says the same."""
     for module in modules:
         kind = type(module)
         if kind.__name__.endswith("RMSNorm") and not isinstance(module, CompiledNorm):
-            if kind not in _COMPILED:
-                _COMPILED[kind] = type(kind.__name__, (CompiledNorm, kind), {})
-            module.__class__ = _COMPILED[kind]
+            module.__class__ = mixed_into(kind, CompiledNorm)
