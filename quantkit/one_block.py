@@ -104,10 +104,38 @@ class ModelRun:
 
 
 def quantize_staged(
-    state: JobState, run: ModelRun, module: nn.Module, block: Block, tensors: Mapping[str, Tensor], *, last: bool
+    state: JobState, run: ModelRun, module: nn.Module, block: Block, tensors: dict[str, Tensor], *, last: bool
 ) -> None:
-    """Quantize one block for a job whose linears see inputs that passed everything rounded before them."""
+    """Quantize one block for a job whose linears see inputs that passed everything rounded before them.
+
+    Of the linears that are rounded by their inputs only names and shapes are left in `tensors`.
+    """
     started = time.perf_counter()
+    runner, hidden = run.runner, state.hidden
+    assert hidden is not None
+    beside = None
+    if state.corrects:
+        state.beside = hidden.copy() if state.beside is None else state.beside  # they part behind the first block
+        beside = (runner.twin(block, tensors), state.beside)
+    results, works = _started(state, run, module, block, tensors)
+    needed = runner.kept_bytes(block, hidden) * (1 if beside is None else 2)
+    keep = needed < run.memory.room_bytes(runner.device)
+    look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
+    rounder = _Rounder(block, works)
+    runner.staged(module, block, hidden, rounder, keep=keep, advance=not last, beside=beside, look=look)
+    results += [work.result() for work in works]
+    _finish_block(state, block, tensors, merge(results))
+    state.own_s += time.perf_counter() - started
+
+
+def _started(
+    state: JobState, run: ModelRun, module: nn.Module, block: Block, tensors: dict[str, Tensor]
+) -> tuple[list[BlockResult], list[CalibratedBlock]]:
+    """What methods that look at no inputs made of their linears, and those that do with their scales folded.
+
+    The block's module then holds all that, but for linears whose inputs are looked at: none of them runs before it is
+    rounded, so the work on them alone has their weights.
+    """
     runner, hidden = run.runner, state.hidden
     assert hidden is not None
     now = dict(tensors)
@@ -120,26 +148,19 @@ def quantize_staged(
             results.append(method.quantize_block(given, {}))
             made = results[-1].quantized
             now |= {f"{name}.weight": block.oriented(tensor.dequantize()) for name, tensor in made.items()}
-    if any(work.steps.exponents for work in works):
-        runner.assign(module, block, now)
-        seen = runner.statistics(module, block, hidden.copy(every=looked_at(hidden)), advance=False)
-        for work in works:
-            work.fold(seen[Look.WHOLE])
-            now |= {f"{name}.weight": block.oriented(weight) for name, weight in work.weights.items()} | work.replaced
-
-    beside = None
-    if state.corrects:
-        state.beside = hidden.copy() if state.beside is None else state.beside  # they part behind the first block
-        beside = (runner.twin(block, tensors), state.beside)
     runner.assign(module, block, now)
-    needed = runner.kept_bytes(block, hidden) * (1 if beside is None else 2)
-    keep = needed < run.memory.room_bytes(runner.device)
-    look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
-    rounder = _Rounder(block, works)
-    runner.staged(module, block, hidden, rounder, keep=keep, advance=not last, beside=beside, look=look)
-    results += [work.result() for work in works]
-    _finish_block(state, block, tensors, merge(results))
-    state.own_s += time.perf_counter() - started
+    seen = {}
+    if any(work.steps.exponents for work in works):
+        seen = runner.statistics(module, block, hidden.copy(every=looked_at(hidden)), advance=False)[Look.WHOLE]
+    del now, given
+    for work in works:
+        runner.release(module, block, work.weights)
+        for name in work.weights:
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to("meta")
+    for work in works:
+        work.fold(seen)
+        runner.assign(module, block, work.replaced)
+    return results, works
 
 
 @dataclass(frozen=True)
@@ -211,14 +232,14 @@ def _finish_block(state: JobState, block: Block, tensors: Mapping[str, Tensor], 
 def _write_quantized(state: JobState, linear: str, weight: Tensor, result: BlockResult) -> None:
     tensor = result.quantized[linear]
     stored = state.writer.add(f"{linear}.weight", on_cpu(tensor))
-    reference = result.reference.get(linear, weight)
+    known = linear in result.sqnr_db
     state.records.append(
         TensorRecord(
             name=linear,
             requested=state.methods[linear].label(),
             applied=result.applied[linear],
             bits_per_weight=stored * 8 / weight.numel(),
-            sqnr_db=sqnr_db(*energies(reference, tensor.pieces())),
+            sqnr_db=result.sqnr_db[linear] if known else sqnr_db(*energies(weight, tensor.pieces())),
             reason=result.notes.get(linear),
         )
     )

@@ -8,7 +8,7 @@ hidden states.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -37,7 +37,8 @@ from quantkit.recipe import recipe_sha256
 from quantkit.streaming import Measuring, stream
 
 RETURN_EVERY = 16
-"""Calibrated blocks after which freed memory goes back to the system: to get it again takes a tenth of a second."""
+"""Calibrated blocks after which freed memory goes back to the system, without a limit: to get it again takes a tenth of
+a second."""
 
 
 def quantize(
@@ -137,11 +138,12 @@ def _run(
                     return_freed_memory()
                 tracker.advance(note=block.prefix.rstrip("."))
         else:
+            every = RETURN_EVERY if memory.limit_bytes is None else 1
             for block, tensors in _read(source, blocks[checkpoints.done :], ahead=device.type == "cuda"):
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
                 del tensors
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                if (block.index + 1) % RETURN_EVERY == 0:
+                if (block.index + 1) % every == 0:
                     return_freed_memory()
                 tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
@@ -195,12 +197,13 @@ def _read(source: Source, blocks: Sequence[Block], *, ahead: bool) -> Iterator[t
             yield block, found
 
 
-def _run_block(
-    states: list[JobState], run: ModelRun, block: Block, tensors: Mapping[str, Tensor], *, last: bool
-) -> None:
-    """One block for every job. Jobs that look at the unquantized model's inputs share them; others have their own."""
+def _run_block(states: list[JobState], run: ModelRun, block: Block, tensors: dict[str, Tensor], *, last: bool) -> None:
+    """One block for every job. Jobs that look at the unquantized model's inputs share them; others have their own.
+
+    tensors: used up, so that none is held longer than it is needed.
+    """
     runner = run.runner
-    on_device = {name: tensor.to(runner.device) for name, tensor in tensors.items()}
+    on_device = {name: tensors.pop(name).to(runner.device) for name in list(tensors)}
     followers = [state for state in states if state.calibrated and not state.propagates]
     leaders = [state for state in states if state.calibrated and state.propagates]
     if run.hidden is not None:
@@ -216,11 +219,12 @@ def _run_block(
             statistics = runner.statistics(module, block, run.hidden, advance=not last, looks=looks)
         else:
             run.hidden = None
-        for state in states:
-            if state in leaders:
-                quantize_staged(state, run, module, block, on_device, last=last)
-            else:
-                quantize_block(state, block, on_device, statistics)
+        others = [state for state in states if state not in leaders]
+        for state in leaders:
+            own = on_device if state is leaders[-1] and not others else dict(on_device)
+            quantize_staged(state, run, module, block, own, last=last)
+    for state in others:
+        quantize_block(state, block, on_device, statistics)
 
 
 def _manifest(

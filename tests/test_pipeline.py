@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from conftest import write_tiny_llama
 from fakes.runs import quietly
@@ -24,6 +25,7 @@ from quantkit.manifest import Manifest, read_manifest
 from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.maths.pairs import move_pairs
 from quantkit.methods.base import BlockWeights
+from quantkit.methods.calibrated import CalibratedBlock
 from quantkit.model import forward
 from quantkit.model.blocks import LinearGroup, blocks_of, head_dim
 from quantkit.model.calibration import load_calibration
@@ -211,6 +213,35 @@ def test_a_memory_limit_changes_no_byte(
         if path.name != "quantkit.json":
             assert path.read_bytes() == (tmp_path / "tight" / path.name).read_bytes(), path.name
     assert {path.name for path in (tmp_path / "tight").iterdir()} == {p.name for p in (tmp_path / "free").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["gptq-4bit-g64", "gptq-4bit-g64-plain", "awq-4bit-g64-nearest"])
+def test_stored_weights_are_let_go_as_they_are_rounded(
+    name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored: dict[str, StorageWeakRef] = {}
+    read, round_group = pipeline._read, CalibratedBlock.round
+    asked: list[str] = []
+
+    def note_read(*args: Any, **settings: Any) -> Any:
+        for block, tensors in read(*args, **settings):
+            stored.clear()
+            stored.update(
+                {linear: StorageWeakRef(tensors[f"{linear}.weight"].untyped_storage()) for linear in block.linears}
+            )
+            yield block, tensors
+
+    def note_round(self: CalibratedBlock, group: LinearGroup, *args: Any) -> Any:
+        asked.extend(group.linears)
+        later = {linear for one in self.given.block.groups for linear in one.linears if linear not in asked}
+        held = {linear for linear, storage in stored.items() if not storage.expired()}
+        assert held <= later | set(group.linears)
+        return round_group(self, group, *args)
+
+    monkeypatch.setattr(pipeline, "_read", note_read)
+    monkeypatch.setattr(CalibratedBlock, "round", note_round)
+    make(name, tiny_llama, tmp_path / "out", "method.propagate=quantized")
+    assert len(asked) == 14, "two blocks of seven"
 
 
 UNQUANTIZED = "method.propagate=unquantized"

@@ -16,10 +16,13 @@ from torch import Tensor
 from quantkit.maths.gram_factor import GramFactor
 from quantkit.maths.order import reordered
 from quantkit.maths.products import times_transposed
-from quantkit.tensors import Grid
+from quantkit.tensors import Grid, row_bands
 
 BLOCK_COLUMNS = 128
 """Columns that are rounded before the rest is updated by one matrix product: the paper's B."""
+
+OWED_BAND = 1 << 22
+"""Values that are added to what is owed at once; their product would be as large as a weight otherwise."""
 
 RoundBlock = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A block of columns, what is owed to them, their numbers and their part of the factor to codes and errors: see
@@ -60,7 +63,9 @@ def compensated(weight: Tensor, factor: GramFactor, round_block: RoundBlock) -> 
         own = reordered(weight, order[part]).float()
         codes[:, part], error = round_block(own, owed[:, part].contiguous(), order[part], upper)
         if end < columns:
-            owed[:, end:] += times_transposed(error, factor.upper[part, end:].T)
+            behind = factor.upper[part, end:].T
+            for rows in row_bands(owed[:, end:], OWED_BAND):
+                owed[rows, end:] += times_transposed(error[rows], behind)
     return reordered(codes, torch.argsort(order))
 
 

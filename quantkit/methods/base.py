@@ -63,14 +63,15 @@ class BlockResult:
     quantized: {linear module name: quantized tensor}. replaced: {tensor name: new tensor, float32} for tensors that are
     stored unquantized but had a scale folded in. applied: {linear module name: what was really done, such as
     "gptq 4-bit g128 act-order"}; notes: {linear module name: why that differs from what was asked}.
-    reference: {linear module name: the float32 weight that the codes approximate} where a fold changed it.
+    sqnr_db: {linear module name: signal to quantization noise, None where nothing is lost} of those whose codes were
+    held beside the weight that they were made of, which may be another than the stored one.
     """
 
     quantized: Mapping[str, QuantizedTensor]
     applied: Mapping[str, str]
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
-    reference: Mapping[str, Tensor] = field(default_factory=dict)
+    sqnr_db: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def merge(results: Iterable[BlockResult]) -> BlockResult:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, ClassVar
 
@@ -24,6 +24,7 @@ from quantkit.maths.compensate import round_compensated
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import InputStatistics, Look
 from quantkit.maths.gram_factor import GramFactor, factor_gram
+from quantkit.maths.measure import energies, sqnr_db
 from quantkit.maths.refine import damped, refine
 from quantkit.methods.base import BlockResult, BlockWeights, Method, Scales, check_range, require_finite
 from quantkit.model.blocks import LinearGroup
@@ -116,23 +117,25 @@ class CalibratedMethod(Method):
 class CalibratedBlock:
     """One block under one method's steps: first `fold`, then `round` for each group of linears in the order they run.
 
-    weights: {linear: float32 [out, in]} as they stand now. replaced: {tensor name: float32} for norms and biases that
-    a scale was folded into.
+    weights: {linear: float32 [out, in]} as they stand now, of those that are not rounded yet. replaced: {tensor name:
+    float32} for norms and biases that a scale was folded into.
     """
 
     def __init__(self, given: BlockWeights, steps: Steps):
-        self.given, self.steps = given, steps
+        self.steps = steps
         self.weights: dict[str, Tensor] = {name: given.finite(name) for name in given.weights}
+        self.given = replace(given, weights={})  # a checkpoint's tensors are not held beside these
         self.replaced: dict[str, Tensor] = {}
-        self._moved: set[str] = set()
         self._input_scale: dict[str, Tensor] = {}
         self._quantized: dict[str, QuantizedTensor] = {}
+        self._sqnr: dict[str, float | None] = {}
         self._notes: dict[str, str] = {}
         self._marks: dict[str, list[str]] = {name: [] for name in given.weights}
+        self._rows = {name: len(weight) for name, weight in given.weights.items()}
 
     def ours(self, group: LinearGroup) -> list[str]:
         """The linears of a group that this method quantizes."""
-        return [name for name in group.linears if name in self.weights]
+        return [name for name in group.linears if name in self._rows]
 
     def behind_scale(self, linear: str, gram: Tensor) -> Tensor:
         """The Gram matrix of a linear's inputs once its scale is divided out of them: float32 [in, in]."""
@@ -177,16 +180,23 @@ class CalibratedBlock:
             before = [self.weights[name] for name in ours]
             after = correction.corrected(before, gram, self.steps.damp, self.steps.correction)
             self.weights |= zip(ours, after, strict=True)
-            self._moved |= set(ours)
+            del before, after
         self._quantized |= self._round(ours, gram)
-        return {name: self._quantized[name].dequantize() for name in ours}
+        return {name: self._decoded(name) for name in ours}
+
+    def _decoded(self, name: str) -> Tensor:
+        """What the codes of a linear stand for, float32 [out, in], held beside the weight that they were made of, which
+        nothing asks for behind this."""
+        decoded = self._quantized[name].dequantize()
+        self._sqnr[name] = sqnr_db(*energies(self.weights.pop(name), [decoded.flatten()]))
+        return decoded
 
     def _round(self, ours: list[str], gram: Tensor) -> Mapping[str, QuantizedTensor]:
         """Linears of one input, stacked by rows so that each matrix is factored once."""
         steps, grid = self.steps, self.steps.grid
         for name in ours:
             check_range(f"{name}.weight", self.weights[name], grid)
-        stacked = torch.cat([self.weights[name] for name in ours]) if len(ours) > 1 else self.weights[ours[0]]
+        stacked = self._stacked(ours)
         if steps.search_range:
             scale, zero = search_grid(stacked, grid, gram.diagonal() if steps.compensate else gram)
         else:
@@ -201,11 +211,19 @@ class CalibratedBlock:
             rounded[name] = GroupTensor(codes[rows].contiguous(), scale[rows].contiguous(), own_zero, grid)
         return rounded
 
+    def _stacked(self, linears: list[str]) -> Tensor:
+        """Weights by rows, float32 [sum of out, in]; each is a part of that from now on, so that none is held twice."""
+        if len(linears) == 1:
+            return self.weights[linears[0]]
+        whole = torch.cat([self.weights[name] for name in linears])
+        self.weights |= {name: whole[rows] for name, rows in self.rows_of(linears).items()}
+        return whole
+
     def rows_of(self, linears: list[str]) -> dict[str, slice]:
         """Where each linear lies when they are stacked by rows."""
         found, start = {}, 0
         for name in linears:
-            found[name] = slice(start, start + self.weights[name].shape[0])
+            found[name] = slice(start, start + self._rows[name])
             start = found[name].stop
         return found
 
@@ -215,13 +233,12 @@ class CalibratedBlock:
 
     def result(self) -> BlockResult:
         """What was made of the block so far."""
-        changed = self._moved | set(self._input_scale)
         return BlockResult(
             quantized=self._quantized,
             applied={name: " ".join([self.label(name), *self._marks[name]]) for name in self._quantized},
             replaced=self.replaced,
             notes=self._notes,
-            reference={name: self.weights[name] for name in changed if name in self._quantized},
+            sqnr_db=self._sqnr,
         )
 
     def _compensate(
@@ -274,13 +291,13 @@ class CalibratedBlock:
                 self._note(name, f"no scale: {reason}")
             return
         assert group.producer is not None
-        stacked = torch.cat([self.weights[name] for name in ours])  # [sum of out, in]
+        stacked = self._stacked(ours)
         channels = repeats = 0
         mean_abs = seen.mean_abs
         tie = None
         if group.producer_kind == "value":
             assert self.given.head_dim is not None
-            channels = self.weights[group.producer].shape[0]
+            channels = self._rows[group.producer]
             repeats = stacked.shape[1] // channels
             tie = partial(fold.mean_over_heads, head_dim=self.given.head_dim, repeats=repeats)
             mean_abs = tie(mean_abs)
@@ -320,7 +337,7 @@ class CalibratedBlock:
         if group.producer_kind == "norm":
             missing = self._other(f"{group.producer}.weight") is None
             return f"{group.producer}.weight is not stored" if missing else None
-        return None if group.producer in self.weights else f"{group.producer} is not quantized by this method"
+        return None if group.producer in self._rows else f"{group.producer} is not quantized by this method"
 
     def _norm_holds(self, name: str, scale: Tensor) -> bool:
         """Whether a norm's gains, divided by a scale, keep the digits that float16 gives them now."""
@@ -348,7 +365,6 @@ class CalibratedBlock:
             return
         assert group.producer is not None
         self.weights[group.producer] = self.weights[group.producer] / scale[:, None]
-        self._moved.add(group.producer)
 
 
 def _finite(linears: list[str], seen: InputStatistics) -> InputStatistics:

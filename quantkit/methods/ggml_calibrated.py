@@ -63,7 +63,7 @@ class GGMLBlock(CalibratedBlock):
         rounded = {}
         for type_name in dict.fromkeys(self._types[name] for name in ours):
             names = [name for name in ours if self._types[name] == type_name]
-            stacked = torch.cat([self.weights[name] for name in names])  # [sum of out, in]
+            stacked = self._stacked(names)
             try:
                 data = encode(stacked, type_name, importance)
             except ModelError as error:

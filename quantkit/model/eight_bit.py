@@ -16,8 +16,9 @@ class EightBitLinear(nn.Linear):
     off.
 
     The weight is coded when the first inputs behind its assignment come, which tell how to balance its columns: later
-    batches take it as it is, so the same inputs in the same order give the same outputs. A handful of tokens, such as
-    an expert may get, tells too little of the columns, and goes without.
+    batches take it as it is, so the same inputs in the same order give the same outputs. What was assigned is then not
+    held beside its codes. A handful of tokens, such as an expert may get, tells too little of the columns, and goes
+    without.
     """
 
     wide = False
@@ -30,7 +31,10 @@ class EightBitLinear(nn.Linear):
         if self._coded is None or self._coded[0] is not self.weight:
             if inputs.numel() < TRIED * self.in_features:
                 return super().forward(inputs)
-            self._coded = (self.weight, eight_bit_weight(self.weight, self.bias, inputs))
+            coded = eight_bit_weight(self.weight, self.bias, inputs)
+            if coded is not None:
+                self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
+            self._coded = (self.weight, coded)
         coded = self._coded[1]
         if coded is None:
             return super().forward(inputs)

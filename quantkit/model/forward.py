@@ -172,6 +172,14 @@ class BlockRunner:
                 )
         module.load_state_dict(state, strict=False, assign=True)
 
+    def release(self, module: nn.Module, block: Block, linears: Iterable[str]) -> None:
+        """Let go of the weights of some linears of a block's module, by full name. They cannot run until others are
+        assigned."""
+        for linear in linears:
+            owner = module.get_submodule(linear.removeprefix(block.prefix))
+            bias = owner.bias
+            owner.to_empty(device="meta", recurse=False).bias = bias
+
     def statistics(
         self,
         module: nn.Module,
@@ -292,19 +300,29 @@ class BlockRunner:
         inputs: Iterable[Sequence[Arrived]],
     ) -> None:
         """inputs: batches of those behind what was rounded and, where it runs along, of the unquantized block's."""
+        correction = self._add_inputs(accumulator, inputs, rounder.input_scale(group))
+        self.assign(module, block, rounder.round(group, accumulator.result(), correction))
+
+    def _add_inputs(
+        self, accumulator: Accumulator, inputs: Iterable[Sequence[Arrived]], scale: Tensor | None
+    ) -> CorrectionAccumulator | None:
+        """Give batches of inputs to an accumulator and, where the unquantized block runs along, to one of a correction.
+
+        scale: float32 [in], what was divided out of the inputs.
+        """
         correction = None
         for here, *beside in inputs:
             rows = here.inputs
             accumulator.add(rows)
             for there in beside:
                 if correction is None:
-                    how, scale = self.arithmetic, rounder.input_scale(group)
+                    how = self.arithmetic
                     correction = CorrectionAccumulator(
                         rows.shape[-1], self.device, how.linears, scale, eight_bit=how.eight_bit_gram
                     )
                 apart = None if there.states is None or here.states is None else there.states - here.states
                 correction.add(there.inputs, rows, apart)
-        self.assign(module, block, rounder.round(group, accumulator.result(), correction))
+        return correction
 
     def _from_start(
         self, module: nn.Module, block: Block, group: LinearGroup, hidden: HiddenStates

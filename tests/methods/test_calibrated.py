@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,10 +76,14 @@ def test_folding_alone_changes_no_function(rounding: str, pruned: bool) -> None:
     weights, others, statistics = _weights()
     if pruned:
         weights["self_attn.o_proj"][:, :HEAD] = 0  # a head without weights shares its values with one that has some
-    result = _run(AWQ(group_size=16, rounding=rounding), weights, others, statistics)  # type: ignore[arg-type]
-    assert set(result.quantized) == set(SHAPES)
+    given = BlockWeights(_block(), weights, others, head_dim=HEAD)
+    method = AWQ(group_size=16, rounding=rounding)  # type: ignore[arg-type]
+    work = method.begin(given)
+    work.fold(statistics)
+    folded = {name: weight.double() for name, weight in work.weights.items()}
+    result = method.quantize_block(given, statistics)
+    assert set(result.quantized) == set(SHAPES) == set(folded)
     assert "input_layernorm.weight" in result.replaced and "self_attn.v_proj.bias" in result.replaced
-    folded = {name: result.reference.get(name, weights[name]).double() for name in weights}
     others_now = {name: result.replaced.get(name, tensor).double() for name, tensor in others.items()}
     inputs = torch.randn(20, HIDDEN, dtype=torch.float64)
     before = _attention_and_mlp(
@@ -91,10 +97,32 @@ def test_folding_alone_changes_no_function(rounding: str, pruned: bool) -> None:
 def test_norm_offset_is_part_of_the_gain() -> None:
     weights, others, statistics = _weights()
     given = BlockWeights(_block(), weights, others, norm_offset=1.0, head_dim=HEAD)
-    result = AWQ(group_size=16).quantize_block(given, statistics)
-    gain = result.replaced["input_layernorm.weight"] + 1.0
-    scale = result.reference["self_attn.q_proj"] / weights["self_attn.q_proj"]
+    work = AWQ(group_size=16).begin(given)
+    work.fold(statistics)
+    gain = work.replaced["input_layernorm.weight"] + 1.0
+    scale = work.weights["self_attn.q_proj"] / weights["self_attn.q_proj"]
     assert torch.allclose(gain * scale[0], others["input_layernorm.weight"] + 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("exponents", [0, 4])
+def test_codes_are_held_beside_what_they_were_made_of_and_that_is_let_go(exponents: int) -> None:
+    weights, others, statistics = _weights()
+    weights = {name: weight.bfloat16() for name, weight in weights.items()}  # so that float32 copies are the work's own
+    work = GPTQ(group_size=16, exponents=exponents).begin(BlockWeights(_block(), weights, others, head_dim=HEAD))
+    work.fold(statistics)
+    wanted = {name: weight.clone() for name, weight in work.weights.items()}
+    for group in _block().groups:
+        first = group.linears[0]
+        work.round(group, work.behind_scale(first, statistics[first].gram))
+        assert not set(group.linears) & set(work.weights)
+    result = work.result()
+    for name, weight in wanted.items():
+        decoded = result.quantized[name].dequantize().double()
+        lost = float((weight.double() - decoded).square().sum())
+        assert result.sqnr_db[name] == pytest.approx(
+            10 * math.log10(float(weight.double().square().sum()) / lost), 1e-6
+        )
+        assert not exponents or not torch.equal(weight, weights[name].float()), "scales must have changed it"
 
 
 def _loss(result: BlockResult, weights: dict[str, Tensor], statistics: dict[str, InputStatistics], name: str) -> float:

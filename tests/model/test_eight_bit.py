@@ -60,12 +60,14 @@ def test_coded_once_and_again_for_another_weight(monkeypatch: pytest.MonkeyPatch
     code = eight_bit.eight_bit_weight
     monkeypatch.setattr(eight_bit, "eight_bit_weight", lambda *given: seen.append(1) or code(*given))
     module = linear()
+    weight = module.weight.detach()
     first = module(INPUTS)
     assert torch.equal(module(INPUTS), first) and len(seen) == 1
-    module.load_state_dict({"weight": module.weight * 2, "bias": module.bias * 2}, assign=True)
+    assert module.weight.is_meta and module.weight.shape == weight.shape, "not held beside its codes"
+    module.load_state_dict({"weight": weight * 2, "bias": module.bias * 2}, assign=True)
     assert torch.allclose(module(INPUTS), first * 2, rtol=1e-5, atol=1e-5) and len(seen) == 2
     twin = copy.deepcopy(module).to_empty(device="meta")
-    twin.load_state_dict({"weight": module.weight / 2, "bias": module.bias / 2}, assign=True)
+    twin.load_state_dict({"weight": weight, "bias": module.bias / 2}, assign=True)
     assert torch.allclose(twin(INPUTS), first, rtol=1e-5, atol=1e-5) and len(seen) == 3
     module.to_empty(device="meta")
     assert module._coded is None, "the memory of a block is given back with it"
