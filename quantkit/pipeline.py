@@ -223,8 +223,8 @@ def _run_block(states: list[JobState], run: ModelRun, block: Block, tensors: dic
         for state in leaders:
             own = on_device if state is leaders[-1] and not others else dict(on_device)
             quantize_staged(state, run, module, block, own, last=last)
-    for state in others:
-        quantize_block(state, block, on_device, statistics)
+        for state in others:
+            quantize_block(state, block, on_device, statistics)
 
 
 def _manifest(
