@@ -117,7 +117,7 @@ def quantize_staged(
     if state.corrects:
         state.beside = hidden.copy() if state.beside is None else state.beside  # they part behind the first block
         beside = (runner.twin(block, tensors), state.beside)
-    results, works = _started(state, run, module, block, tensors)
+    results, works = _begin(state, run, module, block, tensors)
     needed = runner.kept_bytes(block, hidden) * (1 if beside is None else 2)
     keep = needed < run.memory.room_bytes(runner.device)
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
@@ -128,18 +128,40 @@ def quantize_staged(
     state.own_s += time.perf_counter() - started
 
 
-def _started(
+def _begin(
     state: JobState, run: ModelRun, module: nn.Module, block: Block, tensors: dict[str, Tensor]
 ) -> tuple[list[BlockResult], list[CalibratedBlock]]:
     """What methods that look at no inputs made of their linears, and those that do with their scales folded.
 
     The block's module then holds all that, but for linears whose inputs are looked at: none of them runs before it is
-    rounded, so the work on them alone has their weights.
+    rounded, so the work on them alone has their weights; neither does `tensors`.
     """
     runner, hidden = run.runner, state.hidden
     assert hidden is not None
-    now = dict(tensors)
-    results, works = [], []
+    results, works, now = _shared_out(state, block, tensors)
+    looked = {f"{name}.weight" for work in works for name in work.weights}
+    runner.assign(module, block, now)
+    seen = {}
+    if any(work.steps.exponents for work in works):
+        seen = runner.statistics(module, block, hidden.copy(every=looked_at(hidden)), advance=False)[Look.WHOLE]
+        # what stays is assigned anew: codes in 8 bits go by the first inputs, which are to be those of the whole run
+        runner.assign(module, block, {name: tensor for name, tensor in now.items() if name not in looked})
+    for work in works:
+        runner.release(module, block, work.weights)
+    tensors |= {name: tensors[name].to("meta") for name in looked}
+    now.clear()
+    for work in works:
+        work.fold(seen)
+        runner.assign(module, block, work.replaced)
+    return results, works
+
+
+def _shared_out(
+    state: JobState, block: Block, tensors: Mapping[str, Tensor]
+) -> tuple[list[BlockResult], list[CalibratedBlock], dict[str, Tensor]]:
+    """What methods that look at no inputs made of their linears, the work of those that do, and the tensors of the
+    block with the former in their places."""
+    results, works, now = [], [], dict(tensors)
     for method, given in _shares(state, block, tensors):
         work = method.begin(given)
         if work is not None:
@@ -148,19 +170,7 @@ def _started(
             results.append(method.quantize_block(given, {}))
             made = results[-1].quantized
             now |= {f"{name}.weight": block.oriented(tensor.dequantize()) for name, tensor in made.items()}
-    runner.assign(module, block, now)
-    seen = {}
-    if any(work.steps.exponents for work in works):
-        seen = runner.statistics(module, block, hidden.copy(every=looked_at(hidden)), advance=False)[Look.WHOLE]
-    del now, given
-    for work in works:
-        runner.release(module, block, work.weights)
-        for name in work.weights:
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to("meta")
-    for work in works:
-        work.fold(seen)
-        runner.assign(module, block, work.replaced)
-    return results, works
+    return results, works, now
 
 
 @dataclass(frozen=True)

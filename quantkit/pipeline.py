@@ -37,8 +37,8 @@ from quantkit.recipe import recipe_sha256
 from quantkit.streaming import Measuring, stream
 
 RETURN_EVERY = 16
-"""Calibrated blocks after which freed memory goes back to the system, without a limit: to get it again takes a tenth of
-a second."""
+"""Calibrated blocks after which freed memory goes back to the system: to get it again takes a tenth of a second. Under
+a limit it goes back behind each."""
 
 
 def quantize(

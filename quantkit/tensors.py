@@ -29,9 +29,9 @@ def band_size(tensor: Tensor) -> int:
     return BAND if tensor.device.type == "cpu" else DEVICE_BAND
 
 
-def row_bands(matrix: Tensor, values: int | None = None) -> Iterator[slice]:
-    """Slices of the rows of a matrix [rows, columns], of about so many values each; None is `band_size`."""
-    step = max(1, (values or band_size(matrix)) // max(1, matrix.shape[1]))
+def row_bands(matrix: Tensor) -> Iterator[slice]:
+    """Slices of the rows of a matrix [rows, columns], of about `band_size` values each."""
+    step = max(1, band_size(matrix) // max(1, matrix.shape[1]))
     for start in range(0, len(matrix), step):
         yield slice(start, min(start + step, len(matrix)))
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from quantkit.maths.gram_factor import GramFactor
 from quantkit.maths.order import reordered
 from quantkit.maths.products import times_transposed
-from quantkit.tensors import Grid, row_bands
+from quantkit.tensors import Grid
 
 BLOCK_COLUMNS = 128
 """Columns that are rounded before the rest is updated by one matrix product: the paper's B."""
 
 OWED_BAND = 1 << 22
-"""Values that are added to what is owed at once; their product would be as large as a weight otherwise."""
+"""Values that are added to what is owed at once on a CPU; their product would be as large as a weight otherwise."""
 
 RoundBlock = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A block of columns, what is owed to them, their numbers and their part of the factor to codes and errors: see
@@ -64,8 +64,10 @@ def compensated(weight: Tensor, factor: GramFactor, round_block: RoundBlock) -> 
         codes[:, part], error = round_block(own, owed[:, part].contiguous(), order[part], upper)
         if end < columns:
             behind = factor.upper[part, end:].T
-            for rows in row_bands(owed[:, end:], OWED_BAND):
-                owed[rows, end:] += times_transposed(error[rows], behind)
+            # even bands: a product of one row would go by other loops, to other bits
+            bands = -(-owed[:, end:].numel() // OWED_BAND) if weight.device.type == "cpu" else 1
+            for own, rows in zip(owed[:, end:].chunk(bands), error.chunk(bands), strict=True):
+                own += times_transposed(rows, behind)
     return reordered(codes, torch.argsort(order))
 
 

@@ -64,7 +64,7 @@ class BlockResult:
     stored unquantized but had a scale folded in. applied: {linear module name: what was really done, such as
     "gptq 4-bit g128 act-order"}; notes: {linear module name: why that differs from what was asked}.
     sqnr_db: {linear module name: signal to quantization noise, None where nothing is lost} of those whose codes were
-    held beside the weight that they were made of, which may be another than the stored one.
+    compared with the weight that they were made of, which may be another than the stored one.
     """
 
     quantized: Mapping[str, QuantizedTensor]

@@ -182,11 +182,11 @@ class CalibratedBlock:
             self.weights |= zip(ours, after, strict=True)
             del before, after
         self._quantized |= self._round(ours, gram)
-        return {name: self._decoded(name) for name in ours}
+        return {name: self._decode_and_let_go(name) for name in ours}
 
-    def _decoded(self, name: str) -> Tensor:
-        """What the codes of a linear stand for, float32 [out, in], held beside the weight that they were made of, which
-        nothing asks for behind this."""
+    def _decode_and_let_go(self, name: str) -> Tensor:
+        """What the codes of a linear stand for, float32 [out, in]; how far that is from the weight that they were made
+        of is noted, and the weight is not held any longer."""
         decoded = self._quantized[name].dequantize()
         self._sqnr[name] = sqnr_db(*energies(self.weights.pop(name), [decoded.flatten()]))
         return decoded
@@ -212,7 +212,7 @@ class CalibratedBlock:
         return rounded
 
     def _stacked(self, linears: list[str]) -> Tensor:
-        """Weights by rows, float32 [sum of out, in]; each is a part of that from now on, so that none is held twice."""
+        """Weights by rows, float32 [sum of out, in], to be read: each is a part of that from now on, not held twice."""
         if len(linears) == 1:
             return self.weights[linears[0]]
         whole = torch.cat([self.weights[name] for name in linears])
