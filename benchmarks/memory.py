@@ -1,12 +1,13 @@
 """How much memory quantizing takes: over the depth of a model, and for a checkpoint larger than what it may take.
 
 usage: python benchmarks/memory.py depth FOLDER        12 and 48 layers, 512 columns, 32 x 512 tokens
+       python benchmarks/memory.py width FOLDER        4 layers, 2048 columns, 4 x 256 tokens
        python benchmarks/memory.py larger FOLDER       6 GB of weights under --max-memory 3GB, held to it by a cgroup;
                                                        --layers 32 --limit 2GB is half as long
 
-Checkpoints of random weights (random_llama.py) are made in FOLDER when they are not there. Prints JSON, which
-goes into benchmarks/results as memory_depth.json or memory_larger.json. Peaks are what the kernel counts for a process
-(ru_maxrss); the bare import is a process that imports all that the run imports, builds the model without
+Checkpoints of random weights (random_llama.py) are made in FOLDER when they are not there. Prints JSON, which goes into
+benchmarks/results as memory_depth.json, memory_width.json or memory_larger.json. Peaks are what the kernel counts for a
+process (ru_maxrss); the bare import is a process that imports all that the run imports, builds the model without
 weights and ends. `bound_mb` is 1.3 times the largest block in float32, its Gram matrices and the hidden states.
 """
 
@@ -31,11 +32,13 @@ PLAIN = "gptq-4bit-g64-plain"  # takes the same memory in less time
 BARE = """
 import sys, torch
 import quantkit.pipeline, quantkit.jobs, quantkit.maths.kernels
+from numba.core.registry import cpu_target
 from quantkit.device import arithmetic
 from quantkit.model.forward import BlockRunner
 from quantkit.model.reader import open_source
 cpu = torch.device("cpu")
 BlockRunner(open_source(sys.argv[1]), cpu, arithmetic(cpu, torch.float32))
+cpu_target.target_context.refresh()  # imports what numba leaves for the first compiled loop
 """
 
 
@@ -77,31 +80,42 @@ def bound_mb(model: Path, tokens: int) -> float:
     return 1.3 * 4 * (block + grams + tokens * hidden) / 1e6
 
 
+def measured(model: Path, out: Path, shape: tuple[int, int], options: list[str], runs: int) -> dict[str, Any]:
+    """Peaks of so many runs on `shape` (sequences, their length), their median beside the bare import and the bound."""
+    bare, _ = peak([sys.executable, "-c", BARE, str(model)])
+    found = [quantize(model, out, *shape, *options) for _ in range(runs)]
+    tops = [top for top, _ in found]
+    row = {
+        "layers": json.loads((model / "config.json").read_text())["num_hidden_layers"],
+        "columns": json.loads((model / "config.json").read_text())["hidden_size"],
+        "options": " ".join(options),
+        "bare_mb": round(bare, 1),
+        "peak_mb": round(median(tops), 1),
+        "peaks_mb": [round(each, 1) for each in sorted(tops)],
+        "above_mb": round(median(tops) - bare, 1),
+        "bound_mb": round(bound_mb(model, shape[0] * shape[1]), 1),
+        "seconds": round(median(seconds for _, seconds in found), 1),
+    }
+    print(row, file=sys.stderr)
+    return row
+
+
 def depth(folder: Path, runs: int) -> dict[str, Any]:
     """Peaks at 12 and 48 layers: rows waiting in memory (the default; medians of so many runs), and started again under
     a limit, where they hardly differ from run to run."""
     rows = []
     for layers in (12, 48):
         model = checkpoint(folder, layers, 512, 1536)
-        bare, _ = peak([sys.executable, "-c", BARE, str(model)])
-        for options in ([], ["--max-memory", "600MB"]):
-            found = [quantize(model, folder / "out", 32, 512, *options) for _ in range(1 if options else runs)]
-            tops = [top for top, _ in found]
-            top = median(tops)
-            rows.append(
-                {
-                    "layers": layers,
-                    "options": " ".join(options),
-                    "bare_mb": round(bare, 1),
-                    "peak_mb": round(top, 1),
-                    "peaks_mb": [round(each, 1) for each in sorted(tops)],
-                    "above_mb": round(top - bare, 1),
-                    "bound_mb": round(bound_mb(model, 32 * 512), 1),
-                    "seconds": round(median(seconds for _, seconds in found), 1),
-                }
-            )
-            print(rows[-1], file=sys.stderr)
+        rows.append(measured(model, folder / "out", (32, 512), [], runs))
+        rows.append(measured(model, folder / "out", (32, 512), ["--max-memory", "600MB"], 1))
     return {"recipe": RECIPE, "tokens": 32 * 512, "rows": rows}
+
+
+def width(folder: Path, runs: int) -> dict[str, Any]:
+    """Peaks at the width of models of a billion weights, with little text: it is the block that counts."""
+    model = checkpoint(folder, 4, 2048, 5632)
+    rows = [measured(model, folder / "out", (4, 256), options, runs) for options in ([], ["--max-memory", "3GB"])]
+    return {"recipe": RECIPE, "tokens": 4 * 256, "rows": rows}
 
 
 @contextmanager
@@ -139,13 +153,16 @@ def larger(folder: Path, layers: int, limit_text: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("depth", "larger"))
+    parser.add_argument("what", choices=("depth", "width", "larger"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=66, help="of the checkpoint for larger, 92 MB each")
-    parser.add_argument("--runs", type=int, default=3, help="of each depth without a limit")
+    parser.add_argument("--runs", type=int, default=3, help="of each depth without a limit, of each width")
     parser.add_argument("--limit", default="3GB", help="of the memory for larger")
     given = parser.parse_args()
     place: Path = given.folder.resolve()
     place.mkdir(parents=True, exist_ok=True)
-    found = depth(place, given.runs) if given.what == "depth" else larger(place, given.layers, given.limit)
+    if given.what == "larger":
+        found = larger(place, given.layers, given.limit)
+    else:
+        found = (depth if given.what == "depth" else width)(place, given.runs)
     print(json.dumps(found, indent=2))

@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("int8", "nf4", "awq-4bit-g64", "gptq-4bit-g64", "gguf-q4_k_m")
-CALIBRATED = ("awq-4bit-g64", "gptq-4bit-g64")
+CALIBRATED = ("awq-4bit-g64", "gptq-4bit-g64", "gptq-4bit-g64-corrected")
 
 
 def quantkit(*words: str, environment: dict[str, str] | None = None) -> tuple[dict[str, Any], float, float]:

@@ -7,9 +7,13 @@ import platform
 import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "gguf", "datasets", "lm-eval", "numba", "gptqmodel", "xllamacpp")
+
+
+CPUINFO = "/proc/cpuinfo"
 
 
 def package_versions() -> dict[str, str | None]:
@@ -24,15 +28,17 @@ def package_versions() -> dict[str, str | None]:
 
 
 def cpu_model() -> str:
-    """The processor's name as the system tells it."""
+    """The processor's name as the system tells it, with its family and model: virtual machines call generations of
+    processors by one name, such as "AMD EPYC"."""
     try:
-        with open("/proc/cpuinfo") as stream:
-            for line in stream:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+        told = Path(CPUINFO).read_text().split("\n\n", 1)[0]  # of the first of them
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        told = ""
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in told.splitlines())}
+    name = facts.get("model name")
+    if not name:
+        return platform.processor() or platform.machine()
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

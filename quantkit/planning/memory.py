@@ -13,7 +13,7 @@ import torch
 from quantkit.model.forward import BATCH_TOKENS
 from quantkit.planning.shapes import Group, Work
 
-LIBRARIES_BYTES = {"plain": 275_000_000, "compiled": 395_000_000, "gguf": 438_000_000, "calibrated": 520_000_000}
+LIBRARIES_BYTES = {"plain": 290_000_000, "compiled": 395_000_000, "gguf": 438_000_000, "calibrated": 520_000_000}
 """What a process holds before the first tensor: alone, with compiled loops, with a GGUF file's tokenizer and the
 kernels of its types, or with calibration, which takes transformers, a model without weights and the compiled solver.
 All but the last hold the parts of a million weights in which what stays unquantized goes through. Of the CPU build of
@@ -27,7 +27,15 @@ LARGEST_LINEAR_BYTES = {"plain": 9.0, "compiled": 10.0, "gguf": 3.2}
 them."""
 
 RETAINED = 1.25
-"""What the C library keeps of freed memory: bytes resident for each that the terms count."""
+"""What the C library keeps of freed memory: bytes resident for each that the terms count. Under a limit it keeps next
+to nothing."""
+
+LEFT = 0.25
+"""How much of what was held while scales were looked for is resident while the block is rounded, without a limit."""
+
+GRAM_BYTES = 10
+"""Of a Gram matrix that is solved, for each element: itself and its factor in float32, and products of half of its rows
+or less while that is made. Where pivots are too small for float32, two copies in float64 come on top, which is rare."""
 
 ERROR = 0.15
 """How far a peak was off at most, in parts of it, in the table of docs/plan.md."""
@@ -50,9 +58,10 @@ class MemoryForecast:
         return sum(self.device.values())
 
 
-def memory_of(work: Work, device: torch.device, room_bytes: int) -> MemoryForecast:
+def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: bool = False) -> MemoryForecast:
     """The peak of a run. room_bytes: what the run may take on the host as things stand; hidden states over a quarter of
-    it go to a scratch file, and waiting rows over what is left are run again instead."""
+    it go to a scratch file, and waiting rows over what is left are run again instead. limited: whether the user said
+    how much it is."""
     host = {"libraries": LIBRARIES_BYTES[work.kind]}
     if device.type == "cuda":
         host["CUDA"] = CUDA_BYTES
@@ -62,40 +71,66 @@ def memory_of(work: Work, device: torch.device, room_bytes: int) -> MemoryForeca
     ways = 2 if work.corrects else 1  # the unquantized model runs along
     states = work.tokens * work.hidden * work.state_bytes
     spilled = states > room_bytes // 4
-    parts = _block_parts(work)
+    retained = 1.0 if limited else RETAINED
+    parts = {name: int(retained * size) for name, size in _block_parts(work, room_bytes).items()}
     if work.propagates:
-        rows = ways * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
-        if rows < room_bytes:
-            parts["rows that wait inside a block"] = rows
+        looking = _looking_parts(work)
+        if not limited:
+            parts["left of looking for scales"] = int(LEFT * sum(looking.values()))
+        elif sum(looking.values()) > sum(parts.values()):
+            parts = looking
     on_device: dict[str, int] = {}
     if device.type == "cuda":
-        on_device, parts = parts, {"block, read ahead": 2 * work.block_bytes}
-    host |= {name: int(RETAINED * size) for name, size in parts.items()}
+        on_device, parts = parts, {"block, read ahead": int(retained * 2 * work.block_bytes)}
+    host |= parts
     if not spilled:
         host["hidden states"] = ways * states
     return MemoryForecast(host, on_device, ways * states if spilled else 0)
 
 
-def _block_parts(work: Work) -> dict[str, int]:
-    """What is held while a block is quantized, on the device that computes."""
-    values = work.block_values
-    inner = max(group.rows for group in work.groups)
+def _looking_parts(work: Work) -> dict[str, int]:
+    """What is held while scales are looked for, before weights are let go as they are rounded."""
     return {
         "block as stored": work.block_bytes,
-        "block in the model": (2 if work.corrects else 1) * values * (work.linear_bytes + work.eight_bit_linears),
-        "block in float32": 4 * values,
-        "codes": values,
-        "Gram matrix and its factor": max(_solve_bytes(group, work) for group in work.groups),
-        "activations of a batch": 4 * BATCH_TOKENS["cpu"] * (4 * work.hidden + 2 * inner),
+        "block in the model": _in_model(work),
+        "block in float32": 4 * work.block_values,
+        "Gram matrices": sum(4 * group.columns**2 for group in work.groups),
+        "activations of a batch": _activations(work),
     }
 
 
+def _block_parts(work: Work, room_bytes: int) -> dict[str, int]:
+    """What is held while a block is rounded, on the device that computes."""
+    parts = {"block in the model": _in_model(work), "codes": work.block_values}
+    if work.propagates:
+        # float32 weights from the group on that is rounded; the heaviest one counts
+        held = [(4 * sum(one.values for one in work.groups[at:]), at) for at in range(len(work.groups))]
+        weights, at = max(held, key=lambda pair: pair[0] + _solve_bytes(work.groups[pair[1]], work))
+        parts |= {"weights to round": weights, "Gram matrix and its factor": _solve_bytes(work.groups[at], work)}
+        rows = (2 if work.corrects else 1) * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
+        if rows < room_bytes:
+            parts["rows that wait inside a block"] = rows
+    else:
+        parts |= {"block as stored": work.block_bytes, "weights to round": 4 * work.block_values}
+        parts["Gram matrix and its factor"] = max(_solve_bytes(group, work) for group in work.groups)
+    return parts | {"activations of a batch": _activations(work)}
+
+
+def _in_model(work: Work) -> int:
+    """Weights of a block that runs: in 8 bits, which stand for what they were made of, or in the dtype of linears."""
+    return (2 if work.corrects else 1) * work.block_values * (1 if work.eight_bit_linears else work.linear_bytes)
+
+
+def _activations(work: Work) -> int:
+    inner = max(group.rows for group in work.groups)
+    return 4 * BATCH_TOKENS["cpu"] * (4 * work.hidden + 2 * inner)
+
+
 def _solve_bytes(group: Group, work: Work) -> int:
-    """Of one group: the Gram matrix in float32, then, while it is factored, two copies in float64; later a damped one.
-    Beside that the stacked weights, their error and their gradient. Without propagation every group's Gram is there,
-    with the correction its own: sums over two halves of the text and of tokens far out, what they are together, a
-    factor."""
+    """Of one group: the Gram matrix and its factor, and beside the stacked weights a copy, what is owed to them or
+    their error, and products. Without propagation every group's Gram is there, with the correction its own: sums over
+    two halves of the text and of tokens far out, what they are together, a factor."""
     columns = group.columns
     others = 0 if work.propagates else sum(4 * other.columns**2 for other in work.groups if other is not group)
     correction = 20 * columns**2 if work.corrects else 0
-    return 20 * columns**2 + correction + 3 * 4 * group.values + others
+    return GRAM_BYTES * columns**2 + correction + 3 * 4 * group.values + others

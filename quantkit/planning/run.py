@@ -119,7 +119,7 @@ def _forecasts(
     coded = sum(layout.tensor_bytes[f"{item.name}.weight"] for item in quantized)
     work = work_of(recipe, source, plans, device)
     room = limit.room_bytes(torch.device("cpu"))
-    peak = memory_of(work, device, room)
+    peak = memory_of(work, device, room, limited=limit.limit_bytes is not None)
     took = time_of(work, plans, probe(device.type, again=probe_again), written)
     remote = isinstance(source, HeaderSource) and source.hub_id is not None
     return {

@@ -6,7 +6,7 @@ Per block, on T tokens, for each input of n columns whose linears have m rows to
     attention   2 T L d                  at the rate of that dtype; d: all heads together, L: the length of a sequence
     Grams       G n (n + 1)              of G tokens; 8-bit products where the processor has them
     passing     ACTIVATION_FLOP T (4 d + 3 m)   norms, activations, rotary positions, copies
-    solve       m n^2 (1 + 2 sweeps + PAIR_FLOP pairs) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
+    solve       MOVE_SLOWDOWN m n^2 (1 + 2 sweeps + PAIR_FLOP pairs) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
     correction  2 T n^2 as Grams, then CORRECTION_FLOP m n^2 + FACTOR_FLOP n^3; the passes are two
 
 "Flop" of work that is no product says how many float32 operations of a product take as long, so that the forecast moves
@@ -24,25 +24,26 @@ from quantkit.formats.base import LinearPlan
 from quantkit.planning.probe import Probe
 from quantkit.planning.shapes import Work
 
-REFERENCE_FLOP_S = 190e9
-"""Float32 rate of the machine that the constants below were measured on: two cores of an AMD EPYC with AVX-512."""
+REFERENCE_FLOP_S = 460e9
+"""Float32 rate of the machine that the constants below were measured on: two cores of an AMD EPYC of family 26."""
 
-START_S = {"plain": 1.8, "compiled": 2.2, "gguf": 3.0, "calibrated": 4.6}
+START_S = {"plain": 1.5, "compiled": 1.8, "gguf": 2.3, "calibrated": 4.1}
 """Until the first block on that machine: imports alone, with compiled loops, with a GGUF file's tokenizer, or with a
 model to run and its text."""
 
-ATTENTION_SLOWDOWN = 5.0
+ATTENTION_SLOWDOWN = 6.0
 """Attention and rotary positions against the same number of operations in large products."""
 
-LINEAR_SLOWDOWN = 1.2
-"""Linears of a block against the square products of the probe."""
+LINEAR_SLOWDOWN = 1.6
+"""Linears of a block, coding tokens and weights in 8 bits with them, against the square products of the probe."""
 
-GRAM_SLOWDOWN = 3.0
+GRAM_SLOWDOWN = 2.75
 """8-bit Gram matrices against such products: rounding, and the strips' shape."""
 
-ACTIVATION_FLOP = 170
-FACTOR_FLOP = 8
-VALUE_FLOP = 4500
+ACTIVATION_FLOP = 140
+MOVE_SLOWDOWN = 1.7  # products of what is passed on and of gradients, a block of columns at a time
+FACTOR_FLOP = 1
+VALUE_FLOP = 6000
 CORRECTION_FLOP = 4
 PAIR_FLOP = 10  # a sweep over pairs and the one of the descent behind it
 
@@ -152,7 +153,7 @@ def _solve_flop(work: Work, solved: Sequence[LinearPlan]) -> float:
     factors = 2 if work.corrects else 1
     moves += CORRECTION_FLOP if work.corrects else 0
     return sum(
-        group.rows * group.columns**2 * (1 + moves)
+        MOVE_SLOWDOWN * group.rows * group.columns**2 * (1 + moves)
         + factors * FACTOR_FLOP * group.columns**3
         + VALUE_FLOP * group.values
         for group in work.groups

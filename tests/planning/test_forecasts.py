@@ -13,7 +13,7 @@ from quantkit.plan import plan_linears
 from quantkit.planning import memory, times
 from quantkit.planning.memory import memory_of
 from quantkit.planning.probe import Probe
-from quantkit.planning.shapes import Work, work_of
+from quantkit.planning.shapes import Group, Work, work_of
 from quantkit.planning.times import encode_ns, time_of
 from quantkit.recipe import Recipe
 
@@ -58,8 +58,14 @@ def test_the_peak_of_a_calibrated_run(tiny_llama: Path) -> None:
     assert found["libraries"] == memory.LIBRARIES_BYTES["calibrated"]
     assert found["hidden states"] == 128 * 64 * 4
     assert found["rows that wait inside a block"] == int(memory.RETAINED * 128 * (3 * 64 + 128) * 4)
-    # the down projection: Gram of 128 columns in float32 and twice in float64, and three copies of its weight
-    assert found["Gram matrix and its factor"] == int(memory.RETAINED * (20 * 128**2 + 12 * 128 * 64))
+    # gate and up on 64 columns: their Gram matrix, their weights and two like them, those of down still to come
+    solved = memory.GRAM_BYTES * 64**2 + 12 * 64 * 256
+    assert found["Gram matrix and its factor"] == int(memory.RETAINED * solved)
+    assert found["weights to round"] == int(memory.RETAINED * 4 * (64 * 256 + 128 * 64))
+    # the block in all its forms, every Gram matrix
+    looked = work.block_bytes + 4 * (3 * 64**2 + 128**2) + (4 + work.linear_bytes) * work.block_values
+    left = found["left of looking for scales"] / memory.LEFT - found["activations of a batch"] / memory.RETAINED
+    assert left == pytest.approx(looked, abs=8)
 
 
 def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Path) -> None:
@@ -73,8 +79,19 @@ def test_unquantized_inputs_hold_every_gram_and_no_rows(tiny_llama: Path) -> Non
     work, _ = planned(tiny_llama, GPTQ | {"propagate": "unquantized"}, calibration={"sequences": 4, "length": 32})
     found = memory_of(work, CPU, ROOM).host
     assert "rows that wait inside a block" not in found
-    others = 3 * 4 * 64**2
-    assert found["Gram matrix and its factor"] == int(memory.RETAINED * (20 * 128**2 + 12 * 128 * 64 + others))
+    solved = memory.GRAM_BYTES * 64**2 + 12 * 64 * 256 + 4 * (2 * 64**2 + 128**2)
+    assert found["Gram matrix and its factor"] == int(memory.RETAINED * solved)
+    assert found["block as stored"] == int(memory.RETAINED * work.block_bytes)
+
+
+def test_under_a_limit_nothing_is_left_of_what_was_freed(tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    work = replace(work, groups=(Group(64, 64), Group(64, 64)))  # a block whose statistics are larger than its solving
+    free, held = memory_of(work, CPU, ROOM).host, memory_of(work, CPU, ROOM, limited=True).host
+    assert "left of looking for scales" in free and "left of looking for scales" not in held
+    assert held["weights to round"] == 4 * 2 * 64**2 < free["weights to round"]
+    wide = replace(work, block_bytes=10**9)
+    assert memory_of(wide, CPU, ROOM, limited=True).host["block as stored"] == 10**9
 
 
 def test_on_a_gpu_the_block_is_the_gpus(tiny_llama: Path) -> None:
@@ -115,13 +132,13 @@ def test_the_seconds_of_a_calibrated_run(tiny_llama: Path) -> None:
     attention = blocks * 2 * tokens * 32 * 64
     assert parts["attention"] == pytest.approx(attention * times.ATTENTION_SLOWDOWN / rate)
     assert parts["Gram matrices"] == pytest.approx(blocks * tokens * (3 * 64 * 65 + 128 * 129) / rate)
-    rounding = 3 * (64**2 * (128 + 64 + 256) + 128**2 * 64)  # one sweep
+    rounding = times.MOVE_SLOWDOWN * 3 * (64**2 * (128 + 64 + 256) + 128**2 * 64)  # one sweep
     factors = times.FACTOR_FLOP * (3 * 64**3 + 128**3)
     solve = rounding + factors + times.VALUE_FLOP * work.block_values
     assert parts["solving"] == pytest.approx(blocks * solve / rate)
     assert "rounding" not in parts
     paired, plans = planned(tiny_llama, GPTQ | {"refine": 1, "pairs": 2}, calibration={"sequences": 4, "length": 32})
-    more = 2 * times.PAIR_FLOP * (64**2 * (128 + 64 + 256) + 128**2 * 64)
+    more = times.MOVE_SLOWDOWN * 2 * times.PAIR_FLOP * (64**2 * (128 + 64 + 256) + 128**2 * 64)
     assert time_of(paired, plans, UNIT, 10**9).parts["solving"] == pytest.approx(blocks * (solve + more) / rate)
 
 

@@ -1,0 +1,34 @@
+"""What a result says of the machine it was made on."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from quantkit import environment
+
+FIRST = "processor\t: 0\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n"
+TOLD = f"{FIRST}\nprocessor\t: 1\nmodel name\t: other\n"
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(environment, "CPUINFO", str(tmp_path / "cpuinfo"))
+    return tmp_path / "cpuinfo"
+
+
+def test_generations_of_one_name_are_told_apart(told: Path) -> None:
+    told.write_text(TOLD.format(26, 2))
+    assert environment.cpu_model() == "AMD EPYC (family 26, model 2)"
+    told.write_text(TOLD.format(25, 1))
+    assert environment.cpu_model() == "AMD EPYC (family 25, model 1)"
+
+
+@pytest.mark.parametrize("text", ["processor\t: 0\nBogoMIPS\t: 50.00\n", "", None])
+def test_where_the_system_tells_no_name_its_architecture_stands(text: str | None, told: Path) -> None:
+    if text is not None:
+        told.write_text(text)
+    assert environment.cpu_model() == (platform.processor() or platform.machine())
+    assert environment.environment()["cpu"] == environment.cpu_model()
