@@ -12,7 +12,6 @@ from typing import Any
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "gguf", "datasets", "lm-eval", "numba", "gptqmodel", "xllamacpp")
 
-
 CPUINFO = "/proc/cpuinfo"
 
 

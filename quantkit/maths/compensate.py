@@ -66,8 +66,8 @@ def compensated(weight: Tensor, factor: GramFactor, round_block: RoundBlock) -> 
             behind = factor.upper[part, end:].T
             # even bands: a product of one row would go by other loops, to other bits
             bands = -(-owed[:, end:].numel() // OWED_BAND) if weight.device.type == "cpu" else 1
-            for own, rows in zip(owed[:, end:].chunk(bands), error.chunk(bands), strict=True):
-                own += times_transposed(rows, behind)
+            for band, rows in zip(owed[:, end:].chunk(bands), error.chunk(bands), strict=True):
+                band += times_transposed(rows, behind)
     return reordered(codes, torch.argsort(order))
 
 

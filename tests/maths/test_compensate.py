@@ -45,6 +45,22 @@ def test_blocks_join_without_a_seam(columns: int) -> None:
     assert (codes.numpy() != expected).mean() < 0.005
 
 
+@pytest.mark.parametrize("rows", [16, 17, 33])
+def test_what_is_owed_comes_in_bands_of_rows_without_a_seam(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = _case(rows, 300, 600)
+    grid = Grid(4, 60, True)
+    scale, zero = grid_for_range(*full_range(weight, grid), grid)
+    factor = factor_gram(gram, 0.01, True)
+    whole = round_compensated(weight, scale, zero, grid, factor)
+    seen = []
+    multiply = compensate.times_transposed
+    monkeypatch.setattr(compensate, "times_transposed", lambda *given: seen.append(len(given[0])) or multiply(*given))
+    monkeypatch.setattr(compensate, "OWED_BAND", 8 * 172)  # columns behind the first block
+    bands = round_compensated(weight, scale, zero, grid, factor)
+    assert sum(seen) == 2 * rows and max(seen) <= rows > seen[0] and min(seen) > 1, "behind each of two blocks"
+    assert (bands != whole).float().mean() < 0.005
+
+
 def test_dead_columns_and_outliers() -> None:
     weight, gram = _case(4, 32, 300)
     gram[5, :] = gram[:, 5] = 0.0
