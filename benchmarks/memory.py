@@ -82,12 +82,13 @@ def bound_mb(model: Path, tokens: int) -> float:
 
 def measured(model: Path, out: Path, shape: tuple[int, int], options: list[str], runs: int) -> dict[str, Any]:
     """Peaks of so many runs on `shape` (sequences, their length), their median beside the bare import and the bound."""
+    config = json.loads((model / "config.json").read_text())
     bare, _ = peak([sys.executable, "-c", BARE, str(model)])
     found = [quantize(model, out, *shape, *options) for _ in range(runs)]
     tops = [top for top, _ in found]
     row = {
-        "layers": json.loads((model / "config.json").read_text())["num_hidden_layers"],
-        "columns": json.loads((model / "config.json").read_text())["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "columns": config["hidden_size"],
         "options": " ".join(options),
         "bare_mb": round(bare, 1),
         "peak_mb": round(median(tops), 1),

@@ -139,13 +139,13 @@ def _begin(
     runner, hidden = run.runner, state.hidden
     assert hidden is not None
     results, works, now = _shared_out(state, block, tensors)
-    looked = {f"{name}.weight" for work in works for name in work.weights}
-    runner.assign(module, block, now)
     seen = {}
     if any(work.steps.exponents for work in works):
+        runner.assign(module, block, now)
         seen = runner.statistics(module, block, hidden.copy(every=looked_at(hidden)), advance=False)[Look.WHOLE]
-        # what stays is assigned anew: codes in 8 bits go by the first inputs, which are to be those of the whole run
-        runner.assign(module, block, {name: tensor for name, tensor in now.items() if name not in looked})
+    looked = {f"{name}.weight" for work in works for name in work.weights}
+    # behind the statistics: codes in 8 bits go by the first inputs, which are to be those of the whole run
+    runner.assign(module, block, {name: tensor for name, tensor in now.items() if name not in looked})
     for work in works:
         runner.release(module, block, work.weights)
     tensors |= {name: tensors[name].to("meta") for name in looked}

@@ -13,12 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from conftest import write_tiny_llama
 from fakes.runs import quietly
 from quantkit import one_block, pipeline
-from quantkit.device import Arithmetic
 from quantkit.errors import ModelError, RecipeError, UsageError
 from quantkit.formats import open_artifact
 from quantkit.jobs import quantize
@@ -26,11 +24,9 @@ from quantkit.manifest import Manifest, read_manifest
 from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.maths.pairs import move_pairs
 from quantkit.methods.base import BlockWeights
-from quantkit.methods.calibrated import CalibratedBlock
 from quantkit.model import forward
 from quantkit.model.blocks import LinearGroup, blocks_of, head_dim
 from quantkit.model.calibration import load_calibration
-from quantkit.model.eight_bit import EightBitLinear
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.reader import open_source
@@ -215,78 +211,6 @@ def test_a_memory_limit_changes_no_byte(
         if path.name != "quantkit.json":
             assert path.read_bytes() == (tmp_path / "tight" / path.name).read_bytes(), path.name
     assert {path.name for path in (tmp_path / "tight").iterdir()} == {p.name for p in (tmp_path / "free").iterdir()}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["gptq-4bit-g64", "gptq-4bit-g64-plain", "awq-4bit-g64-nearest"])
-def test_stored_weights_are_let_go_as_they_are_rounded(
-    name: str, dtype: torch.dtype, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = stored_as(tiny_llama, tmp_path / "model", dtype)
-    stored: dict[str, StorageWeakRef] = {}
-    read, round_group, staged = pipeline._read, CalibratedBlock.round, BlockRunner.staged
-    asked: list[str] = []
-
-    def note_read(*args: Any, **settings: Any) -> Any:
-        for block, tensors in read(*args, **settings):
-            stored.clear()
-            weights = {linear: tensors[f"{linear}.weight"] for linear in block.linears}
-            stored.update({linear: StorageWeakRef(weight.untyped_storage()) for linear, weight in weights.items()})
-            del weights
-            yield block, tensors
-
-    def note_staged(self: BlockRunner, module: Any, block: Any, *args: Any, **settings: Any) -> None:
-        linears = [module.get_submodule(linear.removeprefix(block.prefix)) for linear in block.linears]
-        assert all(linear.weight.is_meta for linear in linears), "none is to run before it is rounded"
-        staged(self, module, block, *args, **settings)
-
-    def note_round(self: CalibratedBlock, group: LinearGroup, *args: Any) -> Any:
-        asked.extend(group.linears)
-        later = {linear for one in self.given.block.groups for linear in one.linears if linear not in asked}
-        held = {linear for linear, storage in stored.items() if not storage.expired()}
-        # a float32 checkpoint's weights are what is rounded; others are copied to float32 at the start
-        assert held <= (later | set(group.linears) if dtype == torch.float32 else set())
-        return round_group(self, group, *args)
-
-    monkeypatch.setattr(pipeline, "_read", note_read)
-    monkeypatch.setattr(BlockRunner, "staged", note_staged)
-    monkeypatch.setattr(CalibratedBlock, "round", note_round)
-    make(name, model, tmp_path / "out", "method.propagate=quantized")
-    assert len(asked) == 14, "two blocks of seven"
-
-
-def stored_as(model: Path, folder: Path, dtype: torch.dtype) -> Path:
-    """The same checkpoint in another dtype."""
-    shutil.copytree(model, folder)
-    weights = {name: weight.to(dtype) for name, weight in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def test_linears_that_stay_are_coded_by_the_inputs_of_the_whole_run(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    staged, stay = BlockRunner.staged, []
-
-    def note_staged(self: BlockRunner, module: Any, block: Any, *args: Any, **settings: Any) -> None:
-        linear = module.self_attn.k_proj
-        assert isinstance(linear, EightBitLinear) and not linear.weight.is_meta and linear._coded is not None
-        assert linear._coded[0] is not linear.weight, "what was coded while scales were looked for is of no use now"
-        stay.append(linear)
-        staged(self, module, block, *args, **settings)
-
-    monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: Arithmetic(torch.float32, torch.bfloat16, False, True))
-    monkeypatch.setattr(BlockRunner, "staged", note_staged)
-    make("gptq-4bit-g64", tiny_llama, tmp_path / "out", "method.propagate=quantized", "skip=[lm_head, k_proj]")
-    assert len(stay) == 2
-
-
-@pytest.mark.parametrize("name", ["gptq-4bit-g64", "gptq-4bit-g64-plain"])
-def test_a_block_of_which_nothing_is_quantized_is_passed(name: str, tiny_llama: Path, tmp_path: Path) -> None:
-    manifest = make(name, tiny_llama, tmp_path / "out", "method.propagate=quantized", "skip=[lm_head, layers.0.]")
-    done = {record.name: record.applied for record in manifest.tensors}
-    assert len([name for name, applied in done.items() if applied == "unquantized" and "layers.0." in name]) == 7
-    assert len([name for name, applied in done.items() if applied != "unquantized" and "layers.1." in name]) == 7
 
 
 UNQUANTIZED = "method.propagate=unquantized"

@@ -68,7 +68,6 @@ def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: boo
     if not work.calibrated:
         host["largest linear and its codes"] = int(LARGEST_LINEAR_BYTES[work.kind] * work.largest_linear_values)
         return MemoryForecast(host, {}, 0)
-    ways = 2 if work.corrects else 1  # the unquantized model runs along
     states = work.tokens * work.hidden * work.state_bytes
     spilled = states > room_bytes // 4
     retained = 1.0 if limited else RETAINED
@@ -84,8 +83,8 @@ def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: boo
         on_device, parts = parts, {"block, read ahead": int(retained * 2 * work.block_bytes)}
     host |= parts
     if not spilled:
-        host["hidden states"] = ways * states
-    return MemoryForecast(host, on_device, ways * states if spilled else 0)
+        host["hidden states"] = work.ways * states
+    return MemoryForecast(host, on_device, work.ways * states if spilled else 0)
 
 
 def _looking_parts(work: Work) -> dict[str, int]:
@@ -107,7 +106,7 @@ def _block_parts(work: Work, room_bytes: int) -> dict[str, int]:
         held = [(4 * sum(one.values for one in work.groups[at:]), at) for at in range(len(work.groups))]
         weights, at = max(held, key=lambda pair: pair[0] + _solve_bytes(work.groups[pair[1]], work))
         parts |= {"weights to round": weights, "Gram matrix and its factor": _solve_bytes(work.groups[at], work)}
-        rows = (2 if work.corrects else 1) * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
+        rows = work.ways * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
         if rows < room_bytes:
             parts["rows that wait inside a block"] = rows
     else:
@@ -118,7 +117,7 @@ def _block_parts(work: Work, room_bytes: int) -> dict[str, int]:
 
 def _in_model(work: Work) -> int:
     """Weights of a block that runs: in 8 bits, which stand for what they were made of, or in the dtype of linears."""
-    return (2 if work.corrects else 1) * work.block_values * (1 if work.eight_bit_linears else work.linear_bytes)
+    return work.ways * work.block_values * (1 if work.eight_bit_linears else work.linear_bytes)
 
 
 def _activations(work: Work) -> int:

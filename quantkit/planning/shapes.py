@@ -71,6 +71,11 @@ class Work:
         return "gguf" if self.gguf else "compiled" if self.compiled else "plain"
 
     @property
+    def ways(self) -> int:
+        """How many models run: the unquantized one goes along where there is a correction."""
+        return 2 if self.corrects else 1
+
+    @property
     def block_values(self) -> int:
         return sum(group.values for group in self.groups)
 

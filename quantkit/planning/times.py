@@ -131,15 +131,14 @@ def _passes(work: Work, probe: Probe) -> dict[str, float]:
     attention = 2 * tokens * work.length * work.attention
     grams = sum(work.gram_tokens * group.columns * (group.columns + 1) for group in work.groups)
     passing = ACTIVATION_FLOP * tokens * (4 * work.hidden + sum(group.rows for group in work.groups))
-    ways = 2 if work.corrects else 1  # the unquantized model runs along
     crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0
     gram_rate = probe.int8_op_s / GRAM_SLOWDOWN if work.eight_bit_gram and probe.int8_op_s else float32
     linear_rate = probe.int8_op_s if work.eight_bit_linears and probe.int8_op_s else rate
     return {
-        "linears": ways * blocks * linears * LINEAR_SLOWDOWN / linear_rate,
-        "attention": ways * blocks * attention * ATTENTION_SLOWDOWN / rate,
+        "linears": work.ways * blocks * linears * LINEAR_SLOWDOWN / linear_rate,
+        "attention": work.ways * blocks * attention * ATTENTION_SLOWDOWN / rate,
         "Gram matrices": blocks * grams / (probe.device_flop_s or gram_rate),
-        "norms, activations, copies": ways * blocks * passing / (probe.device_flop_s or float32),
+        "norms, activations, copies": work.ways * blocks * passing / (probe.device_flop_s or float32),
         **({"correction": blocks * crossed / (probe.device_flop_s or gram_rate)} if work.corrects else {}),
     }
 
