@@ -40,6 +40,11 @@ class Arithmetic:
     eight_bit_gram: bool
     eight_bit_linears: bool
 
+    @property
+    def rounded(self) -> bool:
+        """Whether linears multiply in less than the hidden states have."""
+        return self.linears != self.states or self.eight_bit_linears
+
     def label(self) -> str:
         """A short text for a manifest, such as "linears int8 or bfloat16, Gram int8"."""
         linears = ("int8 or " if self.eight_bit_linears else "") + str(self.linears).removeprefix("torch.")
@@ -61,7 +66,8 @@ def arithmetic(device: torch.device, source_dtype: torch.dtype, *, exact: bool =
         dtype = source_dtype if half else torch.float32
         return Arithmetic(dtype, dtype, False, False)
     linears = torch.bfloat16 if half and multiplies_bfloat16() else torch.float32
-    return Arithmetic(torch.float32, linears, multiplies_int8(), half and multiplies_int8())
+    integers = multiplies_integers()
+    return Arithmetic(torch.float32, linears, integers, half and integers)
 
 
 def multiplies_bfloat16() -> bool:
@@ -72,6 +78,12 @@ def multiplies_bfloat16() -> bool:
 def multiplies_int8() -> bool:
     """Whether the processor has units for products of 8-bit integers, four times as fast as float32."""
     return _can("amx_int8", "avx512_vnni")
+
+
+def multiplies_integers() -> bool:
+    """Whether products of 8-bit integers are faster than those of float32: by units for them, or by AVX2's pairs of 16
+    bits (`maths/int_kernel.py`) where there is no AVX-512, whose float32 products are as fast as those."""
+    return multiplies_int8() or (_can("avx2") and not has_avx512())
 
 
 def has_avx512() -> bool:

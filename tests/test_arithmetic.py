@@ -31,6 +31,8 @@ EVERYTHING = {"amx_bf16": True, "avx512_vnni": True}
         ({"avx512_bf16": True}, CPU, torch.bfloat16, torch.bfloat16, False, False),
         ({"avx512_vnni": True}, CPU, torch.float16, torch.float32, True, True),
         ({}, CPU, torch.float16, torch.float32, False, False),
+        ({"avx2": True}, CPU, torch.bfloat16, torch.float32, True, True),  # pairs of 16-bit integers
+        ({"avx2": True, "avx512_f": True}, CPU, torch.bfloat16, torch.float32, False, False),
         (EVERYTHING, GPU, torch.float16, torch.float16, False, False),
         (EVERYTHING, GPU, torch.float32, torch.float32, False, False),
     ],

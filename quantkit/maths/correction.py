@@ -25,13 +25,13 @@ from quantkit.maths.gram import (
     EIGHT_BIT_TOKENS,
     ColumnSums,
     GramAccumulator,
-    readable,
     round_columns,
-    strips,
     totals,
 )
 from quantkit.maths.gram_factor import factor_gram
+from quantkit.maths.int_products import add_products
 from quantkit.maths.products import times_transposed
+from quantkit.maths.readable import readable
 
 FAR = 16.0
 """How many times the median of its batch a token's squared length may be, or the square of its change: the few tokens
@@ -70,8 +70,6 @@ class _Half:
         """Add what waits, in 8-bit integers."""
         if not self._waiting:
             return
-        from quantkit.maths.gram_kernels import add_scaled
-
         coded = []
         for pieces in zip(*self._waiting, strict=True):
             scale = totals(pieces)[2] / 127
@@ -79,9 +77,7 @@ class _Half:
         self._waiting.clear()
         (own, own_scale), *others = coded
         for total, (codes, scale) in zip(self.totals, others, strict=True):
-            for strip in strips(len(total)):
-                product = torch._int_mm(codes[:, strip].T, own)
-                add_scaled(product.numpy(), scale[strip].numpy(), own_scale.numpy(), total[strip].numpy(), False)
+            add_products(codes, scale, own, own_scale, total)
 
 
 class CorrectionAccumulator:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.maths.gram import ColumnSums, readable, totals
+from quantkit.maths.gram import ColumnSums, totals
+from quantkit.maths.int_products import RightFactor, right_factor
 from quantkit.maths.products import times_transposed
+from quantkit.maths.readable import readable
 
 TRIED = 64
 """Tokens whose products are compared with those in float32."""
@@ -26,24 +28,19 @@ Inputs and weights of trained models give 0.005 to 0.025."""
 
 @dataclass(frozen=True)
 class EightBitWeight:
-    """A linear's weight in 8 bits. codes: int8 [out, in], balanced. steps: float32 [out]. factors: float32 [in], what
+    """A linear's weight in 8 bits. codes: of [out, in], balanced. steps: float32 [out]. factors: float32 [in], what
     inputs are multiplied with. bias: float32 [out]."""
 
-    codes: Tensor
+    codes: RightFactor
     steps: Tensor
     factors: Tensor
     bias: Tensor
 
     def __call__(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """`inputs @ weight.T + bias` for inputs [..., in]: [..., out], both float32 or bfloat16, on the CPU."""
-        from quantkit.maths.eight_bit_kernels import scale_products
-
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
         codes, steps = _rounded(rows, self.factors)
-        products = torch._int_mm(codes, self.codes.T)
-        outputs = torch.empty(products.shape, dtype=dtype)
-        written = (outputs.view(torch.uint16) if dtype == torch.bfloat16 else outputs).numpy()
-        scale_products(products.numpy(), steps.numpy(), self.steps.numpy(), self.bias.numpy(), written)
+        outputs = self.codes.scaled_products(codes, steps, self.steps, self.bias, dtype)
         return outputs.view(*inputs.shape[:-1], -1)
 
 
@@ -56,7 +53,7 @@ def eight_bit_weight(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Eig
     divisors = torch.where(usable, ratio, torch.ones_like(ratio)).pow_(0.25)
     codes, steps = _rounded(weight.detach(), divisors)
     offset = torch.zeros(len(weight)) if bias is None else bias.detach().float()
-    made = EightBitWeight(codes, steps, 1 / divisors, offset)
+    made = EightBitWeight(right_factor(codes), steps, 1 / divisors, offset)
     tried = rows[:: max(1, len(rows) // TRIED)][:TRIED].float()
     exact = times_transposed(tried, weight.detach().float())
     error = (made(tried) - offset - exact).square().mean()

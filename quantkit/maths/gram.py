@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkit.maths.products import padded, times_transposed
+from quantkit.maths.int_products import add_gram
+from quantkit.maths.products import padded, strips, times_transposed
+from quantkit.maths.readable import readable
 
 EIGHT_BIT_TOKENS = 2048
 """Tokens whose 8-bit products are summed as integers before they are scaled: far below where 32 bits would overflow
@@ -87,24 +89,6 @@ class InputStatistics:
         """Sums of squares over tokens."""
         squares = self.gram.diagonal().contiguous() if self.squares is None else self.squares
         return Importance(squares, self.tokens)
-
-
-def strips(columns: int) -> Iterator[slice]:
-    """Rows of a matrix of so many that are summed in one product; those of a Gram matrix from their first one's column
-    on, since the lower triangle is the mirror.
-
-    Few strips keep the products large, many skip more of the triangle. A quarter was fastest from 576 to 1536 columns.
-    """
-    width = max(64, -(-columns // 4))
-    for start in range(0, columns, width):
-        yield slice(start, min(start + width, columns))
-
-
-def readable(rows: Tensor) -> NDArray[Any]:
-    """Inputs [tokens, in] as compiled loops read them: float32, or the bits of bfloat16."""
-    if rows.dtype == torch.bfloat16:
-        return rows.contiguous().view(torch.uint16).numpy()
-    return rows.contiguous().float().numpy()
 
 
 class ColumnSums:
@@ -274,13 +258,7 @@ class GramAccumulator:
 
     def _add_rounded(self, pieces: Sequence[ColumnSums], scale: Tensor) -> None:
         """Add what is not far of pieces, in 8-bit integers with steps of `scale` float32 [in]."""
-        from quantkit.maths.gram_kernels import add_scaled
-
-        codes = round_columns(pieces, scale)
-        for strip in strips(len(self._gram)):
-            product = torch._int_mm(codes[:, strip].T, codes[:, strip.start :])
-            along, own = scale[strip.start :], self._gram[strip, strip.start :]
-            add_scaled(product.numpy(), scale[strip].numpy(), along.numpy(), own.numpy(), self._fresh)
+        add_gram(round_columns(pieces, scale), scale, self._gram, fresh=self._fresh)
         self._fresh = False
 
     def _add_far(self) -> None:
@@ -298,6 +276,15 @@ class GramAccumulator:
                 self._add_product(part)
             self._huge = [rest]
 
+    def _mirror(self) -> None:
+        """Write the upper triangle, which has everything, over the lower one."""
+        if self._gram.device.type == "cpu":
+            from quantkit.maths.gram_kernels import mirror
+
+            mirror(self._gram.numpy())
+        else:
+            self._gram.copy_(self._gram.triu() + self._gram.triu(1).T)
+
     def result(self) -> InputStatistics:
         """The statistics of everything added so far."""
         if self._waiting:
@@ -308,6 +295,5 @@ class GramAccumulator:
             self._add_product(torch.cat(self._huge))
         if self._fresh:
             self._gram.zero_()
-        for strip in strips(len(self._gram)):
-            self._gram[strip.stop :, strip] = self._gram[strip, strip.stop :].T
+        self._mirror()
         return InputStatistics(self._gram, self.sum_abs / max(self.tokens, 1), self.tokens, self._squares)

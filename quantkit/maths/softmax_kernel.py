@@ -1,9 +1,11 @@
-"""A compiled softmax over what a query may see, from float32 scores to bfloat16 weights.
+"""A compiled softmax over what a query may see, from float32 scores to weights in float32 or bfloat16.
 
 Two passes over scores in the cache, both vectorized.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numba import njit, prange  # type: ignore[import-untyped]
@@ -41,7 +43,7 @@ def _largest(row: NDArray[np.float32], lanes: NDArray[np.float32]) -> np.float32
 
 @njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _soften(
-    scores: NDArray[np.float32], weights: NDArray[np.uint16], seen: int, steps: np.float32, lanes: NDArray[np.float32]
+    scores: NDArray[np.float32], weights: NDArray[Any], seen: int, steps: np.float32, lanes: NDArray[np.float32]
 ) -> None:
     """One query's part of `causal_softmax`: so many keys are `seen`, `steps` turns scores into powers of two."""
     row, own = scores[:seen], weights[:seen]
@@ -55,11 +57,11 @@ def _soften(
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
-def causal_softmax(scores: NDArray[np.float32], first: int, scale: float, weights: NDArray[np.uint16]) -> None:
+def causal_softmax(scores: NDArray[np.float32], first: int, scale: float, weights: NDArray[Any]) -> None:
     """Softmax of `scale * scores` over the keys up to a query's own; keys behind it get weight zero.
 
-    scores: [heads, queries, keys], overwritten; its first query is token `first`. weights: [heads, queries, keys], the
-    bits of bfloat16, rounded half to even. The exponential is within 3e-7 of the true one.
+    scores: [heads, queries, keys], overwritten; its first query is token `first`. weights: [heads, queries, keys],
+    float32 or the bits of bfloat16, rounded half to even. The exponential is within 3e-7 of the true one.
     """
     heads, queries, _ = scores.shape
     steps = np.float32(1.4426950408889634 * scale)  # 2^x in the place of e^x

@@ -1,4 +1,4 @@
-"""A model's attention on a CPU with units for bfloat16, by `maths/attention.py` where that says the same.
+"""A model's attention on a CPU, by `maths/attention.py` where that says the same.
 
 Registered as transformers asks of an attention of one's own (its AttentionInterface and AttentionMaskInterface).
 """
@@ -42,8 +42,9 @@ def _attend(
     width] and no weights."""
     scale = settings.get("scaling") or query.shape[-1] ** -0.5
     if attention_mask is None and query.shape[2] == key.shape[2] and _only_causal(module, settings):
+        narrow = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
         with torch.autocast("cpu", enabled=False):  # scores keep float32, whatever the linears multiply in
-            return causal_attention(query, key, value, scale), None
+            return causal_attention(query, key, value.to(narrow), scale), None
     attended: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS[LIKE](module, query, key, value, attention_mask, **settings)
     return attended
 

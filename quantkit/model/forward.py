@@ -82,7 +82,7 @@ class BlockRunner:
         self.architecture = architecture_of(source.config)
         self.model = without_weights(source, self.dtype)
         self.model.config.use_cache = False
-        if device.type == "cpu" and arithmetic.linears == torch.bfloat16 != self.dtype:
+        if device.type == "cpu" and arithmetic.rounded:
             from quantkit.model.attention import use_causal_attention
 
             use_causal_attention(self.model)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.maths.gram import readable
+from quantkit.maths.readable import readable
 from quantkit.model.mixed import mixed_into
 
 

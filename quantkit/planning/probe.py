@@ -80,7 +80,8 @@ def probe(device: str = "cpu", *, again: bool = False) -> Probe:
 def _measure(identity: dict[str, str | int | None], device: str) -> Probe:
     import torch
 
-    from quantkit.device import multiplies_bfloat16, multiplies_int8
+    from quantkit.device import multiplies_bfloat16, multiplies_integers
+    from quantkit.maths.int_products import right_factor
     from quantkit.maths.products import times_transposed
 
     side = GEMM_SIDE
@@ -89,9 +90,10 @@ def _measure(identity: dict[str, str | int | None], device: str) -> Probe:
     float32 = _rate(lambda: times_transposed(wide, wide))
     bfloat16 = _rate(lambda: torch.mm(narrow, narrow)) if multiplies_bfloat16() else float32
     int8 = 0.0
-    if multiplies_int8():
+    if multiplies_integers():
         codes = torch.randint(-127, 128, (side, side), dtype=torch.int8)
-        int8 = _rate(lambda: torch._int_mm(codes, codes))
+        factor, ones = right_factor(codes), torch.ones(side)
+        int8 = _rate(lambda: factor.scaled_products(codes, ones, ones, ones))
     gpu = None
     if device == "cuda":
         there = torch.randn(side, side, device=device, dtype=torch.float16)

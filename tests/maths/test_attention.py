@@ -1,4 +1,4 @@
-"""Causal attention beside float64: what rounding to bfloat16 may do, and no more."""
+"""Causal attention beside float64: what rounding to the values' dtype may do, and no more."""
 
 from __future__ import annotations
 
@@ -47,6 +47,15 @@ def test_near_float64(heads: int, groups: int, length: int, width: int, wide: in
     assert found.dtype == torch.bfloat16
     # weights and the output are rounded once each; float32 scores of up to some hundreds are off by 1e-4 at most
     assert bool(((found.double() - exact).abs() <= 2.1 * HALF_STEP * sizes + 1e-30).all())
+
+
+@pytest.mark.parametrize(("heads", "groups", "length", "width", "wide"), SHAPES)
+def test_float32_values_keep_float32(heads: int, groups: int, length: int, width: int, wide: int) -> None:
+    query, key, value = _tensors(heads, groups, length, width, wide)
+    found = causal_attention(query, key, value.float(), width**-0.5)
+    exact, sizes = _exact(query, key, value, width**-0.5)
+    assert found.dtype == torch.float32
+    assert bool(((found.double() - exact).abs() <= 2e-6 * sizes + 1e-30).all())
 
 
 def test_nearer_than_pytorchs_kernel() -> None:

@@ -49,7 +49,9 @@ def test_what_the_codes_stand_for_is_what_is_multiplied() -> None:
     balanced = inputs * product.factors
     steps = balanced.abs().amax(dim=-1, keepdim=True) / 127
     codes = (balanced / steps).round()
-    expected = (codes.double() * steps.double()) @ (product.codes.double() * product.steps.double()[:, None]).T
+    each, ones, nothing = torch.eye(weight.shape[1], dtype=torch.int8), torch.ones, torch.zeros(len(weight))
+    weights = product.codes.scaled_products(each, ones(len(each)), ones(len(weight)), nothing).double()
+    expected = (codes.double() * steps.double()) @ (weights * product.steps.double())
     apart = (product(inputs).double() - expected).abs().max() / expected.abs().max()
     assert float(apart) < 2e-2 / 127, "a code may fall to either side of a half, and no more"
 

@@ -19,7 +19,10 @@ from quantkit.model.source import Source
 
 IDS = torch.arange(4 * 48).reshape(4, 48) % 380
 CPU = torch.device("cpu")
-MIXED = Arithmetic(torch.float32, torch.bfloat16, False, False)
+MIXED = [
+    pytest.param(Arithmetic(torch.float32, torch.bfloat16, False, False), id="bfloat16"),
+    pytest.param(Arithmetic(torch.float32, torch.float32, True, True), id="float32 and 8 bits"),
+]
 OTHERWISE = {"gemma2"}
 """Families whose attention asks for more than causal attention: a cap on the scores."""
 
@@ -48,17 +51,24 @@ def states(source: Source, how: Arithmetic) -> Tensor:
     return hidden[:]
 
 
+@pytest.mark.parametrize("how", MIXED)
 @pytest.mark.parametrize("family", SETTINGS)
 def test_states_are_as_near_to_float32_as_with_pytorchs(
-    family: str, tiny_llama: Path, tmp_path: Path, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    how: Arithmetic,
+    family: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    calls: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = MemorySource(write_family(tmp_path / "model", family, tiny_llama))
-    ours = states(source, MIXED)
+    ours = states(source, how)
     assert bool(calls) == (family not in OTHERWISE)
     exact = states(source, Arithmetic(torch.float32, torch.float32, False, False))
     monkeypatch.setattr(attention, "use_causal_attention", lambda _: None)
-    theirs = states(source, MIXED)
-    assert (ours - exact).norm() <= 1.05 * (theirs - exact).norm()
+    theirs = states(source, how)
+    # GPT-2's linears are of a class of their own, which nothing but attention rounds
+    assert (ours - exact).norm() <= 1.05 * (theirs - exact).norm() + 1e-6 * exact.norm()
     assert torch.equal(ours, theirs) == (family in OTHERWISE)
 
 

@@ -1,0 +1,98 @@
+"""Products of 8-bit integers on a CPU, summed in 32 bits: torch's where the processor has units for them, else our own.
+
+Without such units torch multiplies them one by one, a hundred times slower than float32 is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.device import multiplies_int8
+from quantkit.maths.products import strips
+from quantkit.maths.readable import readable
+
+
+@dataclass(frozen=True)
+class RightFactor:
+    """The right factor of `left @ right.T` in the order in which it is multiplied.
+
+    laid: int8 [k, n] for torch; int32 [panels, pairs, 16], two 16-bit integers in each, for the loops of
+    `maths/int_kernel.py`. rows: n.
+    """
+
+    laid: Tensor
+    rows: int
+
+    def scaled_products(
+        self, left: Tensor, along: Tensor, across: Tensor, bias: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """left @ right.T * along[:, None] * across + bias: float32 or bfloat16 [m, n].
+
+        left: codes int8 [m, k]; k is at most 133144, beyond which sums might overflow. along: float32 [m]. across,
+        bias: float32 [n].
+        """
+        outputs = torch.empty(len(left), self.rows, dtype=dtype)
+        numbers = (along.numpy(), across.numpy(), bias.numpy(), readable(outputs))
+        if self.laid.dtype == torch.int8:
+            from quantkit.maths.eight_bit_kernels import scale_products
+
+            scale_products(torch._int_mm(left, self.laid).numpy(), *numbers)
+        else:
+            from quantkit.maths.int_kernel import multiply_panels
+
+            multiply_panels(left.numpy(), self.laid.numpy(), *numbers)
+        return outputs
+
+
+def right_factor(codes: Tensor) -> RightFactor:
+    """Codes int8 [n, k] as the right factor of products."""
+    if multiplies_int8():
+        return RightFactor(codes.T, len(codes))
+    from quantkit.maths.int_kernel import TILE_COLUMNS, lay_rows
+
+    panels = _panels(len(codes), codes.shape[1], TILE_COLUMNS)
+    lay_rows(codes.contiguous().numpy(), panels.numpy())
+    return RightFactor(panels, len(codes))
+
+
+def add_gram(codes: Tensor, scale: Tensor, gram: Tensor, *, fresh: bool) -> None:
+    """Add codes^T codes, scaled, to the upper triangle of `gram` float32 [n, n]; what is below it may change too.
+
+    codes: int8 [tokens, n]. scale: float32 [n], the step of each column. fresh: `gram` holds nothing yet.
+    """
+    _add(codes, scale, codes, scale, gram, upper=True, fresh=fresh)
+
+
+def add_products(left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor) -> None:
+    """Add left^T right, scaled, to `total` float32 [m, n]: codes int8 [tokens, m] and [tokens, n], steps of their
+    columns float32 [m] and [n]."""
+    _add(left, across, right, along, total, upper=False, fresh=False)
+
+
+def _add(
+    left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
+) -> None:
+    if not multiplies_int8():
+        from quantkit.maths.int_kernel import TILE_COLUMNS, TILE_ROWS, add_panels, lay_left, lay_right
+
+        laid = _panels(left.shape[1], len(left), TILE_ROWS), _panels(right.shape[1], len(right), TILE_COLUMNS)
+        lay_left(left.numpy(), laid[0].numpy())
+        lay_right(right.numpy(), laid[1].numpy())
+        add_panels(laid[0].numpy(), laid[1].numpy(), across.numpy(), along.numpy(), total.numpy(), upper, fresh)
+        return
+    from quantkit.maths.gram_kernels import add_scaled
+
+    for strip in strips(len(total)):
+        behind = slice(strip.start if upper else 0, None)
+        product = torch._int_mm(left[:, strip].T, right[:, behind])
+        own: Any = total[strip, behind].numpy()
+        add_scaled(product.numpy(), across[strip].numpy(), along[behind].numpy(), own, fresh)
+
+
+def _panels(rows: int, inner: int, width: int) -> Tensor:
+    """Room for so many rows of `inner` numbers as panels: int32 [panels, pairs, width]."""
+    return torch.empty(-(-rows // width), -(-inner // 2), width, dtype=torch.int32)

@@ -1,0 +1,79 @@
+"""Products of 8-bit integers against 64-bit ones: by torch, and by the loops for processors without units for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit.maths import int_products
+from quantkit.maths.int_products import add_gram, add_products, right_factor
+
+has_avx2 = pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx2"), reason="the loops are AVX2's")
+
+
+@pytest.fixture(params=["torch", pytest.param("own", marks=has_avx2)], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int_products, "multiplies_int8", lambda: request.param == "torch")
+
+
+def _codes(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    codes[0] = 127  # sums as large as they get
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "inner"), [(1, 1, 1), (6, 16, 2), (64, 48, 96), (100, 50, 33), (7, 257, 577)]
+)
+def test_products_are_exact(rows: int, columns: int, inner: int) -> None:
+    left, right = _codes(rows, inner), _codes(columns, inner)
+    factor = right_factor(right)
+    exact = left.long() @ right.long().T
+    found = factor.scaled_products(left, torch.ones(rows), torch.ones(columns), torch.zeros(columns))
+    assert torch.equal(found.long(), exact)  # below 2^24, so that float32 has them
+    alone = factor.scaled_products(left[:1], torch.ones(1), torch.ones(columns), torch.zeros(columns))
+    assert torch.equal(alone.long(), exact[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_scaled_and_rounded_once(dtype: torch.dtype) -> None:
+    left, right = _codes(50, 70), _codes(33, 70)
+    along, across, bias = torch.logspace(-2, 2, 50), torch.logspace(1, -1, 33), torch.linspace(-9, 9, 33)
+    found = right_factor(right).scaled_products(left, along, across, bias, dtype)
+    products = (left.long() @ right.long().T).float()
+    assert torch.equal(found, (products * along[:, None] * across + bias).to(dtype))
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (8, 48), (33, 100), (200, 161)])
+def test_gram_matrices_are_summed_above_the_diagonal(tokens: int, columns: int) -> None:
+    codes, scale = _codes(tokens, columns), torch.logspace(-2, 2, columns)
+    gram = torch.full((columns, columns), torch.nan)
+    add_gram(codes, scale, gram, fresh=True)
+    add_gram(codes[:1], scale, gram, fresh=False)
+    both = torch.cat([codes, codes[:1]]).double()
+    steps = scale.double()
+    torch.testing.assert_close((gram / steps[:, None] / steps).triu(), (both.T @ both).triu(), rtol=1e-6, atol=1)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(2, 3, 5), (65, 100, 50), (33, 47, 161)])
+def test_products_of_columns_are_added_to_what_is_there(tokens: int, rows: int, columns: int) -> None:
+    left, right = _codes(tokens, rows), _codes(tokens, columns)
+    across, along = torch.logspace(-2, 2, rows), torch.logspace(1, -1, columns)
+    total = torch.ones(rows, columns)
+    add_products(left, across, right, along, total)
+    exact = 1 + (left.double() * across.double()).T @ (right.double() * along.double())
+    torch.testing.assert_close(total, exact.float(), rtol=1e-5, atol=1e-3)
+
+
+@has_avx2
+def test_both_ways_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, scale = _codes(130, 200), torch.logspace(-1, 1, 200)
+    found = []
+    for units in (True, False):
+        monkeypatch.setattr(int_products, "multiplies_int8", lambda units=units: units)
+        gram = torch.zeros(200, 200)
+        add_gram(codes, scale, gram, fresh=True)
+        found.append(gram.triu())
+    assert torch.equal(*found)
