@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ class Arithmetic:
 def arithmetic(device: torch.device, source_dtype: torch.dtype, *, exact: bool = False) -> Arithmetic:
     """What runs best on a device without a loss that shows in the result; docs/quality.md has the measurements.
 
-    On a CPU the hidden states stay float32, and products take what the processor has units for. Elsewhere all is in the
+    On a CPU the hidden states stay float32, and products take what the processor is fastest at. Elsewhere all is in the
     checkpoint's own half precision. exact: float32 throughout.
     """
     import torch
@@ -75,7 +76,7 @@ def multiplies_bfloat16() -> bool:
     return _can("amx_bf16", "avx512_bf16")
 
 
-def multiplies_int8() -> bool:
+def has_int8_units() -> bool:
     """Whether the processor has units for products of 8-bit integers, four times as fast as float32."""
     return _can("amx_int8", "avx512_vnni")
 
@@ -83,7 +84,13 @@ def multiplies_int8() -> bool:
 def multiplies_integers() -> bool:
     """Whether products of 8-bit integers are faster than those of float32: by units for them, or by AVX2's pairs of 16
     bits (`maths/int_kernel.py`) where there is no AVX-512, whose float32 products are as fast as those."""
-    return multiplies_int8() or (_can("avx2") and not has_avx512())
+    return has_int8_units() or (has_avx2() and not has_avx512())
+
+
+def has_avx2() -> bool:
+    """Whether the processor has vectors of 256 bits for integers, and compiled loops may use them: numba can be told to
+    compile for another processor."""
+    return _can("avx2") and "NUMBA_CPU_NAME" not in os.environ
 
 
 def has_avx512() -> bool:

@@ -7,11 +7,13 @@ docs/performance.md has the figures.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
+from quantkit.maths.compiled import writable
 from quantkit.maths.products import rounding_allowed
-from quantkit.maths.readable import readable
 
 CHUNK = 128
 """Queries whose scores are held at once: few enough to stay in the second-level cache."""
@@ -41,10 +43,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         wide = (batch * groups, shared * (end - first), end)
         count = wide[0] * wide[1] * end
         scores, weights = room[:count].view(wide), weights_room[:count].view(wide)
-        with rounding_allowed():
+        with rounding_allowed() if value.dtype == torch.bfloat16 else nullcontext():
             torch.bmm(queries[:, :, :, first:end].reshape(*wide[:2], width), keys[:, :, :end], out=scores)
         rows = (batch * heads, end - first, end)
-        causal_softmax(scores.view(rows).numpy(), first, scale, readable(weights.view(rows)))
+        causal_softmax(scores.view(rows).numpy(), first, scale, writable(weights.view(rows)))
         found = torch.bmm(weights, values[:, :end]).view(batch, groups, shared, end - first, -1)
         gathered[:, first:end] = found.permute(0, 3, 1, 2, 4)
     return gathered.view(batch, length, heads, -1)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.maths.readable import readable
+from quantkit.maths.compiled import readable
 from quantkit.tensors import band_size, row_bands
 
 NF4_VALUES = (

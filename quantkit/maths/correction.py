@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantkit.maths.compiled import readable
 from quantkit.maths.gram import (
     EIGHT_BIT_COLUMNS,
     EIGHT_BIT_TOKENS,
@@ -31,7 +32,6 @@ from quantkit.maths.gram import (
 from quantkit.maths.gram_factor import factor_gram
 from quantkit.maths.int_products import add_products
 from quantkit.maths.products import times_transposed
-from quantkit.maths.readable import readable
 
 FAR = 16.0
 """How many times the median of its batch a token's squared length may be, or the square of its change: the few tokens

@@ -131,12 +131,18 @@ def add_scaled(
             own[j] += np.float32(found[j]) * factor * along[j]
 
 
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def long_and_short(at: int, count: int) -> int:
+    """Rows of a triangle, long ones and short ones in turns, so that threads that get a piece each have alike."""
+    return count - 1 - at // 2 if at % 2 else at // 2
+
+
 @njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
 def mirror(gram: NDArray[np.float32]) -> None:
     """Write the upper triangle of gram [n, n] over the lower one."""
     blocks = -(-len(gram) // MIRRORED)
-    for at in prange(blocks):  # long rows of blocks and short ones in turns, so that threads have alike
-        block = blocks - 1 - at // 2 if at % 2 else at // 2
+    for at in prange(blocks):
+        block = long_and_short(at, blocks)
         first, last = block * MIRRORED, min((block + 1) * MIRRORED, len(gram))
         for start in range(0, last, MIRRORED):
             for i in range(first, last):

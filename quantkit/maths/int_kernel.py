@@ -18,12 +18,17 @@ from numba.extending import intrinsic  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import stored_as
+from quantkit.maths.gram_kernels import long_and_short
 
 TILE_ROWS = 6
 TILE_COLUMNS = 16
 
 BLOCK_ROWS = 8 * TILE_ROWS
-"""Rows of the left factor that one thread multiplies with all of the right one: they stay in the second-level cache."""
+"""Rows of the left factor that one thread takes together: a panel of the right one, which comes from farther away,
+serves eight tiles, and the rows stay in the second-level cache (512 KB hold 48 rows of 5461 numbers)."""
+
+TASKS = 4
+"""What each thread gets at least, so that none waits long for another."""
 
 _LANES = 8
 _INT, _LONG = ir.IntType(32), ir.IntType(64)
@@ -40,19 +45,19 @@ def _add_pairs(typing_context: Any, left: Any, right: Any, pairs: Any, sums: Any
         multiply = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_SUMS, [_NUMBERS, _NUMBERS]), "llvm.x86.avx2.pmadd.wd"
         )
-        nothing, everywhere = ir.Constant(_SUMS, ir.Undefined), ir.Constant(_SUMS, [0] * _LANES)
-        found = [[cgutils.alloca_once_value(builder, everywhere) for _ in vectors] for _ in range(TILE_ROWS)]
+        zeros, nothing = ir.Constant(_SUMS, [0] * _LANES), ir.Constant(_SUMS, ir.Undefined)
+        found = [[cgutils.alloca_once_value(builder, zeros) for _ in vectors] for _ in range(TILE_ROWS)]
 
         def place(start: Any, offset: int, kind: Any) -> Any:
             return builder.bitcast(builder.gep(start, [ir.Constant(_LONG, offset)]), kind.as_pointer())
 
         with cgutils.for_range(builder, args[2]) as loop:
             here = builder.gep(left, [builder.mul(loop.index, ir.Constant(_LONG, TILE_ROWS))])
-            there = builder.gep(right, [builder.mul(loop.index, ir.Constant(_LONG, TILE_COLUMNS))])
-            numbers = [builder.load(place(there, v * _LANES, _NUMBERS), align=4) for v in vectors]
+            beside = builder.gep(right, [builder.mul(loop.index, ir.Constant(_LONG, TILE_COLUMNS))])
+            numbers = [builder.load(place(beside, v * _LANES, _NUMBERS), align=4) for v in vectors]
             for row, own in enumerate(found):
                 pair = builder.insert_element(nothing, builder.load(place(here, row, _INT)), ir.Constant(_INT, 0))
-                pair = builder.bitcast(builder.shuffle_vector(pair, nothing, everywhere), _NUMBERS)
+                pair = builder.bitcast(builder.shuffle_vector(pair, nothing, zeros), _NUMBERS)  # lane 0 in all
                 for v in vectors:
                     builder.store(builder.add(builder.load(own[v]), builder.call(multiply, [pair, numbers[v]])), own[v])
         for row, own in enumerate(found):
@@ -96,6 +101,12 @@ def lay_rows(codes: NDArray[np.int8], panels: NDArray[np.int32]) -> None:
         _lay_rows(codes[at * TILE_COLUMNS : (at + 1) * TILE_COLUMNS], panels[at])
 
 
+def tasks_of_block(rows: int, threads: int) -> int:
+    """Into how many tasks the columns of a block of rows are divided, where so many rows have too few blocks."""
+    blocks = max(1, -(-rows // BLOCK_ROWS))
+    return -(-TASKS * threads // blocks) if blocks < TASKS * threads else 1
+
+
 @njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
 def multiply_panels(
     left: NDArray[np.int8],
@@ -104,14 +115,17 @@ def multiply_panels(
     across: NDArray[np.float32],
     bias: NDArray[np.float32],
     outputs: NDArray[Any],
+    tasks: int,
 ) -> None:
     """outputs = products * along[:, None] * across + bias, float32 or the bits of bfloat16 [m, n].
 
-    left: [m, k]. right: n rows as panels [panels, pairs, TILE_COLUMNS]. along: [m]. across, bias: [n].
+    left: [m, k]. right: n rows as panels [panels, pairs, TILE_COLUMNS]. along: [m]. across, bias: [n]. tasks: of each
+    block of rows.
     """
     rows, columns = outputs.shape
     pairs = right.shape[1]
-    for block in prange(-(-rows // BLOCK_ROWS)):
+    for task in prange(-(-rows // BLOCK_ROWS) * tasks):
+        block, share = task // tasks, task % tasks
         first, last = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, rows)
         tiles = -(-(last - first) // TILE_ROWS)
         panels = np.empty((tiles, pairs, TILE_ROWS), np.int32)
@@ -119,7 +133,7 @@ def multiply_panels(
         for tile in range(tiles):
             start = first + tile * TILE_ROWS
             _lay_rows(left[start : min(start + TILE_ROWS, last)], panels[tile])
-        for at in range(len(right)):
+        for at in range(len(right) * share // tasks, len(right) * (share + 1) // tasks):
             begin, end = at * TILE_COLUMNS, min((at + 1) * TILE_COLUMNS, columns)
             steps, offset = across[begin:end], bias[begin:end]
             for start in range(first, last, TILE_ROWS):
@@ -165,34 +179,6 @@ def lay_right(codes: NDArray[np.int8], panels: NDArray[np.int32]) -> None:
         _lay_columns(codes, at * TILE_COLUMNS, panels[at], TILE_COLUMNS)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _add_rows(
-    block: int,
-    left: NDArray[np.int32],
-    right: NDArray[np.int32],
-    across: NDArray[np.float32],
-    along: NDArray[np.float32],
-    total: NDArray[np.float32],
-    upper: bool,
-    fresh: bool,
-) -> None:
-    """The rows of one block of `add_panels`."""
-    rows, columns = total.shape
-    sums = np.empty((TILE_ROWS, TILE_COLUMNS), np.int32)
-    first, last = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, rows)
-    for at in range(first // TILE_COLUMNS if upper else 0, len(right)):
-        begin, end = at * TILE_COLUMNS, min((at + 1) * TILE_COLUMNS, columns)
-        steps = along[begin:end]
-        for start in range(first, min(last, end) if upper else last, TILE_ROWS):
-            add_pairs(left[start // TILE_ROWS], right[at], right.shape[1], sums)
-            for row in range(start, min(start + TILE_ROWS, last)):
-                own, found, factor = total[row, begin:end], sums[row - start], across[row]
-                if fresh:
-                    own[:] = 0.0
-                for column in range(end - begin):
-                    own[column] += np.float32(found[column]) * factor * steps[column]
-
-
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def add_panels(
     left: NDArray[np.int32],
@@ -202,13 +188,30 @@ def add_panels(
     total: NDArray[np.float32],
     upper: bool,
     fresh: bool,
+    tasks: int,
 ) -> None:
     """Add left^T right, scaled, to total [m, n].
 
     left, right: columns as panels of TILE_ROWS and of TILE_COLUMNS. across, along: steps of their columns [m], [n].
-    upper: the upper triangle, and some of what is below it. fresh: nothing is in total yet.
+    upper: the upper triangle, and some of what is below it. fresh: nothing is in total yet. tasks: of each block of
+    rows.
     """
-    blocks = -(-len(total) // BLOCK_ROWS)
-    for at in prange(blocks):  # long rows of blocks and short ones in turns, so that threads have alike
-        block = blocks - 1 - at // 2 if at % 2 else at // 2
-        _add_rows(block, left, right, across, along, total, upper, fresh)
+    rows, columns = total.shape
+    blocks = -(-rows // BLOCK_ROWS)
+    for task in prange(blocks * tasks):
+        block, share = long_and_short(task // tasks, blocks), task % tasks
+        sums = np.empty((TILE_ROWS, TILE_COLUMNS), np.int32)
+        first, last = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, rows)
+        start = first // TILE_COLUMNS if upper else 0
+        count = len(right) - start
+        for at in range(start + count * share // tasks, start + count * (share + 1) // tasks):
+            begin, end = at * TILE_COLUMNS, min((at + 1) * TILE_COLUMNS, columns)
+            steps = along[begin:end]
+            for top in range(first, min(last, end) if upper else last, TILE_ROWS):
+                add_pairs(left[top // TILE_ROWS], right[at], right.shape[1], sums)
+                for row in range(top, min(top + TILE_ROWS, last)):
+                    own, found, factor = total[row, begin:end], sums[row - top], across[row]
+                    if fresh:
+                        own[:] = 0.0
+                    for column in range(end - begin):
+                        own[column] += np.float32(found[column]) * factor * steps[column]

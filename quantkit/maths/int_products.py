@@ -11,9 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.device import multiplies_int8
+from quantkit.device import has_avx2, has_int8_units
+from quantkit.maths.compiled import writable
 from quantkit.maths.products import strips
-from quantkit.maths.readable import readable
+
+
+def code_bytes() -> int:
+    """Bytes that a code of a right factor takes."""
+    return 2 if _by_own_loops() else 1
+
+
+def _by_own_loops() -> bool:
+    """Where there are neither units nor AVX2, torch's way is what runs anywhere, though nothing asks for it."""
+    return has_avx2() and not has_int8_units()
 
 
 @dataclass(frozen=True)
@@ -36,21 +46,22 @@ class RightFactor:
         bias: float32 [n].
         """
         outputs = torch.empty(len(left), self.rows, dtype=dtype)
-        numbers = (along.numpy(), across.numpy(), bias.numpy(), readable(outputs))
+        numbers = (along.numpy(), across.numpy(), bias.numpy(), writable(outputs))
         if self.laid.dtype == torch.int8:
             from quantkit.maths.eight_bit_kernels import scale_products
 
             scale_products(torch._int_mm(left, self.laid).numpy(), *numbers)
         else:
-            from quantkit.maths.int_kernel import multiply_panels
+            from quantkit.maths.int_kernel import multiply_panels, tasks_of_block
 
-            multiply_panels(left.numpy(), self.laid.numpy(), *numbers)
+            tasks = tasks_of_block(len(left), torch.get_num_threads())
+            multiply_panels(left.numpy(), self.laid.numpy(), *numbers, tasks)
         return outputs
 
 
 def right_factor(codes: Tensor) -> RightFactor:
     """Codes int8 [n, k] as the right factor of products."""
-    if multiplies_int8():
+    if not _by_own_loops():
         return RightFactor(codes.T, len(codes))
     from quantkit.maths.int_kernel import TILE_COLUMNS, lay_rows
 
@@ -62,27 +73,30 @@ def right_factor(codes: Tensor) -> RightFactor:
 def add_gram(codes: Tensor, scale: Tensor, gram: Tensor, *, fresh: bool) -> None:
     """Add codes^T codes, scaled, to the upper triangle of `gram` float32 [n, n]; what is below it may change too.
 
-    codes: int8 [tokens, n]. scale: float32 [n], the step of each column. fresh: `gram` holds nothing yet.
+    codes: int8 [tokens, n], of at most 133144 tokens, beyond which sums might overflow. scale: float32 [n], the step of
+    each column. fresh: `gram` holds nothing yet.
     """
     _add(codes, scale, codes, scale, gram, upper=True, fresh=fresh)
 
 
 def add_products(left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor) -> None:
-    """Add left^T right, scaled, to `total` float32 [m, n]: codes int8 [tokens, m] and [tokens, n], steps of their
-    columns float32 [m] and [n]."""
+    """Add left^T right, scaled, to `total` float32 [m, n]: codes int8 [tokens, m] and [tokens, n], of as many tokens at
+    most, steps of their columns float32 [m] and [n]."""
     _add(left, across, right, along, total, upper=False, fresh=False)
 
 
 def _add(
     left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
 ) -> None:
-    if not multiplies_int8():
-        from quantkit.maths.int_kernel import TILE_COLUMNS, TILE_ROWS, add_panels, lay_left, lay_right
+    if _by_own_loops():
+        from quantkit.maths.int_kernel import TILE_COLUMNS, TILE_ROWS, add_panels, lay_left, lay_right, tasks_of_block
 
         laid = _panels(left.shape[1], len(left), TILE_ROWS), _panels(right.shape[1], len(right), TILE_COLUMNS)
         lay_left(left.numpy(), laid[0].numpy())
         lay_right(right.numpy(), laid[1].numpy())
-        add_panels(laid[0].numpy(), laid[1].numpy(), across.numpy(), along.numpy(), total.numpy(), upper, fresh)
+        tasks = tasks_of_block(len(total), torch.get_num_threads())
+        given = (laid[0].numpy(), laid[1].numpy(), across.numpy(), along.numpy(), total.numpy())
+        add_panels(*given, upper, fresh, tasks)
         return
     from quantkit.maths.gram_kernels import add_scaled
 

@@ -60,8 +60,8 @@ def _onednn_linear() -> Any:
 def rounding_allowed() -> Iterator[None]:
     """While this lasts, float32 matrix products on a CPU may round what they multiply to bfloat16.
 
-    PyTorch then asks oneDNN instead of MKL, which rounds where the processor has matrix units and gains by it;
-    elsewhere it multiplies float32 in loops made for the processor. Sums are float32 either way.
+    With AVX-512 PyTorch then asks oneDNN instead of MKL, which rounds where the processor has matrix units and gains by
+    it, and else multiplies float32 in loops made for the processor. Sums are float32 either way.
     """
     setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] # made when the module is imported
     before = setting.fp32_precision

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.maths.readable import readable
+from quantkit.maths.compiled import readable, writable
 from quantkit.model.mixed import mixed_into
 
 
@@ -39,7 +39,7 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
 
     rows = [tensor.detach().reshape(-1, gate.shape[-1]) for tensor in (gate, up)]
     out = torch.empty(rows[0].shape, dtype=gate.dtype)  # in one piece, whatever the gate is
-    gate_kernel.silu_times(readable(rows[0]), readable(rows[1]), readable(out))
+    gate_kernel.silu_times(readable(rows[0]), readable(rows[1]), writable(out))
     return out.view(gate.shape)
 
 

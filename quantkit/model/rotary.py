@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.maths.readable import readable
+from quantkit.maths.compiled import readable
 
 NAME = "apply_rotary_pos_emb"
 """What models call the function."""

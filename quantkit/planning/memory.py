@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit.maths.attention import CHUNK
 from quantkit.model.forward import BATCH_TOKENS
 from quantkit.planning.shapes import Group, Work
 
@@ -117,12 +118,14 @@ def _block_parts(work: Work, room_bytes: int) -> dict[str, int]:
 
 def _in_model(work: Work) -> int:
     """Weights of a block that runs: in 8 bits, which stand for what they were made of, or in the dtype of linears."""
-    return work.ways * work.block_values * (1 if work.eight_bit_linears else work.linear_bytes)
+    return work.ways * work.block_values * (work.code_bytes if work.eight_bit_linears else work.linear_bytes)
 
 
 def _activations(work: Work) -> int:
-    inner = max(group.rows for group in work.groups)
-    return 4 * BATCH_TOKENS["cpu"] * (4 * work.hidden + 2 * inner)
+    """What lies between the linears of a batch, and the scores of a chunk of queries with their weights."""
+    inner, tokens = max(group.rows for group in work.groups), BATCH_TOKENS["cpu"]
+    scores = max(tokens, work.length) * min(CHUNK, work.length) * work.heads * (4 + work.linear_bytes)
+    return 4 * tokens * (4 * work.hidden + 2 * inner) + scores
 
 
 def _solve_bytes(group: Group, work: Work) -> int:

@@ -16,7 +16,7 @@ from quantkit.environment import cpu_model
 from quantkit.manifest import write_atomic
 from quantkit.resources import cache_folder
 
-VERSION = 2
+VERSION = 3
 """Raised when the measurements change, so that kept ones are made again."""
 
 GEMM_SIDE = 1536
@@ -81,7 +81,7 @@ def _measure(identity: dict[str, str | int | None], device: str) -> Probe:
     import torch
 
     from quantkit.device import multiplies_bfloat16, multiplies_integers
-    from quantkit.maths.int_products import right_factor
+    from quantkit.maths.int_products import code_bytes, right_factor
     from quantkit.maths.products import times_transposed
 
     side = GEMM_SIDE
@@ -93,7 +93,8 @@ def _measure(identity: dict[str, str | int | None], device: str) -> Probe:
     if multiplies_integers():
         codes = torch.randint(-127, 128, (side, side), dtype=torch.int8)
         factor, ones = right_factor(codes), torch.ones(side)
-        int8 = _rate(lambda: factor.scaled_products(codes, ones, ones, ones))
+        own = code_bytes() > 1
+        int8 = _rate(lambda: factor.scaled_products(codes, ones, ones, ones) if own else torch._int_mm(codes, codes))
     gpu = None
     if device == "cuda":
         there = torch.randn(side, side, device=device, dtype=torch.float16)

@@ -11,6 +11,7 @@ import torch
 from quantkit.device import arithmetic
 from quantkit.formats.base import LinearPlan, calibrates
 from quantkit.maths.gram import Look
+from quantkit.maths.int_products import code_bytes
 from quantkit.model.blocks import architecture_of, blocks_of, head_dim
 from quantkit.model.forward import tokens_apart
 from quantkit.model.source import Source
@@ -34,17 +35,18 @@ class Work:
     """One recipe on one model, in numbers.
 
     blocks: how many, all alike: the largest stands for each. groups: of one block. block_bytes: of its stored tensors.
-    hidden: width of the states. attention: of all heads together. tokens, length: of the calibration set, 0 without.
-    gram_tokens: of them, those that go into Gram matrices.
+    hidden: width of the states. heads: how many. attention: width of all of them together. tokens, length: of the
+    calibration set, 0 without. gram_tokens: of them, those that go into Gram matrices.
     largest_linear_values: of the largest linear that is quantized, but for the head where it goes through in parts.
     source_bytes: of all stored tensors. linear_bytes, state_bytes: of a value in the linears and in the hidden states
-    while calibrating.
+    while calibrating. code_bytes: of a weight in 8 bits, as it is multiplied.
     """
 
     blocks: int
     groups: tuple[Group, ...]
     block_bytes: int
     hidden: int
+    heads: int
     attention: int
     embedding_values: int
     largest_linear_values: int
@@ -57,6 +59,7 @@ class Work:
     state_bytes: int
     eight_bit_gram: bool
     eight_bit_linears: bool
+    code_bytes: int
     propagates: bool
     corrects: bool
     calibrated: bool
@@ -110,6 +113,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         groups=groups,
         block_bytes=sum(sizes[name] for name in largest.tensors),
         hidden=source.shape(embedding)[1],
+        heads=heads,
         attention=heads * (head_dim(source.config) or 0),
         embedding_values=prod(source.shape(embedding)),
         largest_linear_values=max((count for name, count in values.items() if not (gguf and name == head)), default=0),
@@ -122,6 +126,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         state_bytes=how.states.itemsize,
         eight_bit_gram=how.eight_bit_gram,
         eight_bit_linears=how.eight_bit_linears,
+        code_bytes=code_bytes(),
         propagates=any(getattr(method, "propagate", None) == "quantized" for method in methods),
         corrects=any(getattr(method, "correction", 0) > 0 for method in methods),
         calibrated=calibrated,

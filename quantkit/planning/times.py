@@ -2,9 +2,9 @@
 
 Per block, on T tokens, for each input of n columns whose linears have m rows together:
 
-    linears     2 T n m                  8-bit products where the processor has them, else their dtype's
+    linears     2 T n m                  8-bit products where they are faster, else their dtype's
     attention   2 T L d                  at the rate of that dtype; d: all heads together, L: the length of a sequence
-    Grams       G n (n + 1)              of G tokens; 8-bit products where the processor has them
+    Grams       G n (n + 1)              of G tokens; 8-bit products where they are faster
     passing     ACTIVATION_FLOP T (4 d + 3 m)   norms, activations, rotary positions, copies
     solve       MOVE_SLOWDOWN m n^2 (1 + 2 sweeps + PAIR_FLOP pairs) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
     correction  2 T n^2 as Grams, then CORRECTION_FLOP m n^2 + FACTOR_FLOP n^3; the passes are two
@@ -37,8 +37,9 @@ ATTENTION_SLOWDOWN = 6.0
 LINEAR_SLOWDOWN = 1.6
 """Linears of a block, coding tokens and weights in 8 bits with them, against the square products of the probe."""
 
-GRAM_SLOWDOWN = 2.75
-"""8-bit Gram matrices against such products: rounding, and the strips' shape."""
+GRAM_SLOWDOWN = {1: 2.75, 2: 1.9}
+"""8-bit Gram matrices against such products: rounding, and, where codes take a byte, the strips' shape. Our own loops,
+which have codes of two bytes, leave out all of the lower triangle."""
 
 ACTIVATION_FLOP = 140
 MOVE_SLOWDOWN = 1.7  # products of what is passed on and of gradients, a block of columns at a time
@@ -132,7 +133,7 @@ def _passes(work: Work, probe: Probe) -> dict[str, float]:
     grams = sum(work.gram_tokens * group.columns * (group.columns + 1) for group in work.groups)
     passing = ACTIVATION_FLOP * tokens * (4 * work.hidden + sum(group.rows for group in work.groups))
     crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0
-    gram_rate = probe.int8_op_s / GRAM_SLOWDOWN if work.eight_bit_gram and probe.int8_op_s else float32
+    gram_rate = probe.int8_op_s / GRAM_SLOWDOWN[work.code_bytes] if work.eight_bit_gram and probe.int8_op_s else float32
     linear_rate = probe.int8_op_s if work.eight_bit_linears and probe.int8_op_s else rate
     return {
         "linears": work.ways * blocks * linears * LINEAR_SLOWDOWN / linear_rate,

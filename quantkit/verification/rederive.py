@@ -113,7 +113,7 @@ def rederive(artifact: ArtifactSource, manifest: Manifest, source: Source, repor
             job = Job("verify", recipe, own, out, named)
             with unfinished([out], {}, restart=True) as work:
                 checkpoints = Checkpoints(work, 0, work.places)
-                quantize([job], part, calibration, torch.device("cpu"), Progress(quiet=True), checkpoints)
+                (again,) = quantize([job], part, calibration, torch.device("cpu"), Progress(quiet=True), checkpoints)
             differing = _compare(artifact, open_artifact(out), part, report)
     except (QuantkitError, ValueError) as error:
         message = error.message if isinstance(error, QuantkitError) else str(error)
@@ -121,7 +121,7 @@ def rederive(artifact: ArtifactSource, manifest: Manifest, source: Source, repor
         return
     total = len(blocks_of(source))
     shown = ", ".join(map(str, chosen))
-    elsewhere = _made_elsewhere(manifest)
+    elsewhere = _made_elsewhere(manifest, again)
     if differing and calibrated and elsewhere:
         report.skip(
             f"blocks made again: {len(differing)} tensors differ, made with {elsewhere}; calibration follows it"
@@ -161,8 +161,8 @@ def _threads(manifest: Manifest) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _made_elsewhere(manifest: Manifest) -> str:
-    """What of the manifest's environment is another one here, in words; empty when nothing is."""
+def _made_elsewhere(manifest: Manifest, again: Manifest) -> str:
+    """What of the manifest's environment and arithmetic is another one here, in words; empty when nothing is."""
     here = environment()
     keys = ("python", "platform", "cpu", "device")
     found = [f"{key} {manifest.environment.get(key)}" for key in keys if manifest.environment.get(key) != here[key]]
@@ -170,6 +170,9 @@ def _made_elsewhere(manifest: Manifest) -> str:
     for name in ("torch", "numba", "transformers"):
         if not isinstance(packages, dict) or packages.get(name) != here["packages"].get(name):
             found.append(f"another {name}")
+    stated, now = ((one.calibration or {}).get("arithmetic") for one in (manifest, again))
+    if stated != now:
+        found.append(f"{stated}")
     return ", ".join(found)
 
 

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantkit import device as devices
 from quantkit.maths import int_products
-from quantkit.maths.int_products import add_gram, add_products, right_factor
+from quantkit.maths.int_products import add_gram, add_products, code_bytes, right_factor
 
 has_avx2 = pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx2"), reason="the loops are AVX2's")
 
 
 @pytest.fixture(params=["torch", pytest.param("own", marks=has_avx2)], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int_products, "multiplies_int8", lambda: request.param == "torch")
+    monkeypatch.setattr(int_products, "_by_own_loops", lambda: request.param == "own")
 
 
 def _codes(*shape: int) -> Tensor:
@@ -67,13 +68,46 @@ def test_products_of_columns_are_added_to_what_is_there(tokens: int, rows: int, 
     torch.testing.assert_close(total, exact.float(), rtol=1e-5, atol=1e-3)
 
 
+def test_a_factor_takes_the_bytes_that_are_counted_on() -> None:
+    assert right_factor(_codes(160, 96)).laid.nbytes == 160 * 96 * code_bytes()
+
+
 @has_avx2
 def test_both_ways_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    codes, scale = _codes(130, 200), torch.logspace(-1, 1, 200)
+    codes, others, scale = _codes(130, 200), _codes(130, 90), torch.logspace(-1, 1, 200)
     found = []
-    for units in (True, False):
-        monkeypatch.setattr(int_products, "multiplies_int8", lambda units=units: units)
-        gram = torch.zeros(200, 200)
-        add_gram(codes, scale, gram, fresh=True)
-        found.append(gram.triu())
+    for own in (True, False):
+        monkeypatch.setattr(int_products, "_by_own_loops", lambda own=own: own)
+        gram, total = torch.linspace(-1, 1, 200 * 200).view(200, 200), torch.linspace(-3, 3, 200 * 90).view(200, 90)
+        add_gram(codes, scale, gram, fresh=False)
+        add_products(codes, scale, others, scale[:90], total)
+        found.append(torch.cat([gram.triu(), total], dim=1))
     assert torch.equal(*found)
+
+
+@has_avx2
+@pytest.mark.parametrize("tasks", [1, 3, 20])
+def test_columns_divided_among_tasks_are_all_there(tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantkit.maths import int_kernel
+
+    monkeypatch.setattr(int_products, "_by_own_loops", lambda: True)
+    monkeypatch.setattr(int_kernel, "tasks_of_block", lambda *_: tasks)
+    test_products_are_exact(100, 50, 33)
+    test_gram_matrices_are_summed_above_the_diagonal(33, 100)
+
+
+@has_avx2
+def test_few_blocks_are_divided_among_many_threads() -> None:
+    from quantkit.maths.int_kernel import BLOCK_ROWS, TASKS, tasks_of_block
+
+    assert tasks_of_block(100 * BLOCK_ROWS, 2) == 1
+    assert tasks_of_block(BLOCK_ROWS, 2) == 2 * TASKS
+    assert 10 * tasks_of_block(10 * BLOCK_ROWS, 64) >= 64 * TASKS
+
+
+@has_avx2
+def test_loops_compiled_for_another_processor_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_can", lambda *names: "avx2" in names)
+    assert devices.multiplies_integers()
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    assert not devices.multiplies_integers()

@@ -71,7 +71,10 @@ def test_blocks_in_eight_bits_give_nearly_the_same(source: MemorySource, linears
     plain = not block.transposed  # others are no linears of torch's, and stay as they are
     assert len(coded) == (len(block.linears) if plain else 0)
     apart = float((states[1] - states[0]).norm() / states[0].norm())
-    assert (apart > 0) == (plain or linears == torch.bfloat16) and apart < 0.03
+    if plain or linears == torch.bfloat16:
+        assert 0 < apart < 0.03
+    else:
+        assert apart < 1e-6, "compiled attention in float32, and nothing rounded"
 
 
 def test_folded_scales_leave_every_block_as_it_was(source: MemorySource, monkeypatch: pytest.MonkeyPatch) -> None:

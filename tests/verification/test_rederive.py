@@ -78,6 +78,11 @@ def test_a_difference_is_no_finding_where_calibration_was_computed_elsewhere(dee
     changed(tmp_path / "out", recipe=recipe, environment={**manifest.environment, "cpu": "another"})
     report = verify(tmp_path / "out", source=str(deeper), deep=True)
     assert report.passed and any("made with cpu another" in line for line in report.skipped)
+    assert manifest.calibration is not None
+    arithmetic = {**manifest.calibration, "arithmetic": "linears bfloat16, Gram float32"}
+    changed(tmp_path / "out", recipe=recipe, environment=manifest.environment, calibration=arithmetic)
+    report = verify(tmp_path / "out", source=str(deeper), deep=True)
+    assert report.passed and any("made with linears bfloat16, Gram float32" in line for line in report.skipped)
 
 
 def test_blocks_are_numbered_from_zero_and_read_as_they_are(deeper: Path) -> None:

@@ -1,0 +1,24 @@
+"""How tensors on the CPU are given to compiled loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def readable(numbers: Tensor) -> NDArray[Any]:
+    """Numbers of any shape and float dtype as compiled loops read them: float32, or the bits of bfloat16; a copy where
+    they are neither or not in one piece."""
+    if numbers.dtype == torch.bfloat16:
+        return numbers.contiguous().view(torch.uint16).numpy()
+    return numbers.contiguous().float().numpy()
+
+
+def writable(numbers: Tensor) -> NDArray[Any]:
+    """Room in one piece, float32 or bfloat16, as compiled loops write to it: never a copy."""
+    if numbers.dtype not in (torch.float32, torch.bfloat16) or not numbers.is_contiguous():
+        raise TypeError(f"compiled loops write float32 or bfloat16 in one piece, not {numbers.dtype}")
+    return readable(numbers)
