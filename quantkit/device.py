@@ -89,8 +89,9 @@ def multiplies_integers() -> bool:
 
 def has_avx2() -> bool:
     """Whether the processor has vectors of 256 bits for integers, and compiled loops may use them: numba can be told to
-    compile for another processor."""
-    return _can("avx2") and "NUMBA_CPU_NAME" not in os.environ
+    do without, and to ask for what it then has not ends the process."""
+    told = any(name in os.environ for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"))
+    return _can("avx2") and not told and os.environ.get("NUMBA_ENABLE_AVX", "1") != "0"
 
 
 def has_avx512() -> bool:

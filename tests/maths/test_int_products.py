@@ -106,8 +106,13 @@ def test_few_blocks_are_divided_among_many_threads() -> None:
 
 
 @has_avx2
-def test_loops_compiled_for_another_processor_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "told", [("NUMBA_CPU_NAME", "generic"), ("NUMBA_CPU_FEATURES", "-avx2"), ("NUMBA_ENABLE_AVX", "0")]
+)
+def test_loops_compiled_for_another_processor_are_not_asked_for(
+    told: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(devices, "_can", lambda *names: "avx2" in names)
     assert devices.multiplies_integers()
-    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    monkeypatch.setenv(*told)
     assert not devices.multiplies_integers()
