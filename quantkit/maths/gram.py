@@ -144,7 +144,7 @@ def round_columns(pieces: Sequence[ColumnSums], scale: Tensor) -> Tensor:
 
 
 def mirror_by_strips(gram: Tensor) -> None:
-    """Write the upper triangle of `gram` [n, n] over the lower one on any device, in a sixteenth of its memory more."""
+    """Write the upper triangle of `gram` [n, n] over the lower one on any device, in 3/16 of its memory more."""
     for strip in strips(len(gram)):
         own = gram[strip, strip]
         own.copy_(own.triu() + own.triu(1).T)

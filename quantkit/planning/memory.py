@@ -122,9 +122,10 @@ def _in_model(work: Work) -> int:
 
 
 def _activations(work: Work) -> int:
-    """What lies between the linears of a batch, and the scores of a chunk of queries with their weights."""
+    """What lies between the linears of a batch; of sequences longer than a batch, scores and weights of attention too.
+    Those of shorter ones are in the constants, which were fitted to them."""
     inner, tokens = max(group.rows for group in work.groups), BATCH_TOKENS["cpu"]
-    scores = max(tokens, work.length) * min(CHUNK, work.length) * work.heads * (4 + work.linear_bytes)
+    scores = max(0, work.length - tokens) * CHUNK * work.heads * (4 + work.linear_bytes)
     return 4 * tokens * (4 * work.hidden + 2 * inner) + scores
 
 

@@ -171,8 +171,8 @@ def _made_elsewhere(manifest: Manifest, again: Manifest) -> str:
         if not isinstance(packages, dict) or packages.get(name) != here["packages"].get(name):
             found.append(f"another {name}")
     stated, now = ((one.calibration or {}).get("arithmetic") for one in (manifest, again))
-    if stated != now:
-        found.append(f"{stated}")
+    if stated is not None and stated != now:
+        found.append(stated)
     return ", ".join(found)
 
 

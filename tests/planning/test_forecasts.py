@@ -68,6 +68,14 @@ def test_the_peak_of_a_calibrated_run(tiny_llama: Path) -> None:
     assert left == pytest.approx(looked, abs=8)
 
 
+def test_scores_of_long_sequences_count(tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 1, "length": 1024})
+    short, long = (memory_of(replace(work, length=length), CPU, ROOM) for length in (1024, 4096))
+    more = memory.CHUNK * 3072 * work.heads * (4 + work.linear_bytes)
+    apart = long.host["activations of a batch"] - short.host["activations of a batch"]
+    assert apart == pytest.approx(memory.RETAINED * more, abs=2)
+
+
 def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
     tight = memory_of(work, CPU, 1000)

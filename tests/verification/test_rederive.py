@@ -83,6 +83,9 @@ def test_a_difference_is_no_finding_where_calibration_was_computed_elsewhere(dee
     changed(tmp_path / "out", recipe=recipe, environment=manifest.environment, calibration=arithmetic)
     report = verify(tmp_path / "out", source=str(deeper), deep=True)
     assert report.passed and any("made with linears bfloat16, Gram float32" in line for line in report.skipped)
+    untold = {key: value for key, value in manifest.calibration.items() if key != "arithmetic"}
+    changed(tmp_path / "out", recipe=recipe, environment=manifest.environment, calibration=untold)
+    assert not verify(tmp_path / "out", source=str(deeper), deep=True).passed, "what is not stated is no excuse"
 
 
 def test_blocks_are_numbered_from_zero_and_read_as_they_are(deeper: Path) -> None:
