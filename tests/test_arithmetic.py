@@ -97,7 +97,7 @@ def test_a_mixed_run_gives_nearly_what_a_float32_run_gives(half_llama: Path, tmp
     assert differs, "the two runs must not have taken the same path"
 
 
-has_avx2 = pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx2"), reason="its loops run nowhere else")
+has_avx2 = pytest.mark.skipif(not devices.has_avx2(), reason="its loops run nowhere else")
 WITHOUT_BFLOAT16 = ["avx512_vnni", pytest.param("avx2", marks=has_avx2)]
 
 

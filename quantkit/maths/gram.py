@@ -143,8 +143,8 @@ def round_columns(pieces: Sequence[ColumnSums], scale: Tensor) -> Tensor:
     return codes
 
 
-def mirror_by_strips(gram: Tensor) -> None:
-    """Write the upper triangle of `gram` [n, n] over the lower one on any device, in 3/16 of its memory more."""
+def mirror(gram: Tensor) -> None:
+    """Write the upper triangle of `gram` [n, n] over the lower one, a strip at a time: in 3/16 of its memory more."""
     for strip in strips(len(gram)):
         own = gram[strip, strip]
         own.copy_(own.triu() + own.triu(1).T)
@@ -284,15 +284,6 @@ class GramAccumulator:
                 self._add_product(part)
             self._huge = [rest]
 
-    def _mirror(self) -> None:
-        """Write the upper triangle, which has everything, over the lower one."""
-        if self._gram.device.type == "cpu":
-            from quantkit.maths.gram_kernels import mirror
-
-            mirror(self._gram.numpy())
-        else:
-            mirror_by_strips(self._gram)
-
     def result(self) -> InputStatistics:
         """The statistics of everything added so far."""
         if self._waiting:
@@ -303,5 +294,5 @@ class GramAccumulator:
             self._add_product(torch.cat(self._huge))
         if self._fresh:
             self._gram.zero_()
-        self._mirror()
+        mirror(self._gram)
         return InputStatistics(self._gram, self.sum_abs / max(self.tokens, 1), self.tokens, self._squares)

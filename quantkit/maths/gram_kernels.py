@@ -13,9 +13,6 @@ from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import value_of
 
-MIRRORED = 64
-"""Side of the squares that `mirror` goes by: two of them stay in the first-level cache."""
-
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def column_sums(
@@ -129,23 +126,3 @@ def add_scaled(
             own[:] = 0.0
         for j in range(columns):
             own[j] += np.float32(found[j]) * factor * along[j]
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def long_and_short(at: int, count: int) -> int:
-    """Rows of a triangle, long ones and short ones in turns, so that threads that get a piece each have alike."""
-    return count - 1 - at // 2 if at % 2 else at // 2
-
-
-@njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
-def mirror(gram: NDArray[np.float32]) -> None:
-    """Write the upper triangle of gram [n, n] over the lower one."""
-    blocks = -(-len(gram) // MIRRORED)
-    for at in prange(blocks):
-        block = long_and_short(at, blocks)
-        first, last = block * MIRRORED, min((block + 1) * MIRRORED, len(gram))
-        for start in range(0, last, MIRRORED):
-            for i in range(first, last):
-                own = gram[i, start : min(start + MIRRORED, i)]
-                for j in range(own.size):
-                    own[j] = gram[start + j, i]

@@ -18,7 +18,6 @@ from numba.extending import intrinsic  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import stored_as
-from quantkit.maths.gram_kernels import long_and_short
 
 TILE_ROWS = 6
 TILE_COLUMNS = 16
@@ -104,7 +103,7 @@ def lay_rows(codes: NDArray[np.int8], panels: NDArray[np.int32]) -> None:
 def tasks_of_block(rows: int, threads: int) -> int:
     """Into how many tasks the columns of a block of rows are divided, where so many rows have too few blocks."""
     blocks = max(1, -(-rows // BLOCK_ROWS))
-    return -(-TASKS * threads // blocks) if blocks < TASKS * threads else 1
+    return -(-TASKS * threads // blocks)
 
 
 @njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
@@ -177,6 +176,12 @@ def lay_right(codes: NDArray[np.int8], panels: NDArray[np.int32]) -> None:
     """Columns of codes [k, n] as panels [panels, pairs, TILE_COLUMNS] of a right factor."""
     for at in prange(len(panels)):
         _lay_columns(codes, at * TILE_COLUMNS, panels[at], TILE_COLUMNS)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def long_and_short(at: int, count: int) -> int:
+    """Rows of a triangle, long ones and short ones in turns, so that threads that get a piece each have alike."""
+    return count - 1 - at // 2 if at % 2 else at // 2
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]

@@ -14,7 +14,7 @@ from quantkit.maths.gram import (
     GramAccumulator,
     InputStatistics,
     SquaresAccumulator,
-    mirror_by_strips,
+    mirror,
 )
 
 CPU = torch.device("cpu")
@@ -69,10 +69,10 @@ def test_eight_bit_sums_keep_what_the_rounding_allows(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 64, 100, 333])
-def test_other_devices_mirror_by_tensor_operations(columns: int) -> None:
+def test_the_lower_triangle_mirrors_the_upper_one_whatever_it_held(columns: int) -> None:
     upper = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0)).triu()
     gram = upper + torch.full_like(upper, torch.nan).tril(-1)
-    mirror_by_strips(gram)
+    mirror(gram)
     assert torch.equal(gram, upper + upper.triu(1).T)
 
 
