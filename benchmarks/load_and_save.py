@@ -40,11 +40,12 @@ PEER_JOBS = ("nf4", "nf4-double", "int8")
 """Recipes that the peer has a like of; others are measured alone."""
 
 
-def run(command: list[str]) -> dict[str, float]:
-    """Wall seconds, CPU seconds and peak resident bytes of a process. Raises CalledProcessError when it fails."""
+def run(command: list[str], **where: Any) -> dict[str, float]:
+    """Wall seconds, CPU seconds and peak resident bytes of a process. where: what Popen takes, folder or environment.
+    Raises CalledProcessError when it fails."""
     with tempfile.TemporaryFile() as messages:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=messages)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=messages, **where)
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)

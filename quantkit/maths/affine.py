@@ -153,7 +153,7 @@ def _best_range(weight: Tensor, grid: Grid, importance: Tensor, candidates: Cand
     """The same compiled, with importance float32 [groups, group_size]."""
     from quantkit.maths.kernels import best_range
 
-    return _compiled(best_range, weight, importance, candidates, grid, coarse)
+    return _compiled(best_range, len(weight), weight, importance, candidates, grid, coarse)
 
 
 def _best_range_tensors(weight: Tensor, grid: Grid, importance: Tensor, candidates: Candidates, coarse: int) -> Tensor:
@@ -172,9 +172,10 @@ def _best_by_blocks(weight: Tensor, grid: Grid, gram: Tensor, candidates: Candid
 
 def _best_range_by_blocks(weight: Tensor, grid: Grid, blocks: Tensor, candidates: Candidates, coarse: int) -> Tensor:
     """The same compiled, with blocks float32 [groups, group_size, group_size]."""
-    from quantkit.maths.kernels import STRIP, best_range_by_blocks
+    from quantkit.maths.kernels import STRIP, bands_of, best_range_by_blocks
 
-    return _compiled(best_range_by_blocks, weight, upper_bands(blocks, STRIP), candidates, grid, coarse)
+    folded = upper_bands(blocks, STRIP)
+    return _compiled(best_range_by_blocks, bands_of(len(weight)), weight, folded, candidates, grid, coarse)
 
 
 def _best_range_by_blocks_tensors(
@@ -197,12 +198,19 @@ def upper_bands(blocks: Tensor, width: int) -> Tensor:
 
 
 def _compiled(
-    kernel: Callable[..., None], weight: Tensor, statistic: Tensor, candidates: Candidates, grid: Grid, coarse: int
+    kernel: Callable[..., None],
+    steps: int,
+    weight: Tensor,
+    statistic: Tensor,
+    candidates: Candidates,
+    grid: Grid,
+    coarse: int,
 ) -> Tensor:
-    """The index by a loop of maths/kernels.py; statistic: float32, one entry for each group."""
+    """The index by a loop of so many steps in maths/kernels.py; statistic: float32, one entry for each group."""
     scale, zero = candidates
     best = torch.zeros(scale.shape[1:], dtype=torch.int64)
     kernel(
+        steps,
         grouped(weight, grid).contiguous().numpy(),
         statistic.contiguous().numpy(),
         scale.numpy(),

@@ -26,7 +26,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     float32 [batch, key heads, length, value width]; weights are rounded to its dtype. All on the CPU. heads is a
     multiple of key heads, and as many neighbours share one. scale multiplies the scores.
     """
-    from quantkit.maths.softmax_kernel import causal_softmax
+    from quantkit.maths.softmax_kernel import bands_of, causal_softmax
 
     batch, heads, length, width = query.shape
     groups = key.shape[1]
@@ -46,7 +46,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         with rounding_allowed() if value.dtype == torch.bfloat16 else nullcontext():
             torch.bmm(queries[:, :, :, first:end].reshape(*wide[:2], width), keys[:, :, :end], out=scores)
         rows = (batch * heads, end - first, end)
-        causal_softmax(scores.view(rows).numpy(), first, scale, writable(weights.view(rows)))
+        causal_softmax(bands_of(*rows[:2]), scores.view(rows).numpy(), first, scale, writable(weights.view(rows)))
         found = torch.bmm(weights, values[:, :end]).view(batch, groups, shared, end - first, -1)
         gathered[:, first:end] = found.permute(0, 3, 1, 2, 4)
     return gathered.view(batch, length, heads, -1)

@@ -80,12 +80,12 @@ def _round_block(
     """
     if weight.device.type != "cpu":
         return _round_block_tensors(weight, owed, scale, middle, group, upper, levels)
-    from quantkit.maths.kernels import round_block
+    from quantkit.maths.kernels import bands_of, round_block
 
     codes, errors = torch.empty(weight.shape, dtype=torch.uint8), torch.empty_like(weight)
     steps, middles, lower = (tensor.T.contiguous().numpy() for tensor in (scale, middle, upper))
     given = (weight.numpy(), owed.numpy(), steps, middles, group.numpy(), lower, levels)
-    round_block(*given, codes.numpy(), errors.numpy())
+    round_block(bands_of(len(weight)), *given, codes.numpy(), errors.numpy())
     return codes, errors
 
 

@@ -129,7 +129,7 @@ class CorrectionAccumulator:
 
         change, lengths = torch.empty(rows.shape, dtype=torch.bfloat16), torch.empty(2, len(rows))
         factors, out = self._factors.numpy(), change.view(torch.uint16).numpy()
-        changes(readable(unquantized), readable(rows), factors, out, lengths.numpy())
+        changes(len(rows), readable(unquantized), readable(rows), factors, out, lengths.numpy())
         return change, lengths
 
     def totals(self) -> list[Tensor]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import stored_as, value_of
 from quantkit.maths.lane_sum import lane_sum
+from quantkit.maths.parallel import FASTMATH, parallel
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def changes(
+    low: int,
+    high: int,
     unquantized: NDArray[Any],
     inputs: NDArray[Any],
     factors: NDArray[np.float32],
@@ -26,7 +28,7 @@ def changes(
     and of changes.
     """
     tokens, columns = inputs.shape
-    for i in prange(tokens):
+    for i in range(low, high):
         before, now, moved = unquantized[i], inputs[i], change[i]
         own, apart = np.empty(columns, np.float32), np.empty(columns, np.float32)
         for j in range(columns):

@@ -65,7 +65,7 @@ def _rounded(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     from quantkit.maths.eight_bit_kernels import round_tokens
 
     codes, steps = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
-    round_tokens(readable(rows), factors.numpy(), codes.numpy(), steps.numpy())
+    round_tokens(len(rows), readable(rows), factors.numpy(), codes.numpy(), steps.numpy())
     return codes, steps
 
 

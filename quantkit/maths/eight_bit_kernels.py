@@ -8,21 +8,26 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import MAGNITUDE, bits_of, from_bits, stored_as, value_of
+from quantkit.maths.parallel import parallel
 
 
-@njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@parallel()
 def round_tokens(
-    rows: NDArray[Any], factors: NDArray[np.float32], codes: NDArray[np.int8], steps: NDArray[np.float32]
+    low: int,
+    high: int,
+    rows: NDArray[Any],
+    factors: NDArray[np.float32],
+    codes: NDArray[np.int8],
+    steps: NDArray[np.float32],
 ) -> None:
     """Codes `round(x * factor / step)` from -127 to 127 of each token [tokens, columns], and its step [tokens].
 
     factors: [columns]. A token that is not finite gets a step that is not.
     """
-    for i in prange(rows.shape[0]):
+    for i in range(low, high):
         row, code = rows[i], codes[i]
         largest_bits = np.int32(0)  # magnitudes are in the order of their bits, those that are not finite last
         for j in range(row.shape[0]):
@@ -36,8 +41,10 @@ def round_tokens(
             code[j] = np.int8(np.int32(np.rint(value_of(row[j]) * factors[j] * inverse)))
 
 
-@njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@parallel()
 def scale_products(
+    low: int,
+    high: int,
     products: NDArray[np.int32],
     along: NDArray[np.float32],
     across: NDArray[np.float32],
@@ -45,7 +52,7 @@ def scale_products(
     outputs: NDArray[Any],
 ) -> None:
     """products * along[:, None] * across + bias: [tokens, columns], float32 or the bits of bfloat16."""
-    for i in prange(products.shape[0]):
+    for i in range(low, high):
         found, output, factor = products[i], outputs[i], along[i]
         for j in range(found.shape[0]):
             output[j] = stored_as(np.float32(found[j]) * factor * across[j] + bias[j], output[j])

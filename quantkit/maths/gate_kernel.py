@@ -8,19 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import power_of_two, stored_as, value_of
+from quantkit.maths.parallel import FASTMATH, parallel
 
 LOG2_E = np.float32(1.4426950408889634)
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
-def silu_times(gate: NDArray[Any], up: NDArray[Any], out: NDArray[Any]) -> None:
+@parallel(FASTMATH)
+def silu_times(low: int, high: int, gate: NDArray[Any], up: NDArray[Any], out: NDArray[Any]) -> None:
     """out = gate / (1 + e^-gate) * up: [tokens, columns] each, float32 or the bits of bfloat16, rounded once at the
     end. Below gates of -88 the sigmoid stays at 6e-39."""
-    for i in prange(gate.shape[0]):
+    for i in range(low, high):
         gates, ups, made = gate[i], up[i], out[i]
         for j in range(made.size):
             value = value_of(gates[j])

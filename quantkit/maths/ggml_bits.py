@@ -14,7 +14,7 @@ _MANTISSA = np.int32(0x7FFFFF)
 _MIDDLE = np.int32(0x400000)
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def nearest(value: np.float32) -> np.int32:
     """The nearest integer, half to even, below 2**22 in magnitude; beyond it, and for what is not finite, what the same
     bits give in llama.cpp."""
@@ -22,7 +22,7 @@ def nearest(value: np.float32) -> np.int32:
     return np.int32(np.int32(shifted.view(np.int32) & _MANTISSA) - _MIDDLE)
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def clamped(value: np.float32, least: np.int32, most: np.int32) -> np.int32:
     """`nearest` inside [least, most]."""
     return max(least, min(most, nearest(value)))
@@ -61,7 +61,7 @@ def half_value(bits: np.int32) -> np.float32:
     return -value if bits & 0x8000 else value
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def put_half(row: NDArray[np.uint8], start: int, value: np.float32) -> np.float32:
     """Store a float16 at two bytes of a row; the value that was stored."""
     bits = half_bits(value)
@@ -69,7 +69,7 @@ def put_half(row: NDArray[np.uint8], start: int, value: np.float32) -> np.float3
     return half_value(bits)
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def pack_crumbs(codes: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
     """The low two bits of 256 codes: byte l of each half holds codes l, l + 32, l + 64 and l + 96, the first lowest."""
     for half in range(2):
@@ -78,7 +78,7 @@ def pack_crumbs(codes: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
             to[j] = (c[j] & 3) | (c[32 + j] & 3) << 2 | (c[64 + j] & 3) << 4 | (c[96 + j] & 3) << 6
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def pack_nibbles(codes: NDArray[np.uint8], width: int, out: NDArray[np.uint8]) -> None:
     """The low four bits of codes: in each run of 2 * width, byte l holds code l low and code l + width high."""
     for start in range(0, codes.size // 2, width):
@@ -87,7 +87,7 @@ def pack_nibbles(codes: NDArray[np.uint8], width: int, out: NDArray[np.uint8]) -
             to[j] = (c[j] & 15) | (c[width + j] & 15) << 4
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def pack_top_bits(codes: NDArray[np.uint8], bit: int, out: NDArray[np.uint8]) -> None:
     """One bit of 256 codes: byte l holds those of codes l, l + 32 ... l + 224, the first lowest."""
     out[:32] = 0
@@ -97,7 +97,7 @@ def pack_top_bits(codes: NDArray[np.uint8], bit: int, out: NDArray[np.uint8]) ->
             out[j] |= ((c[j] >> bit) & 1) << part
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def pack_six(codes: NDArray[np.uint8], low: NDArray[np.uint8], high: NDArray[np.uint8]) -> None:
     """256 codes of six bits: four of them as nibbles 64 apart, two as in `pack_crumbs`."""
     for half in range(2):
@@ -109,7 +109,7 @@ def pack_six(codes: NDArray[np.uint8], low: NDArray[np.uint8], high: NDArray[np.
             top[j] = c[j] >> 4 | (c[32 + j] >> 4) << 2 | (c[64 + j] >> 4) << 4 | (c[96 + j] >> 4) << 6
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def pack_levels(scales: NDArray[np.int32], minima: NDArray[np.int32], out: NDArray[np.uint8]) -> None:
     """Eight scales and eight minima of six bits in twelve bytes: the upper two bits of the last four lie above the
     first four."""
@@ -119,7 +119,7 @@ def pack_levels(scales: NDArray[np.int32], minima: NDArray[np.int32], out: NDArr
         out[j + 8] = (scales[j + 4] & 15) | (minima[j + 4] & 15) << 4
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def pack_signed_levels(levels: NDArray[np.int32], out: NDArray[np.uint8]) -> None:
     """Sixteen levels -32 ... 31 in twelve bytes: four low bits each, then the upper two of each."""
     for j in range(8):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit.maths.compensate import compensated
 from quantkit.maths.ggml_codes import LAYOUTS, CodedBlocks, Layout
-from quantkit.maths.ggml_descend import descend_block, round_block
+from quantkit.maths.ggml_descend import bands_of, descend_block, round_block
 from quantkit.maths.gram_factor import GramFactor
 from quantkit.maths.products import times_transposed
 from quantkit.maths.refine import BLOCK_COLUMNS
@@ -44,6 +44,7 @@ def compensate_codes(weight: Tensor, coded: CodedBlocks, type_name: str, factor:
         codes, errors = torch.empty(weight.shape, dtype=torch.uint8), torch.empty_like(weight)
         group = (at // layout.group).cpu().numpy()
         round_block(
+            bands_of(weight),
             weight.numpy(),
             owed.cpu().numpy(),
             own_step,
@@ -86,6 +87,7 @@ def refine_blocks(weight: Tensor, coded: CodedBlocks, type_name: str, gram: Tens
             )
             own_error = error[:, part].contiguous().cpu()
             descend_block(
+                bands_of(own_codes),
                 own_codes.numpy(),
                 own_step.numpy(),
                 own_base.numpy(),

@@ -6,18 +6,26 @@ uneven. Rows are independent and run in parallel; sums run in one fixed order, w
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
+from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.ggml_bits import half_bits, half_value
+from quantkit.maths.parallel import FASTMATH, parallel
 
 BAND = 4
 """Rows that go through a block together: a column waits for the one before it, so that the processor has only other
 rows to work on meanwhile."""
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+def bands_of(rows: Sized) -> int:
+    """How many steps so many rows are."""
+    return -(-len(rows) // BAND)
+
+
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _nearest_code(value: np.float32, table: NDArray[np.float32], uniform: bool) -> int:
     """The code whose value is nearest; of evenly spaced ones by rounding half to even, as GPTQ's kernel does."""
     if uniform:
@@ -29,8 +37,10 @@ def _nearest_code(value: np.float32, table: NDArray[np.float32], uniform: bool) 
     return found
 
 
-@njit(parallel=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def round_block(
+    low: int,
+    high: int,
     weight: NDArray[np.float32],
     owed: NDArray[np.float32],
     step: NDArray[np.float32],
@@ -49,7 +59,7 @@ def round_block(
     less what its codes stand for.
     """
     rows, columns = weight.shape
-    for band in prange((rows + BAND - 1) // BAND):
+    for band in range(low, high):
         first, end = band * BAND, min((band + 1) * BAND, rows)
         for j in range(columns):
             g = group[j]
@@ -65,7 +75,7 @@ def round_block(
                     rest[k] += error * pull[k]
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _stored(value: np.float32, unit: np.float32, least: int, most: int) -> np.float32:
     """The nearest number that can be stored: a level least ... most of a unit, or with most = 0 a float16."""
     if most == 0:
@@ -74,8 +84,10 @@ def _stored(value: np.float32, unit: np.float32, least: int, most: int) -> np.fl
     return np.float32(level * unit)
 
 
-@njit(parallel=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def descend_block(
+    low: int,
+    high: int,
     codes: NDArray[np.uint8],
     step: NDArray[np.float32],
     base: NDArray[np.float32],
@@ -110,7 +122,7 @@ def descend_block(
                 sums[k] += gram[j, k]
         for k in range(g * size, (g + 1) * size):
             flat[g] += sums[k]
-    for band in prange((rows + BAND - 1) // BAND):
+    for band in range(low, high):
         top_row, end_row = band * BAND, min((band + 1) * BAND, rows)
         turned = np.empty((BAND, size), np.float32)
         for g in range(groups):

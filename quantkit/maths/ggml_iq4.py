@@ -6,11 +6,11 @@ Source: llama.cpp, ggml/src/ggml-quants.c, quantize_row_iq4_nl_impl.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
+from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.ggml_bits import clamped, pack_nibbles, put_half
-from quantkit.maths.ggml_k import Encoder, load, mean_square
+from quantkit.maths.ggml_k import Encoder, load, mean_square, units_of
 from quantkit.maths.ggml_search import (
     LANES,
     LARGEST,
@@ -20,6 +20,7 @@ from quantkit.maths.ggml_search import (
     STATE_ROWS,
     find_largest,
 )
+from quantkit.maths.parallel import parallel
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The sixteen levels: llama.cpp's kvalues_iq4nl."""
@@ -35,7 +36,7 @@ _REACH = 7
 _BEST, _TRY, _PRODUCT, _NORM = range(6, 10)  # rows of the state that the search uses on its way
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _level(value: np.float32) -> np.float32:
     """The level nearest to a value."""
     level = _LOWEST
@@ -44,7 +45,7 @@ def _level(value: np.float32) -> np.float32:
     return level
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _code(value: np.float32) -> int:
     """The number of the level nearest to a value."""
     code = 0
@@ -53,7 +54,7 @@ def _code(value: np.float32) -> int:
     return code
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _search(values: NDArray[np.float32], weights: NDArray[np.float32], state: NDArray[np.float32]) -> None:
     """Scale of each lane, the best of several for the value of largest magnitude, by weighted least squares.
 
@@ -88,8 +89,10 @@ def _search(values: NDArray[np.float32], weights: NDArray[np.float32], state: ND
         state[SCALE, k] = zero if state[MAGNITUDE, k] < SMALLEST else state[SCALE, k]
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _encode(blocks: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
+@parallel(nogil=True)
+def _encode(
+    low: int, high: int, blocks: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]
+) -> None:
     """IQ4_NL (blocks of 32) and IQ4_XS (super-blocks of eight groups whose scales are levels of a float16).
 
     blocks: [blocks, 32 or 256]. importance: [blocks of a row, 32 or 256], or of no rows. out: uint8 [blocks, bytes].
@@ -99,7 +102,7 @@ def _encode(blocks: NDArray[np.float32], importance: NDArray[np.float32], out: N
     at_once = LANES // groups
     weighted = importance.shape[0] > 0
     zero, one = np.float32(0.0), np.float32(1.0)
-    for unit in prange((blocks.shape[0] + at_once - 1) // at_once):
+    for unit in range(low, high):
         values = np.empty((_GROUP, LANES), np.float32)
         weights = np.empty((_GROUP, LANES), np.float32)
         state = np.empty((STATE_ROWS, LANES), np.float32)
@@ -147,7 +150,7 @@ def _encode(blocks: NDArray[np.float32], importance: NDArray[np.float32], out: N
 def _encoder(bytes_: int) -> Encoder:
     def encode(blocks: NDArray[np.float32], importance: NDArray[np.float32]) -> NDArray[np.uint8]:
         out = np.empty((len(blocks), bytes_), np.uint8)
-        _encode(blocks, importance, out)
+        _encode(units_of(blocks, blocks.shape[1] // _GROUP), blocks, importance, out)
         return out
 
     return encode

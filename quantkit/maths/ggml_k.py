@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
+from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.ggml_bits import (
@@ -35,6 +35,7 @@ from quantkit.maths.ggml_search import (
     search_by_steps,
     search_symmetric,
 )
+from quantkit.maths.parallel import parallel
 
 SUPER_BLOCK = 256
 
@@ -52,6 +53,11 @@ def around(top: int, reach: int) -> NDArray[np.float32]:
     """`top`, then `top` changed by tenths up to `reach` of them, downwards first."""
     steps = [0, *range(-reach, 0), *range(1, reach + 1)]
     return np.float32(0.1) * np.array(steps, dtype=np.float32) + np.float32(top)
+
+
+def units_of(blocks: NDArray[np.float32], groups: int) -> int:
+    """How many steps such blocks are, of so many groups each, where LANES groups are taken together."""
+    return -(-len(blocks) // (LANES // groups))
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -94,8 +100,10 @@ def mean_square(row: NDArray[np.float32]) -> np.float32:
     return total / np.float32(row.size)
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@parallel(nogil=True)
 def _encode_affine(
+    low: int,
+    high: int,
     blocks: NDArray[np.float32],
     importance: NDArray[np.float32],
     size: int,
@@ -113,7 +121,7 @@ def _encode_affine(
     weighted = importance.shape[0] > 0
     level_top = np.int32(15) if top == 3 else np.int32(63)
     least = np.int32(0)
-    for unit in prange((blocks.shape[0] + at_once - 1) // at_once):
+    for unit in range(low, high):
         values = np.empty((size, LANES), np.float32)
         weights = np.empty((size, LANES), np.float32)
         state = np.empty((STATE_ROWS, LANES), np.float32)
@@ -174,8 +182,10 @@ def _encode_affine(
                 pack_nibbles(codes, 32, row[row.size - 128 :])
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@parallel(nogil=True)
 def _encode_symmetric(
+    low: int,
+    high: int,
     blocks: NDArray[np.float32],
     importance: NDArray[np.float32],
     half: np.int32,
@@ -190,7 +200,7 @@ def _encode_symmetric(
     stepwise = half == 4 and not weighted
     most = np.int32(half - np.int32(1))
     level_half = np.int32(32) if half == 4 else np.int32(128)
-    for unit in prange((blocks.shape[0] + at_once - 1) // at_once):
+    for unit in range(low, high):
         values = np.empty((size, LANES), np.float32)
         weights = np.empty((size, LANES), np.float32)
         state = np.empty((STATE_ROWS, LANES), np.float32)
@@ -274,7 +284,16 @@ def _affine(top: int, size: int, plain: tuple[float, float, int], bytes_: int) -
 
     def encode(blocks: NDArray[np.float32], importance: NDArray[np.float32]) -> NDArray[np.uint8]:
         out = np.empty((len(blocks), bytes_), np.uint8)
-        _encode_affine(blocks, importance, size, np.int32(top), searched[len(importance) > 0], levels, out)
+        _encode_affine(
+            units_of(blocks, SUPER_BLOCK // size),
+            blocks,
+            importance,
+            size,
+            np.int32(top),
+            searched[len(importance) > 0],
+            levels,
+            out,
+        )
         return out
 
     return encode
@@ -285,7 +304,7 @@ def _symmetric(half: int, bytes_: int) -> Encoder:
 
     def encode(blocks: NDArray[np.float32], importance: NDArray[np.float32]) -> NDArray[np.uint8]:
         out = np.empty((len(blocks), bytes_), np.uint8)
-        _encode_symmetric(blocks, importance, np.int32(half), ratios, levels, out)
+        _encode_symmetric(units_of(blocks, 16), blocks, importance, np.int32(half), ratios, levels, out)
         return out
 
     return encode

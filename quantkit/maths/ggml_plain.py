@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
+from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.ggml_bits import put_half
+from quantkit.maths.parallel import parallel
 
 Encoder = Callable[[NDArray[np.float32], NDArray[np.uint8]], None]
 
@@ -25,12 +26,12 @@ _TOGETHER = 64
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _reciprocal(scale: np.float32) -> np.float32:
     return np.float32(1.0) / scale if scale != np.float32(0.0) else np.float32(0.0)
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _magnitude(x: NDArray[np.float32]) -> np.float32:
     """The largest magnitude of a block."""
     bits = x.view(np.int32)
@@ -40,7 +41,7 @@ def _magnitude(x: NDArray[np.float32]) -> np.float32:
     return np.int32(most).view(np.float32)
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _ends(x: NDArray[np.float32]) -> tuple[np.float32, np.float32]:
     """The least and the largest value; a zero may have either sign."""
     bits = x.view(np.int32)
@@ -72,7 +73,7 @@ def _first_of(x: NDArray[np.float32], magnitude: np.float32) -> np.float32:
     return magnitude
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _largest(x: NDArray[np.float32]) -> np.float32:
     """The value of largest magnitude, the first on a tie; a positive zero where all are zeros."""
     low, high = _ends(x)
@@ -81,7 +82,7 @@ def _largest(x: NDArray[np.float32]) -> np.float32:
     return high if high > -low else low
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _put_codes(
     x: NDArray[np.float32],
     low: np.float32,
@@ -115,11 +116,13 @@ def _put_codes(
         out[j] = np.uint8((lower & 15) | (upper & 15) << 4)
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _encode_four_five(blocks: NDArray[np.float32], top: np.int32, symmetric: bool, out: NDArray[np.uint8]) -> None:
+@parallel(nogil=True)
+def _encode_four_five(
+    low: int, high: int, blocks: NDArray[np.float32], top: np.int32, symmetric: bool, out: NDArray[np.uint8]
+) -> None:
     """Q4_0, Q5_0 (symmetric), Q4_1, Q5_1. blocks: [blocks, 32]. top: the largest code. out: uint8 [blocks, bytes]."""
     half, zero = np.float32((top + 1) // 2), np.float32(0.0)
-    for unit in prange((blocks.shape[0] + _TOGETHER - 1) // _TOGETHER):
+    for unit in range(low, high):
         for b in range(unit * _TOGETHER, min((unit + 1) * _TOGETHER, blocks.shape[0])):
             x, row = blocks[b], out[b]
             if symmetric:
@@ -127,21 +130,21 @@ def _encode_four_five(blocks: NDArray[np.float32], top: np.int32, symmetric: boo
                 put_half(row, 0, scale)
                 _put_codes(x, zero, _reciprocal(scale), half + np.float32(0.5), top, row[2:])
             else:
-                low, high = _ends(x)
-                if low == zero or high == zero:
-                    low = _first_zero(x) if low == zero else low
-                    high = _first_zero(x) if high == zero else high
-                scale = (high - low) / np.float32(top)
+                least, most = _ends(x)
+                if least == zero or most == zero:
+                    least = _first_zero(x) if least == zero else least
+                    most = _first_zero(x) if most == zero else most
+                scale = (most - least) / np.float32(top)
                 put_half(row, 0, scale)
-                put_half(row, 2, low)
-                _put_codes(x, low, _reciprocal(scale), np.float32(0.5), top, row[4:])
+                put_half(row, 2, least)
+                _put_codes(x, least, _reciprocal(scale), np.float32(0.5), top, row[4:])
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _encode_eight(blocks: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
+@parallel(nogil=True)
+def _encode_eight(low: int, high: int, blocks: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Q8_0. Arrays as in `_encode_four_five`."""
     half = np.float32(0.5)
-    for unit in prange((blocks.shape[0] + _TOGETHER - 1) // _TOGETHER):
+    for unit in range(low, high):
         for b in range(unit * _TOGETHER, min((unit + 1) * _TOGETHER, blocks.shape[0])):
             x, row = blocks[b], out[b]
             scale = _magnitude(x) / np.float32(127.0)
@@ -158,12 +161,16 @@ def _encode_eight(blocks: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
                 codes[j] = np.uint8(whole & 0xFF)
 
 
+def _units(blocks: NDArray[np.float32]) -> int:
+    return -(-len(blocks) // _TOGETHER)
+
+
 def _four_five(top: int, symmetric: bool) -> Encoder:
-    return lambda blocks, out: _encode_four_five(blocks, np.int32(top), symmetric, out)
+    return lambda blocks, out: _encode_four_five(_units(blocks), blocks, np.int32(top), symmetric, out)
 
 
 ENCODERS: dict[str, Encoder] = {
-    "Q8_0": lambda blocks, out: _encode_eight(blocks, out),
+    "Q8_0": lambda blocks, out: _encode_eight(_units(blocks), blocks, out),
     "Q4_0": _four_five(15, True),
     "Q4_1": _four_five(15, False),
     "Q5_0": _four_five(31, True),

@@ -31,7 +31,7 @@ MAGNITUDE, LARGEST = 4, 5
 _LOW, _HIGH, _SUM_W, _SUM_X, _ERROR, _TRY, _SUM_L, _SUM_LL, _SUM_XL, _LOSS = range(4, 14)
 
 
-@njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def search_affine(
     values: NDArray[np.float32],
     weights: NDArray[np.float32],
@@ -110,7 +110,7 @@ def search_affine(
         state[MINIMUM, k] = -state[_LOW, k] if flat else -state[MINIMUM, k]
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _fit(state: NDArray[np.float32]) -> None:
     """Least squares of value = scale * code + minimum from the sums; a minimum above zero is held at zero.
 
@@ -130,7 +130,7 @@ def _fit(state: NDArray[np.float32]) -> None:
         state[_LOSS, k] = zero
 
 
-@njit(inline="always", error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def find_largest(values: NDArray[np.float32], state: NDArray[np.float32]) -> None:
     """Of each lane the value of largest magnitude, the first on a tie, and that magnitude, into their rows."""
     for k in range(LANES):
@@ -144,7 +144,7 @@ def find_largest(values: NDArray[np.float32], state: NDArray[np.float32]) -> Non
             state[MAGNITUDE, k] = abs(x[k]) if larger else state[MAGNITUDE, k]
 
 
-@njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def search_symmetric(
     values: NDArray[np.float32],
     weights: NDArray[np.float32],
@@ -194,7 +194,7 @@ def search_symmetric(
         state[BASE, k] = np.float32(1.0) if flat else zero
 
 
-@njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def search_by_steps(
     values: NDArray[np.float32], half: np.int32, codes: NDArray[np.float32], state: NDArray[np.float32]
 ) -> None:

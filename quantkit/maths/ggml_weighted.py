@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.ggml_bits import clamped, pack_nibbles, put_half
-from quantkit.maths.ggml_k import WIDE, around, load, ratios_of
+from quantkit.maths.ggml_k import WIDE, around, load, ratios_of, units_of
 from quantkit.maths.ggml_search import (
     BASE,
     INVERSE,
@@ -23,6 +22,7 @@ from quantkit.maths.ggml_search import (
     search_affine,
     search_symmetric,
 )
+from quantkit.maths.parallel import parallel
 
 _BLOCK = 32
 _ROWS = 8
@@ -32,11 +32,11 @@ WeightedEncoder = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[n
 """Weights [blocks, 32] and importance [blocks of a row, 32] to bytes."""
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _mean_squares(weight: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+@parallel(nogil=True)
+def _mean_squares(low: int, high: int, weight: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """Mean of the squares of each row, summed in order. weight: [rows, columns]. out: [rows]."""
     rows, columns = weight.shape
-    for band in prange((rows + _ROWS - 1) // _ROWS):
+    for band in range(low, high):
         first, end = band * _ROWS, min((band + 1) * _ROWS, rows)
         sums = np.zeros(_ROWS, np.float32)
         for j in range(columns):
@@ -46,8 +46,10 @@ def _mean_squares(weight: NDArray[np.float32], out: NDArray[np.float32]) -> None
             out[first + i] = sums[i] / np.float32(columns)
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@parallel(nogil=True)
 def _encode(
+    low: int,
+    high: int,
     blocks: NDArray[np.float32],
     importance: NDArray[np.float32],
     squares: NDArray[np.float32],
@@ -60,7 +62,7 @@ def _encode(
     [blocks, bytes]."""
     row_blocks = importance.shape[0]
     half, least = np.int32((top + 1) // 2), np.int32(0)
-    for unit in prange((blocks.shape[0] + LANES - 1) // LANES):
+    for unit in range(low, high):
         values = np.empty((_BLOCK, LANES), np.float32)
         weights = np.empty((_BLOCK, LANES), np.float32)
         state = np.empty((STATE_ROWS, LANES), np.float32)
@@ -108,8 +110,8 @@ def _encoder(symmetric: bool, top: int, bytes_: int) -> WeightedEncoder:
         out = np.empty((len(blocks), bytes_), np.uint8)
         rows = blocks.reshape(-1, importance.size)
         squares = np.empty(len(rows), np.float32)
-        _mean_squares(rows, squares)
-        _encode(blocks, importance, squares, symmetric, np.int32(top), ratios, out)
+        _mean_squares(-(-len(rows) // _ROWS), rows, squares)
+        _encode(units_of(blocks, 1), blocks, importance, squares, symmetric, np.int32(top), ratios, out)
         return out
 
     return encode

@@ -108,7 +108,7 @@ class ColumnSums:
     def _sum(self, bands: NDArray[np.int64]) -> None:
         from quantkit.maths.gram_kernels import column_sums
 
-        column_sums(self.rows, self.far.numpy(), SUM_TOKENS, bands, self.parts.numpy())
+        column_sums(len(bands), self.rows, self.far.numpy(), SUM_TOKENS, bands, self.parts.numpy())
 
     def leave_aside(self, reach: Tensor) -> bool:
         """Tokens with a value beyond `reach` float32 [in] are far from now on. Returns whether there were any."""
@@ -116,7 +116,7 @@ class ColumnSums:
 
         bands = bands_beyond(self.parts.numpy(), reach.numpy())
         if bands.size:
-            mark_far(self.rows, reach.numpy(), SUM_TOKENS, bands, self.far.numpy())
+            mark_far(len(bands), self.rows, reach.numpy(), SUM_TOKENS, bands, self.far.numpy())
             self._sum(bands)
         return bool(bands.size)
 
@@ -139,7 +139,7 @@ def round_columns(pieces: Sequence[ColumnSums], scale: Tensor) -> Tensor:
     lengths = [len(piece.rows) for piece in pieces]
     codes = torch.empty(sum(lengths), len(scale), dtype=torch.int8)
     for piece, own in zip(pieces, codes.split(lengths), strict=True):
-        round_rows(piece.rows, inverse, piece.far.numpy(), own.numpy())
+        round_rows(len(piece.rows), piece.rows, inverse, piece.far.numpy(), own.numpy())
     return codes
 
 

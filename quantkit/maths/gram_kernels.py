@@ -8,15 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
+from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import value_of
+from quantkit.maths.parallel import FASTMATH, parallel
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def column_sums(
-    rows: NDArray[Any], far: NDArray[np.bool_], band: int, which: NDArray[np.int64], parts: NDArray[np.float32]
+    low: int,
+    high: int,
+    rows: NDArray[Any],
+    far: NDArray[np.bool_],
+    band: int,
+    which: NDArray[np.int64],
+    parts: NDArray[np.float32],
 ) -> None:
     """Sum of |x|, sum of x^2 and largest |x| of each column over the rows [tokens, columns] that are not far.
 
@@ -24,7 +31,7 @@ def column_sums(
     sums, whatever the threads. A NaN stays one.
     """
     tokens, columns = rows.shape
-    for at in prange(which.size):
+    for at in range(low, high):
         part = which[at]
         sums, squares, largest = parts[part, 0], parts[part, 1], parts[part, 2]
         sums[:] = 0.0
@@ -81,13 +88,19 @@ def bands_beyond(parts: NDArray[np.float32], reach: NDArray[np.float32]) -> NDAr
     return found[:count]
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def mark_far(
-    rows: NDArray[Any], reach: NDArray[np.float32], band: int, which: NDArray[np.int64], far: NDArray[np.bool_]
+    low: int,
+    high: int,
+    rows: NDArray[Any],
+    reach: NDArray[np.float32],
+    band: int,
+    which: NDArray[np.int64],
+    far: NDArray[np.bool_],
 ) -> None:
     """Set far [tokens] for rows [tokens, columns] with an |x| beyond `reach` [columns], in the bands `which`."""
     tokens, columns = rows.shape
-    for at in prange(which.size):
+    for at in range(low, high):
         for i in range(which[at] * band, min((which[at] + 1) * band, tokens)):
             row, beyond = rows[i], int(far[i])
             for j in range(columns):
@@ -95,13 +108,18 @@ def mark_far(
             far[i] = beyond > 0
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def round_rows(
-    rows: NDArray[Any], inverse: NDArray[np.float32], far: NDArray[np.bool_], codes: NDArray[np.int8]
+    low: int,
+    high: int,
+    rows: NDArray[Any],
+    inverse: NDArray[np.float32],
+    far: NDArray[np.bool_],
+    codes: NDArray[np.int8],
 ) -> None:
     """8-bit codes `round(x * inverse)` [tokens, columns]; those of rows that are far [tokens] are 0."""
     tokens, columns = rows.shape
-    for i in prange(tokens):
+    for i in range(low, high):
         row, code = rows[i], codes[i]
         if far[i]:
             code[:] = 0
@@ -110,8 +128,10 @@ def round_rows(
                 code[j] = np.int8(np.rint(value_of(row[j]) * inverse[j]))
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def add_scaled(
+    low: int,
+    high: int,
     product: NDArray[np.int32],
     across: NDArray[np.float32],
     along: NDArray[np.float32],
@@ -120,7 +140,7 @@ def add_scaled(
 ) -> None:
     """gram += across[:, None] * product * along: all [rows, columns]. fresh: gram holds nothing yet."""
     rows, columns = product.shape
-    for i in prange(rows):
+    for i in range(low, high):
         found, own, factor = product[i], gram[i], across[i]
         if fresh:
             own[:] = 0.0

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types  # type: ignore[import-untyped]
+from numba import njit, types  # type: ignore[import-untyped]
 from numba.core import cgutils  # type: ignore[import-untyped]
 from numba.extending import intrinsic  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import stored_as
+from quantkit.maths.parallel import FASTMATH, parallel
 
 TILE_ROWS = 6
 TILE_COLUMNS = 16
@@ -93,21 +94,27 @@ def _lay_rows(codes: NDArray[np.int8], panel: NDArray[np.int32]) -> None:
             panel[whole, row] = _pair(own[columns - 1], np.int8(0))
 
 
-@njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
-def lay_rows(codes: NDArray[np.int8], panels: NDArray[np.int32]) -> None:
+@parallel()
+def lay_rows(low: int, high: int, codes: NDArray[np.int8], panels: NDArray[np.int32]) -> None:
     """Codes [rows, k] as panels [panels, pairs, TILE_COLUMNS] of a right factor."""
-    for at in prange(len(panels)):
+    for at in range(low, high):
         _lay_rows(codes[at * TILE_COLUMNS : (at + 1) * TILE_COLUMNS], panels[at])
+
+
+def blocks_of(rows: int) -> int:
+    """How many blocks of rows there are."""
+    return -(-rows // BLOCK_ROWS)
 
 
 def tasks_of_block(rows: int, threads: int) -> int:
     """Into how many tasks the columns of a block of rows are divided, where so many rows have too few blocks."""
-    blocks = max(1, -(-rows // BLOCK_ROWS))
-    return -(-TASKS * threads // blocks)
+    return -(-TASKS * threads // max(1, blocks_of(rows)))
 
 
-@njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@parallel()
 def multiply_panels(
+    low: int,
+    high: int,
     left: NDArray[np.int8],
     right: NDArray[np.int32],
     along: NDArray[np.float32],
@@ -123,7 +130,7 @@ def multiply_panels(
     """
     rows, columns = outputs.shape
     pairs = right.shape[1]
-    for task in prange(-(-rows // BLOCK_ROWS) * tasks):
+    for task in range(low, high):
         block, share = task // tasks, task % tasks
         first, last = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, rows)
         tiles = -(-(last - first) // TILE_ROWS)
@@ -164,17 +171,17 @@ def _lay_columns(codes: NDArray[np.int8], begin: int, panel: NDArray[np.int32], 
             panel[tokens // 2, column] = _pair(codes[tokens - 1, begin + column], np.int8(0))
 
 
-@njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
-def lay_left(codes: NDArray[np.int8], panels: NDArray[np.int32]) -> None:
+@parallel()
+def lay_left(low: int, high: int, codes: NDArray[np.int8], panels: NDArray[np.int32]) -> None:
     """Columns of codes [k, m] as panels [panels, pairs, TILE_ROWS] of a left factor."""
-    for at in prange(len(panels)):
+    for at in range(low, high):
         _lay_columns(codes, at * TILE_ROWS, panels[at], TILE_ROWS)
 
 
-@njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
-def lay_right(codes: NDArray[np.int8], panels: NDArray[np.int32]) -> None:
+@parallel()
+def lay_right(low: int, high: int, codes: NDArray[np.int8], panels: NDArray[np.int32]) -> None:
     """Columns of codes [k, n] as panels [panels, pairs, TILE_COLUMNS] of a right factor."""
-    for at in prange(len(panels)):
+    for at in range(low, high):
         _lay_columns(codes, at * TILE_COLUMNS, panels[at], TILE_COLUMNS)
 
 
@@ -184,8 +191,10 @@ def long_and_short(at: int, count: int) -> int:
     return count - 1 - at // 2 if at % 2 else at // 2
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def add_panels(
+    low: int,
+    high: int,
     left: NDArray[np.int32],
     right: NDArray[np.int32],
     across: NDArray[np.float32],
@@ -203,7 +212,7 @@ def add_panels(
     """
     rows, columns = total.shape
     blocks = -(-rows // BLOCK_ROWS)
-    for task in prange(blocks * tasks):
+    for task in range(low, high):
         block, share = long_and_short(task // tasks, blocks), task % tasks
         sums = np.empty((TILE_ROWS, TILE_COLUMNS), np.int32)
         first, last = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, rows)

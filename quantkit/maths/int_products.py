@@ -50,12 +50,12 @@ class RightFactor:
         if self.laid.dtype == torch.int8:
             from quantkit.maths.eight_bit_kernels import scale_products
 
-            scale_products(torch._int_mm(left, self.laid).numpy(), *numbers)
+            scale_products(len(left), torch._int_mm(left, self.laid).numpy(), *numbers)
         else:
-            from quantkit.maths.int_kernel import multiply_panels, tasks_of_block
+            from quantkit.maths.int_kernel import blocks_of, multiply_panels, tasks_of_block
 
             tasks = tasks_of_block(len(left), torch.get_num_threads())
-            multiply_panels(left.numpy(), self.laid.numpy(), *numbers, tasks)
+            multiply_panels(blocks_of(len(left)) * tasks, left.numpy(), self.laid.numpy(), *numbers, tasks)
         return outputs
 
 
@@ -66,7 +66,7 @@ def right_factor(codes: Tensor) -> RightFactor:
     from quantkit.maths.int_kernel import TILE_COLUMNS, lay_rows
 
     panels = _panels(len(codes), codes.shape[1], TILE_COLUMNS)
-    lay_rows(codes.contiguous().numpy(), panels.numpy())
+    lay_rows(len(panels), codes.contiguous().numpy(), panels.numpy())
     return RightFactor(panels, len(codes))
 
 
@@ -89,14 +89,22 @@ def _add(
     left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
 ) -> None:
     if _by_own_loops():
-        from quantkit.maths.int_kernel import TILE_COLUMNS, TILE_ROWS, add_panels, lay_left, lay_right, tasks_of_block
+        from quantkit.maths.int_kernel import (
+            TILE_COLUMNS,
+            TILE_ROWS,
+            add_panels,
+            blocks_of,
+            lay_left,
+            lay_right,
+            tasks_of_block,
+        )
 
         laid = _panels(left.shape[1], len(left), TILE_ROWS), _panels(right.shape[1], len(right), TILE_COLUMNS)
-        lay_left(left.numpy(), laid[0].numpy())
-        lay_right(right.numpy(), laid[1].numpy())
+        lay_left(len(laid[0]), left.numpy(), laid[0].numpy())
+        lay_right(len(laid[1]), right.numpy(), laid[1].numpy())
         tasks = tasks_of_block(len(total), torch.get_num_threads())
         given = (laid[0].numpy(), laid[1].numpy(), across.numpy(), along.numpy(), total.numpy())
-        add_panels(*given, upper, fresh, tasks)
+        add_panels(blocks_of(len(total)) * tasks, *given, upper, fresh, tasks)
         return
     from quantkit.maths.gram_kernels import add_scaled
 
@@ -104,7 +112,7 @@ def _add(
         behind = slice(strip.start if upper else 0, None)
         product = torch._int_mm(left[:, strip].T, right[:, behind])
         own: Any = total[strip, behind].numpy()
-        add_scaled(product.numpy(), across[strip].numpy(), along[behind].numpy(), own, fresh)
+        add_scaled(len(product), product.numpy(), across[strip].numpy(), along[behind].numpy(), own, fresh)
 
 
 def _panels(rows: int, inner: int, width: int) -> Tensor:

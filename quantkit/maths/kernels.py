@@ -10,43 +10,35 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
+from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from quantkit.maths.lane_products import LANES, add_products
 from quantkit.maths.lane_sum import lane_sum
+from quantkit.maths.parallel import FASTMATH, parallel
 
 STRIP = 16
-"""Rows that are multiplied and added up together: their sum is then loaded and stored once."""
-
-LANES = 64
-"""Rows of a weight that go through a block together, as lanes of the vectors: a column waits for the one before it, and
-one number of a matrix serves all rows. A few vectors wide, and a block of columns stays near the first-level cache."""
+"""Columns over which `best_range_by_blocks` wants its matrices folded."""
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _add_products(factors: NDArray[np.float32], lanes: NDArray[np.float32], sums: NDArray[np.float32]) -> None:
-    """sums [LANES] += factors [columns] @ lanes [columns, LANES], in the same order for every lane.
+def bands_of(rows: int) -> int:
+    """How many steps LANES rows of a weight at a time are. They go through a block of columns together, as lanes of the
+    vectors: a column waits for the one before it, and one number of a matrix serves all rows. A few vectors wide, and a
+    block of columns stays near the first-level cache."""
+    return -(-rows // LANES)
 
-    The number of lanes is a constant, which makes the loop twice as fast; some may hold nothing of worth.
-    """
-    columns = factors.size
-    whole = columns - columns % STRIP
-    for start in range(0, whole, STRIP):
-        f, x = factors[start : start + STRIP], lanes[start : start + STRIP]
-        f0, f1, f2, f3, f4, f5, f6, f7 = f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]
-        f8, f9, fa, fb, fc, fd, fe, ff = f[8], f[9], f[10], f[11], f[12], f[13], f[14], f[15]
-        for i in range(LANES):
-            sums[i] += (
-                (f0 * x[0, i] + f1 * x[1, i] + f2 * x[2, i] + f3 * x[3, i])
-                + (f4 * x[4, i] + f5 * x[5, i] + f6 * x[6, i] + f7 * x[7, i])
-            ) + (
-                (f8 * x[8, i] + f9 * x[9, i] + fa * x[10, i] + fb * x[11, i])
-                + (fc * x[12, i] + fd * x[13, i] + fe * x[14, i] + ff * x[15, i])
-            )
-    for k in range(whole, columns):
-        factor, row = factors[k], lanes[k]
-        for i in range(LANES):
-            sums[i] += factor * row[i]
+
+@njit  # type: ignore[untyped-decorator]
+def _fill(lanes: NDArray[np.float32], number: float) -> None:
+    """lanes[:] = number, which numba takes longer to compile."""
+    for i in range(lanes.size):
+        lanes[i] = number
+
+
+@njit  # type: ignore[untyped-decorator]
+def _copy(lanes: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    for i in range(lanes.size):
+        out[i] = lanes[i]
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -58,8 +50,10 @@ def _turn(rows: NDArray[Any], lanes: NDArray[np.float32]) -> None:
             lanes[j, i] = row[j]
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def round_block(
+    low: int,
+    high: int,
     weight: NDArray[np.float32],
     owed: NDArray[np.float32],
     scale: NDArray[np.float32],
@@ -80,7 +74,7 @@ def round_block(
     """
     rows, columns = weight.shape
     top = np.float32(levels - 1)
-    for band in prange((rows + LANES - 1) // LANES):
+    for band in range(low, high):
         first, end = band * LANES, min((band + 1) * LANES, rows)
         values, error = np.empty((columns, LANES), np.float32), np.empty((columns, LANES), np.float32)
         code, pulls = np.empty((columns, LANES), np.uint8), np.empty((columns, LANES), np.float32)
@@ -88,7 +82,7 @@ def round_block(
         _turn(owed[first:end], pulls)
         for j in range(columns):
             pulled = pulls[j]
-            _add_products(lower[j, :j], error[:j], pulled)
+            add_products(lower[j, :j], error[:j], pulled)
             inverse = np.float32(1.0) / lower[j, j]
             step, zero = scale[group[j], first:end], middle[group[j], first:end]
             value, off, chosen = values[j], error[j], code[j]
@@ -111,8 +105,10 @@ def _as_float16(value: float) -> np.float32:
     return np.float32(math.ldexp(np.rint(math.ldexp(mantissa, bits)), exponent - bits))
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def descend_block(
+    low: int,
+    high: int,
     codes: NDArray[np.uint8],
     scale: NDArray[np.float32],
     middle: NDArray[np.float32],
@@ -132,7 +128,7 @@ def descend_block(
     groups = scale.shape[1]
     size = columns // groups
     top = np.float32(levels - 1)
-    for band in prange((rows + LANES - 1) // LANES):
+    for band in range(low, high):
         top_row, end_row = band * LANES, min((band + 1) * LANES, rows)
         count = end_row - top_row
         # of each column: its slope before its group moved, what it moved by, its level above the zero
@@ -148,9 +144,9 @@ def descend_block(
                 step[i], zero[i] = scale[top_row + i, g], middle[top_row + i, g]
             for j in range(first, end):
                 before, pull = slopes[j], gram[j]
-                _add_products(pull[:first], moved[:first], before)
-                pulled[:] = before
-                _add_products(pull[first:j], moved[first:j], pulled)
+                add_products(pull[:first], moved[:first], before)
+                _copy(before, pulled)
+                add_products(pull[first:j], moved[first:j], pulled)
                 softness = np.float32(1.0) / pull[j]
                 chosen, own, height = code[j], moved[j], level[j - first]
                 for i in range(count):
@@ -160,11 +156,11 @@ def descend_block(
                     chosen[i] = new
                     own[i] = (new - old) * step[i]
                     height[i] = new - zero[i]
-            slope[:] = 0.0
-            curve[:] = 0.0
+            _fill(slope, 0.0)
+            _fill(curve, 0.0)
             for j in range(first, end):
-                pulled[:] = 0.0  # H c of the group
-                _add_products(gram[j, first:end], level, pulled)
+                _fill(pulled, 0.0)  # H c of the group
+                add_products(gram[j, first:end], level, pulled)
                 before, own, height = slopes[j], moved[j], level[j - first]
                 for i in range(count):
                     slope[i] += height[i] * before[i] + own[i] * pulled[i]
@@ -216,8 +212,10 @@ def _loss_by_columns(
     return lane_sum(losses)
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def best_range(
+    low: int,
+    high: int,
     weight: NDArray[np.float32],
     importance: NDArray[np.float32],
     scale: NDArray[np.float32],
@@ -235,7 +233,7 @@ def best_range(
     """
     rows, groups, size = weight.shape
     top = np.float32(levels - 1)
-    for i in prange(rows):
+    for i in range(low, high):
         losses = np.empty(size, np.float32)
         for g in range(groups):
             least = np.float32(np.inf)
@@ -256,8 +254,10 @@ def best_range(
                     best[i, g] = at
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def best_range_by_blocks(
+    low: int,
+    high: int,
     weight: NDArray[np.float32],
     upper: NDArray[np.float32],
     scale: NDArray[np.float32],
@@ -276,7 +276,7 @@ def best_range_by_blocks(
     top = np.float32(levels - 1)
     whole = (shares + coarse - 1) // coarse  # of each sign
     first_turn = scale.shape[0] // shares * whole
-    for band in prange((rows + LANES - 1) // LANES):
+    for band in range(low, high):
         first = band * LANES
         turned, error = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
         step, zero, pulled = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
@@ -287,7 +287,7 @@ def best_range_by_blocks(
                 row = weight[min(first + i, rows - 1), g]
                 for j in range(size):
                     turned[j, i] = row[j]
-            least[:] = np.inf
+            _fill(least, np.inf)
             for turn in range(first_turn + 2 * (coarse - 1)):
                 if turn == first_turn:
                     for i in range(LANES):
@@ -305,11 +305,11 @@ def best_range_by_blocks(
                         code = np.rint(values[i] / step[i] + zero[i])
                         code = min(max(code, np.float32(0.0)), top)
                         off[i] = (code - zero[i]) * step[i] - values[i]
-                loss[:] = 0.0
+                _fill(loss, 0.0)
                 for j in range(size):
-                    pulled[:] = 0.0
+                    _fill(pulled, 0.0)
                     start = j - j % STRIP
-                    _add_products(upper[g, j, start:], error[start:], pulled)
+                    add_products(upper[g, j, start:], error[start:], pulled)
                     own = error[j]
                     for i in range(LANES):
                         loss[i] += own[i] * pulled[i]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.lane_sum import lane_sum
+from quantkit.maths.parallel import FASTMATH, parallel
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
-def rms_norm(rows: NDArray[np.float32], gains: NDArray[np.float32], eps: float, out: NDArray[np.float32]) -> None:
+@parallel(FASTMATH)
+def rms_norm(
+    low: int, high: int, rows: NDArray[np.float32], gains: NDArray[np.float32], eps: float, out: NDArray[np.float32]
+) -> None:
     """out = rows / sqrt(mean(rows^2) + eps) * gains: [tokens, columns]; gains: [columns]."""
     tokens, columns = rows.shape
-    for i in prange(tokens):
+    for i in range(low, high):
         row, made = rows[i], out[i]
         for j in range(columns):
             made[j] = row[j] * row[j]

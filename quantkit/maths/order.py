@@ -19,5 +19,5 @@ def reordered(matrix: Tensor, columns: Tensor, rows: Tensor | None = None) -> Te
     if rows is None:
         rows = torch.arange(len(matrix), device=matrix.device)
     out = torch.empty(len(rows), len(columns), dtype=matrix.dtype, device=matrix.device)
-    pick(matrix.contiguous().numpy(), rows.numpy(), columns.numpy(), out.numpy())
+    pick(len(rows), matrix.contiguous().numpy(), rows.numpy(), columns.numpy(), out.numpy())
     return out

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from quantkit.maths.parallel import parallel
 
-@njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
-def pick(matrix: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any], out: NDArray[Any]) -> None:
+
+@parallel()
+def pick(
+    low: int, high: int, matrix: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any], out: NDArray[Any]
+) -> None:
     """out[i, j] = matrix[rows[i], columns[j]]."""
-    for i in prange(rows.size):
+    for i in range(low, high):
         found, own = matrix[rows[i]], out[i]
         for j in range(columns.size):
             own[j] = found[columns[j]]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
+from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+
+from quantkit.maths.parallel import FASTMATH, parallel
 
 SCANNED = 64
 """Columns that are looked at one by one where one of them is worth it."""
@@ -34,8 +36,10 @@ def _cost(code: int, turn: int, levels: int, curve: np.float32) -> np.float32:
     return curve if 0 <= np.int64(code) + turn < levels else np.float32(np.inf)
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@parallel(FASTMATH)
 def sweep_pairs(
+    low: int,
+    high: int,
     codes: NDArray[np.uint8],
     steps: NDArray[np.float32],
     curves: NDArray[np.float32],
@@ -53,7 +57,7 @@ def sweep_pairs(
     independent and run in parallel.
     """
     rows, columns = codes.shape
-    for i in prange(rows):
+    for i in range(low, high):
         code, step, curve, slope = codes[i], steps[i], curves[i], gradient[i]
         up, down = np.empty(columns, np.float32), np.empty(columns, np.float32)
         for k in range(columns):

@@ -47,7 +47,7 @@ def _sweep_pairs(codes: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, l
 
     curves = 0.5 * steps.square() * gram.diagonal()
     slopes, matrix = gradient.numpy(), gram.contiguous().numpy()
-    sweep_pairs(codes.numpy(), steps.numpy(), curves.numpy(), slopes, matrix, levels, LEAST_GAIN, DEAREST)
+    sweep_pairs(len(codes), codes.numpy(), steps.numpy(), curves.numpy(), slopes, matrix, levels, LEAST_GAIN, DEAREST)
 
 
 def _sweep_pairs_tensors(codes: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, levels: int) -> None:

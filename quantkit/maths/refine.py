@@ -74,11 +74,10 @@ def _descend_block(
 ) -> None:
     """One sweep over a block of whole groups; codes, scale and error are updated, gradient is used up."""
     if codes.device.type == "cpu":
-        from quantkit.maths.kernels import descend_block
+        from quantkit.maths.kernels import bands_of, descend_block
 
-        descend_block(
-            codes.numpy(), scale.numpy(), middle.numpy(), gradient.numpy(), gram.numpy(), levels, error.numpy()
-        )
+        given = [tensor.numpy() for tensor in (codes, scale, middle, gradient, gram)]
+        descend_block(bands_of(len(codes)), *given, levels, error.numpy())
         return
     _descend_block_tensors(codes, scale, middle, gradient, gram, levels, error)
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import value_of
+from quantkit.maths.parallel import parallel
 
 
-@njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@parallel()
 def rotate(
-    heads: NDArray[Any], cosines: NDArray[np.float32], sines: NDArray[np.float32], out: NDArray[np.float32]
+    low: int,
+    high: int,
+    heads: NDArray[Any],
+    cosines: NDArray[np.float32],
+    sines: NDArray[np.float32],
+    out: NDArray[np.float32],
 ) -> None:
     """out = heads * cosines + (-second half, first half of each head) * sines.
 
@@ -25,7 +30,7 @@ def rotate(
     """
     batch, length, count, width = heads.shape
     half = width // 2
-    for at in prange(batch * length):
+    for at in range(low, high):
         i, j = at // length, at % length
         cosine, sine = cosines[j], sines[j]
         for h in range(count):

@@ -8,17 +8,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange  # type: ignore[import-untyped]
+from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import power_of_two, stored_as
 from quantkit.maths.lane_sum import lane_sum
+from quantkit.maths.parallel import FASTMATH, parallel
 
 LANES = 64
 """Scores whose maxima are taken side by side: a maximum over one row after another is not vectorized."""
 
 QUERIES = 16
 """Queries that one thread takes at a time."""
+
+
+def bands_of(heads: int, queries: int) -> int:
+    """How many steps so many scores are."""
+    return heads * -(-queries // QUERIES)
 
 
 @njit(fastmath={"nsz"}, inline="always")  # type: ignore[untyped-decorator]
@@ -56,8 +62,10 @@ def _soften(
     weights[seen:] = 0
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
-def causal_softmax(scores: NDArray[np.float32], first: int, scale: float, weights: NDArray[Any]) -> None:
+@parallel(FASTMATH)
+def causal_softmax(
+    low: int, high: int, scores: NDArray[np.float32], first: int, scale: float, weights: NDArray[Any]
+) -> None:
     """Softmax of `scale * scores` over the keys up to a query's own; keys behind it get weight zero.
 
     scores: [heads, queries, keys], overwritten; its first query is token `first`. weights: [heads, queries, keys],
@@ -66,7 +74,7 @@ def causal_softmax(scores: NDArray[np.float32], first: int, scale: float, weight
     heads, queries, _ = scores.shape
     steps = np.float32(1.4426950408889634 * scale)  # 2^x in the place of e^x
     bands = (queries + QUERIES - 1) // QUERIES
-    for at in prange(heads * bands):
+    for at in range(low, high):
         head, lanes = at // bands, np.empty(LANES, np.float32)
         for query in range(at % bands * QUERIES, min((at % bands + 1) * QUERIES, queries)):
             _soften(scores[head, query], weights[head, query], first + query + 1, steps, lanes)

@@ -39,7 +39,7 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
 
     rows = [tensor.detach().reshape(-1, gate.shape[-1]) for tensor in (gate, up)]
     out = torch.empty(rows[0].shape, dtype=gate.dtype)  # in one piece, whatever the gate is
-    gate_kernel.silu_times(readable(rows[0]), readable(rows[1]), writable(out))
+    gate_kernel.silu_times(len(out), readable(rows[0]), readable(rows[1]), writable(out))
     return out.view(gate.shape)
 
 

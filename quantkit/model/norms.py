@@ -55,7 +55,7 @@ class CompiledNorm(nn.Module):
 
         rows = states.detach().reshape(-1, states.shape[-1]).contiguous()
         out = torch.empty_like(rows)
-        rms_norm(rows.numpy(), gains.detach().contiguous().numpy(), eps, out.numpy())  # type: ignore[union-attr]
+        rms_norm(len(rows), rows.numpy(), gains.detach().contiguous().numpy(), eps, out.numpy())  # type: ignore[union-attr]
         return out.view(states.shape)
 
 

@@ -66,7 +66,8 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     from quantkit.maths.rotary_kernel import rotate
 
     out = torch.empty(heads.shape)
-    rotate(readable(heads.transpose(1, 2)), cos[0].contiguous().numpy(), sin[0].contiguous().numpy(), out.numpy())
+    tables = cos[0].contiguous().numpy(), sin[0].contiguous().numpy()
+    rotate(heads.shape[0] * heads.shape[2], readable(heads.transpose(1, 2)), *tables, out.numpy())
     return out
 
 

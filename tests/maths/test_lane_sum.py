@@ -65,16 +65,16 @@ import hashlib
 import numpy as np
 from quantkit.maths.correction_kernel import changes
 from quantkit.maths.norm_kernel import rms_norm
-from quantkit.maths.softmax_kernel import causal_softmax
+from quantkit.maths.softmax_kernel import bands_of, causal_softmax
 
 draw = np.random.default_rng(0)
 weights = np.empty((18, 128, 512), np.uint16)
-causal_softmax(8 * draw.standard_normal(weights.shape).astype(np.float32), 384, 0.125, weights)
+causal_softmax(bands_of(18, 128), 8 * draw.standard_normal(weights.shape).astype(np.float32), 384, 0.125, weights)
 rows = draw.standard_normal((16, 576), np.float32)
 normed = np.empty_like(rows)
-rms_norm(rows, rows[0], 1e-5, normed)
+rms_norm(16, rows, rows[0], 1e-5, normed)
 moved, lengths = np.empty(rows.shape, np.uint16), np.empty((2, 16), np.float32)
-changes(rows, normed, rows[0], moved, lengths)
+changes(16, rows, normed, rows[0], moved, lengths)
 made = (weights, normed, moved, lengths)
 loaded = [bool(kernel.stats.cache_hits) for kernel in (causal_softmax, rms_norm, changes)]
 print(loaded, *(hashlib.sha256(array.tobytes()).hexdigest() for array in made))

@@ -35,9 +35,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     loop = norm_kernel.rms_norm
 
-    def note(rows: object, *rest: object) -> None:
+    def note(count: int, rows: object, *rest: object) -> None:
+        assert count == len(rows)  # type: ignore[arg-type]
         seen.append(rows.shape)  # type: ignore[attr-defined]
-        loop(rows, *rest)
+        loop(count, rows, *rest)
 
     monkeypatch.setattr(norm_kernel, "rms_norm", note)
     return seen

@@ -1,0 +1,158 @@
+"""Loops for all threads, compiled once where numba's `prange` compiles them four times.
+
+numba turns a `prange` into a function, two wrappers of a generalized ufunc around it and the function that was asked
+for; each holds the whole loop and goes through all of LLVM, and a body with helpers is analyzed array by array before.
+Here the body is a function over some of the steps, compiled into the library of a small one beside it, which stores the
+arguments and hands the body's address to numba's own scheduler.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types  # type: ignore[import-untyped]
+from numba.core import cgutils, compiler, targetconfig  # type: ignore[import-untyped]
+from numba.extending import intrinsic  # type: ignore[import-untyped]
+from numba.np.ufunc import parallel as threads  # type: ignore[import-untyped]
+
+FASTMATH = frozenset({"contract", "nsz"})
+"""What loops may do to a sum where they say so: fuse a multiplication with it and lose the sign of a zero, but never
+reorder it."""
+
+_LONG, _BYTES = ir.IntType(64), ir.IntType(8).as_pointer()
+_WORDS = _LONG.as_pointer()
+_WORKER = ir.FunctionType(ir.VoidType(), [_BYTES.as_pointer(), _WORDS, _WORDS, _BYTES])
+_SCHEDULER = ir.FunctionType(ir.VoidType(), [_BYTES] * 5 + [_LONG] * 3)
+
+BEGIN, END, FAILED, WORDS = range(4)
+"""What is kept of each share: its first step, the one behind its last, whether it had no memory; and how much that is.
+"""
+
+
+def ready_threads() -> None:
+    """Name numba's threads to the compiler; code from the cache does so when it is loaded."""
+    threads._launch_threads()
+
+
+def _word(builder: Any, words: Any, at: int) -> Any:
+    return builder.gep(words, [ir.Constant(_LONG, at)])
+
+
+def _share(builder: Any, schedule: Any, number: Any) -> Any:
+    return builder.gep(schedule, [builder.mul(number, ir.Constant(_LONG, WORDS))])
+
+
+def _compiled(context: Any, body: Callable[..., None], given: tuple[Any, ...]) -> Any:
+    """The descriptor of a body compiled into the library that is being made, with that one's options."""
+    flags = targetconfig.ConfigStack().top().copy()
+    flags.noalias = True
+    flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    library = context.active_code_library
+    return compiler.compile_internal(
+        context.typing_context, context, library, body, given, types.none, flags, {}
+    ).fndesc
+
+
+def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """An argument whose memory nobody counts references to, which would take longer than a short loop."""
+    if not isinstance(kind, types.Array):
+        return value
+    array = context.make_array(kind)(context, builder, value)
+    for owner in ("meminfo", "parent"):
+        setattr(array, owner, ir.Constant(getattr(array, owner).type, None))
+    return array._getvalue()
+
+
+def _worker(context: Any, builder: Any, descriptor: Any, given: tuple[Any, ...], memory: Any) -> Any:
+    """The function that a thread calls for one share: it takes the arguments out of memory and calls the body."""
+    function = ir.Function(builder.module, _WORKER, f"{descriptor.mangled_name}.share")
+    function.linkage = "internal"
+    own = ir.IRBuilder(function.append_basic_block())
+    share = own.bitcast(own.load(function.args[0]), _WORDS)
+    there = own.bitcast(function.args[3], memory.type)
+    values = [
+        _borrowed(context, own, kind, own.load(cgutils.gep_inbounds(own, there, 0, i)))
+        for i, kind in enumerate(given[2:])
+    ]
+    steps = [own.load(_word(own, share, at)) for at in (BEGIN, END)]
+    body = context.declare_function(builder.module, descriptor)
+    status, _ = context.call_conv.call_function(own, body, types.none, given, [*steps, *values])
+    own.store(own.zext(status.is_error, _LONG), _word(own, share, FAILED))
+    own.ret_void()
+    return function
+
+
+def _share_out(context: Any, builder: Any, worker: Any, count: Any, memory: Any) -> Any:
+    """Let every thread call the worker for its share of the steps; how many shares failed."""
+    number = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_LONG, []), "get_num_threads")
+    available = builder.call(number, [])
+    shares = builder.select(builder.icmp_signed("<", count, available), count, available)
+    schedule = builder.alloca(_LONG, builder.mul(shares, ir.Constant(_LONG, WORDS)))
+    with cgutils.for_range(builder, shares) as loop:
+        share, behind = _share(builder, schedule, loop.index), builder.add(loop.index, ir.Constant(_LONG, 1))
+        for at, turn in ((BEGIN, loop.index), (END, behind)):
+            builder.store(builder.sdiv(builder.mul(count, turn), shares), _word(builder, share, at))
+    arguments, size, step = (cgutils.alloca_once(builder, kind) for kind in (_BYTES, _LONG, _LONG))
+    builder.store(builder.bitcast(schedule, _BYTES), arguments)
+    builder.store(shares, size)
+    builder.store(ir.Constant(_LONG, WORDS * 8), step)
+    scheduler = cgutils.get_or_insert_function(builder.module, _SCHEDULER, "numba_parallel_for")
+    given = [builder.bitcast(place, _BYTES) for place in (worker, arguments, size, step, memory)]
+    one = ir.Constant(_LONG, 1)
+    with builder.if_then(builder.icmp_signed(">", shares, ir.Constant(_LONG, 0))):
+        builder.call(scheduler, [*given, one, one, available])
+    failed = cgutils.alloca_once_value(builder, ir.Constant(_LONG, 0))
+    with cgutils.for_range(builder, shares) as loop:
+        own = builder.load(_word(builder, _share(builder, schedule, loop.index), FAILED))
+        builder.store(builder.add(builder.load(failed), own), failed)
+    return builder.load(failed)
+
+
+def _spread(body: Callable[..., None]) -> Any:
+    """The intrinsic (count, arguments) that shares `count` steps of a body out; it gives the number that failed."""
+
+    def spread(typing_context: Any, count: Any, arguments: Any) -> Any:
+        given = (types.intp, types.intp, *arguments.types)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            ready_threads()
+            context.active_code_library._reload_init.add(ready_threads)
+            descriptor = _compiled(context, body, given)
+            values = cgutils.unpack_tuple(builder, args[1])
+            memory = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in values]))
+            for at, value in enumerate(values):
+                builder.store(value, cgutils.gep_inbounds(builder, memory, 0, at))
+            return _share_out(context, builder, _worker(context, builder, descriptor, given, memory), args[0], memory)
+
+        return types.intp(types.intp, arguments), generate
+
+    return intrinsic(spread)
+
+
+def parallel(fastmath: frozenset[str] = frozenset(), *, nogil: bool = False) -> Callable[[Callable[..., None]], Any]:
+    """Compile a body (begin, end, ...), the steps of a loop from one to behind another, into a function (count, ...)
+    that shares steps 0 to count out among the threads of numba.
+
+    Steps have to be independent of each other: in which order they come, and in which thread, is not said. Arrays may
+    not overlap, which loops are vectorized by. Division by zero gives infinity. nogil: other threads of Python go on
+    meanwhile. Compiled code is kept beside the body's file, as numba keeps it. Raises MemoryError where a body has no
+    memory, the only error that it may have.
+    """
+
+    def made(body: Callable[..., None]) -> Any:
+        names = ", ".join(list(inspect.signature(body).parameters)[2:])
+        source = f"def share_out(count, {names}):\n    if spread(count, ({names},)):\n        raise MemoryError"
+        code = body.__code__
+        scope: dict[str, Any] = {"spread": _spread(body)}
+        exec(compile(source, code.co_filename, "exec"), scope)  # noqa: S102 # its text is the line above
+        written = scope["share_out"].__code__
+        placed = written.replace(co_filename=code.co_filename, co_firstlineno=code.co_firstlineno, co_name=code.co_name)
+        function = FunctionType(placed, scope, code.co_name)  # numba finds its cache by file, name and line
+        function.__qualname__, function.__module__, function.__doc__ = body.__qualname__, body.__module__, body.__doc__
+        return njit(cache=True, nogil=nogil, fastmath=set(fastmath), error_model="numpy")(function)
+
+    return made

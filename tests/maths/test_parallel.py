@@ -1,0 +1,148 @@
+"""Loops shared out among threads: every step once, any arguments, and code that the next process finds again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from quantkit.maths.parallel import parallel
+
+
+@parallel()
+def count_steps(low: int, high: int, seen: NDArray[np.int64], by: NDArray[np.int64]) -> None:
+    """One more for each step, and the first step of the share that it was in."""
+    for at in range(low, high):
+        seen[at] += 1
+        by[at] = low
+
+
+@parallel()
+def mix(
+    low: int, high: int, matrix: NDArray[Any], factor: float, shift: int, negate: bool, out: NDArray[np.float64]
+) -> None:
+    for i in range(low, high):
+        for j in range(matrix.shape[1]):
+            value = matrix[i, j] * factor + shift
+            out[i, j] = -value if negate else value
+
+
+@parallel()
+def divide(low: int, high: int, numbers: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    for i in range(low, high):
+        out[i] = np.float32(1.0) / numbers[i]
+
+
+@parallel(nogil=True)
+def take_room(low: int, high: int, rooms: NDArray[np.int64], out: NDArray[np.int64]) -> None:
+    for i in range(low, high):
+        room = np.empty(rooms[i], np.int64)
+        room[0] = i
+        out[i] = room[0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 1001])
+def test_every_step_is_taken_once(count: int, threads: int) -> None:
+    if threads > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip("one thread here")
+    before = numba.get_num_threads()
+    numba.set_num_threads(threads)
+    try:
+        seen, by = np.zeros(count + 5, np.int64), np.full(count + 5, -1)
+        count_steps(count, seen, by)
+    finally:
+        numba.set_num_threads(before)
+    assert seen.tolist() == [1] * count + [0] * 5
+    shares = min(count, threads)
+    assert sorted(set(by[:count].tolist())) == [count * share // shares for share in range(shares)]
+
+
+@pytest.mark.parametrize("order", ["rows", "columns", "every second"])
+def test_arguments_arrive_as_they_were_given(order: str) -> None:
+    numbers = np.random.default_rng(0).standard_normal((9, 6))
+    matrix = {"rows": numbers, "columns": np.asfortranarray(numbers), "every second": numbers[::2, 1:]}[order]
+    for negate in (False, True):
+        out = np.zeros(matrix.shape)
+        mix(len(matrix), matrix, 2.5, -3, negate, out)
+        expected = matrix * 2.5 - 3
+        np.testing.assert_array_equal(out, -expected if negate else expected)
+
+
+def test_arguments_may_be_named_and_the_loop_is_documented() -> None:
+    seen, by = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    count_steps(count=3, by=by, seen=seen)
+    assert seen.tolist() == [1, 1, 1]
+    assert count_steps.__name__ == "count_steps" and "One more" in count_steps.__doc__
+
+
+def test_division_by_zero_is_no_error() -> None:
+    out = np.zeros(3, np.float32)
+    divide(3, np.array([2.0, 0.0, -0.0], np.float32), out)
+    assert out.tolist() == [0.5, np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_no_memory_in_any_share_is_told(at: int) -> None:
+    rooms, out = np.full(4, 8), np.full(4, -1)
+    take_room(4, rooms, out)
+    assert out.tolist() == [0, 1, 2, 3]
+    rooms[at] = 2**59
+    with pytest.raises(MemoryError):
+        take_room(4, rooms, out)
+
+
+def test_references_to_arguments_are_neither_lost_nor_kept() -> None:
+    seen, by = np.zeros(64, np.int64), np.zeros(64, np.int64)
+    before = sys.getrefcount(seen)
+    for _ in range(50):
+        count_steps(64, seen, by)
+    assert sys.getrefcount(seen) == before
+    assert seen.tolist() == [50] * 64
+
+
+LOOPS = """
+from quantkit.maths.parallel import parallel
+
+@parallel()
+def first(low, high, out):
+    for i in range(low, high):
+        out[i] = ADDED
+
+@parallel()
+def second(low, high, out):
+    for i in range(low, high):
+        out[i] = -ADDED
+"""
+USE = """
+import numpy as np
+from loops_of_a_test import first, second
+out = np.zeros((2, 5), np.int64)
+first(5, out[0])
+second(5, out[1])
+print(sum(first.stats.cache_hits.values()), sum(second.stats.cache_hits.values()), *out[:, 4])
+"""
+
+
+def test_the_next_process_finds_the_code_until_its_file_changes(tmp_path: Path) -> None:
+    """Two loops of one file whose outer functions have the same bytes: each finds its own."""
+    file = tmp_path / "loops_of_a_test.py"
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+
+    def run() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", USE], env=environment, capture_output=True, text=True, check=True, timeout=300
+        )
+        return done.stdout.strip()
+
+    file.write_text(LOOPS.replace("ADDED", "7"))
+    assert [run(), run()] == ["0 0 7 -7", "1 1 7 -7"]
+    file.write_text(LOOPS.replace("ADDED", "18"))  # of another length, whatever the clock says
+    assert [run(), run()] == ["0 0 18 -18", "1 1 18 -18"]
