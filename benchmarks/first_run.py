@@ -41,7 +41,6 @@ def main() -> None:
     for recipe in given.recipes:
         for tree in [*given.tree, HERE]:
             with tempfile.TemporaryDirectory() as folder:
-                place = Path(folder)
                 job = (tree.resolve(), recipe, given.model.resolve(), Path(folder))
                 first, behind = measured(*job), measured(*job)
             version = "this" if tree == HERE else tree.name
