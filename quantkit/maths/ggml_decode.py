@@ -24,7 +24,7 @@ def _half(row: NDArray[np.uint8], start: int) -> np.float32:
     return half_value(np.int32(np.int32(row[start]) | np.int32(row[start + 1]) << 8))
 
 
-@parallel(nogil=True)
+@parallel()
 def _decode_small(low: int, high: int, data: NDArray[np.uint8], bits: int, out: NDArray[np.float32]) -> None:
     """Q2_K, Q3_K and Q6_K: groups of 16. data: [super-blocks, bytes]. out: [super-blocks, 256]."""
     for s in range(low, high):
@@ -56,7 +56,7 @@ def _decode_small(low: int, high: int, data: NDArray[np.uint8], bits: int, out: 
                     v[j] = step * np.float32(code)
 
 
-@parallel(nogil=True)
+@parallel()
 def _decode_affine(low: int, high: int, data: NDArray[np.uint8], bits: int, out: NDArray[np.float32]) -> None:
     """Q4_K and Q5_K: groups of 32 with a minimum. Arrays as in `_decode_small`."""
     for s in range(low, high):
@@ -79,7 +79,7 @@ def _decode_affine(low: int, high: int, data: NDArray[np.uint8], bits: int, out:
                     v[j] = step * np.float32((codes[j] >> side & 15) | (fifth[j] >> g & 1) << 4) - base
 
 
-@parallel(nogil=True)
+@parallel()
 def _decode_iq4(low: int, high: int, data: NDArray[np.uint8], groups: int, out: NDArray[np.float32]) -> None:
     """IQ4_NL, one group a block, and IQ4_XS, eight. data: [blocks, bytes]. out: [blocks, 32 * groups]."""
     for s in range(low, high):

@@ -25,7 +25,7 @@ def bands_of(rows: Sized) -> int:
     return -(-len(rows) // BAND)
 
 
-@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy", fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def _nearest_code(value: np.float32, table: NDArray[np.float32], uniform: bool) -> int:
     """The code whose value is nearest; of evenly spaced ones by rounding half to even, as GPTQ's kernel does."""
     if uniform:
@@ -75,7 +75,7 @@ def round_block(
                     rest[k] += error * pull[k]
 
 
-@njit(forceinline=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(forceinline=True, error_model="numpy", fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
 def _stored(value: np.float32, unit: np.float32, least: int, most: int) -> np.float32:
     """The nearest number that can be stored: a level least ... most of a unit, or with most = 0 a float16."""
     if most == 0:

@@ -89,7 +89,7 @@ def _search(values: NDArray[np.float32], weights: NDArray[np.float32], state: ND
         state[SCALE, k] = zero if state[MAGNITUDE, k] < SMALLEST else state[SCALE, k]
 
 
-@parallel(nogil=True)
+@parallel()
 def _encode(
     low: int, high: int, blocks: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]
 ) -> None:

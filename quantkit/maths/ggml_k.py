@@ -100,7 +100,7 @@ def mean_square(row: NDArray[np.float32]) -> np.float32:
     return total / np.float32(row.size)
 
 
-@parallel(nogil=True)
+@parallel()
 def _encode_affine(
     low: int,
     high: int,
@@ -182,7 +182,7 @@ def _encode_affine(
                 pack_nibbles(codes, 32, row[row.size - 128 :])
 
 
-@parallel(nogil=True)
+@parallel()
 def _encode_symmetric(
     low: int,
     high: int,

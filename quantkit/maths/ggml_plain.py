@@ -116,7 +116,7 @@ def _put_codes(
         out[j] = np.uint8((lower & 15) | (upper & 15) << 4)
 
 
-@parallel(nogil=True)
+@parallel()
 def _encode_four_five(
     low: int, high: int, blocks: NDArray[np.float32], top: np.int32, symmetric: bool, out: NDArray[np.uint8]
 ) -> None:
@@ -140,7 +140,7 @@ def _encode_four_five(
                 _put_codes(x, least, _reciprocal(scale), np.float32(0.5), top, row[4:])
 
 
-@parallel(nogil=True)
+@parallel()
 def _encode_eight(low: int, high: int, blocks: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Q8_0. Arrays as in `_encode_four_five`."""
     half = np.float32(0.5)

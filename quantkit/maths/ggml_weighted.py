@@ -32,7 +32,7 @@ WeightedEncoder = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[n
 """Weights [blocks, 32] and importance [blocks of a row, 32] to bytes."""
 
 
-@parallel(nogil=True)
+@parallel()
 def _mean_squares(low: int, high: int, weight: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """Mean of the squares of each row, summed in order. weight: [rows, columns]. out: [rows]."""
     rows, columns = weight.shape
@@ -46,7 +46,7 @@ def _mean_squares(low: int, high: int, weight: NDArray[np.float32], out: NDArray
             out[first + i] = sums[i] / np.float32(columns)
 
 
-@parallel(nogil=True)
+@parallel()
 def _encode(
     low: int,
     high: int,

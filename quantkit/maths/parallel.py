@@ -8,9 +8,11 @@ arguments and hands the body's address to numba's own scheduler.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
-from types import FunctionType
+from functools import update_wrapper
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -68,44 +70,48 @@ def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 
 
 def _worker(context: Any, builder: Any, descriptor: Any, given: tuple[Any, ...], memory: Any) -> Any:
-    """The function that a thread calls for one share: it takes the arguments out of memory and calls the body."""
+    """The function that a thread calls for some shares in a row, as a generalized ufunc: it takes the arguments out of
+    memory and calls the body for each share that has steps."""
     function = ir.Function(builder.module, _WORKER, f"{descriptor.mangled_name}.share")
     function.linkage = "internal"
     own = ir.IRBuilder(function.append_basic_block())
-    share = own.bitcast(own.load(function.args[0]), _WORDS)
-    there = own.bitcast(function.args[3], memory.type)
+    places, sizes, _, there = function.args
+    shares, there = own.bitcast(own.load(places), _WORDS), own.bitcast(there, memory.type)
     values = [
-        _borrowed(context, own, kind, own.load(cgutils.gep_inbounds(own, there, 0, i)))
-        for i, kind in enumerate(given[2:])
+        _borrowed(context, own, kind, own.load(cgutils.gep_inbounds(own, there, 0, at)))
+        for at, kind in enumerate(given[2:])
     ]
-    steps = [own.load(_word(own, share, at)) for at in (BEGIN, END)]
     body = context.declare_function(builder.module, descriptor)
-    status, _ = context.call_conv.call_function(own, body, types.none, given, [*steps, *values])
-    own.store(own.zext(status.is_error, _LONG), _word(own, share, FAILED))
+    with cgutils.for_range(own, own.load(sizes)) as loop:
+        share = _share(own, shares, loop.index)
+        begin, end = (own.load(_word(own, share, at)) for at in (BEGIN, END))
+        with own.if_then(own.icmp_signed("<", begin, end)):
+            status, _ = context.call_conv.call_function(own, body, types.none, given, [begin, end, *values])
+            own.store(own.zext(status.is_error, _LONG), _word(own, share, FAILED))
     own.ret_void()
     return function
 
 
 def _share_out(context: Any, builder: Any, worker: Any, count: Any, memory: Any) -> Any:
-    """Let every thread call the worker for its share of the steps; how many shares failed."""
+    """Let every thread call the worker for its share of the steps; how many shares failed. There are as many shares as
+    threads, empty ones among them, since that is how numba's schedulers are called otherwise."""
+    none, one = ir.Constant(_LONG, 0), ir.Constant(_LONG, 1)
     number = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_LONG, []), "get_num_threads")
-    available = builder.call(number, [])
-    shares = builder.select(builder.icmp_signed("<", count, available), count, available)
+    shares = builder.call(number, [])
     schedule = builder.alloca(_LONG, builder.mul(shares, ir.Constant(_LONG, WORDS)))
     with cgutils.for_range(builder, shares) as loop:
-        share, behind = _share(builder, schedule, loop.index), builder.add(loop.index, ir.Constant(_LONG, 1))
+        share, behind = _share(builder, schedule, loop.index), builder.add(loop.index, one)
         for at, turn in ((BEGIN, loop.index), (END, behind)):
             builder.store(builder.sdiv(builder.mul(count, turn), shares), _word(builder, share, at))
+        builder.store(none, _word(builder, share, FAILED))
     arguments, size, step = (cgutils.alloca_once(builder, kind) for kind in (_BYTES, _LONG, _LONG))
     builder.store(builder.bitcast(schedule, _BYTES), arguments)
     builder.store(shares, size)
     builder.store(ir.Constant(_LONG, WORDS * 8), step)
     scheduler = cgutils.get_or_insert_function(builder.module, _SCHEDULER, "numba_parallel_for")
     given = [builder.bitcast(place, _BYTES) for place in (worker, arguments, size, step, memory)]
-    one = ir.Constant(_LONG, 1)
-    with builder.if_then(builder.icmp_signed(">", shares, ir.Constant(_LONG, 0))):
-        builder.call(scheduler, [*given, one, one, available])
-    failed = cgutils.alloca_once_value(builder, ir.Constant(_LONG, 0))
+    builder.call(scheduler, [*given, one, one, shares])
+    failed = cgutils.alloca_once_value(builder, none)
     with cgutils.for_range(builder, shares) as loop:
         own = builder.load(_word(builder, _share(builder, schedule, loop.index), FAILED))
         builder.store(builder.add(builder.load(failed), own), failed)
@@ -113,46 +119,63 @@ def _share_out(context: Any, builder: Any, worker: Any, count: Any, memory: Any)
 
 
 def _spread(body: Callable[..., None]) -> Any:
-    """The intrinsic (count, arguments) that shares `count` steps of a body out; it gives the number that failed."""
+    """The intrinsic (count, source, arguments) that shares `count` steps of a body out, whatever the source; it gives
+    the number of shares that failed."""
 
-    def spread(typing_context: Any, count: Any, arguments: Any) -> Any:
+    def spread(typing_context: Any, count: Any, source: Any, arguments: Any) -> Any:
         given = (types.intp, types.intp, *arguments.types)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             ready_threads()
             context.active_code_library._reload_init.add(ready_threads)
             descriptor = _compiled(context, body, given)
-            values = cgutils.unpack_tuple(builder, args[1])
+            values = cgutils.unpack_tuple(builder, args[2])
             memory = cgutils.alloca_once(builder, ir.LiteralStructType([value.type for value in values]))
             for at, value in enumerate(values):
                 builder.store(value, cgutils.gep_inbounds(builder, memory, 0, at))
             return _share_out(context, builder, _worker(context, builder, descriptor, given, memory), args[0], memory)
 
-        return types.intp(types.intp, arguments), generate
+        return types.intp(types.intp, source, arguments), generate
 
     return intrinsic(spread)
 
 
-def parallel(fastmath: frozenset[str] = frozenset(), *, nogil: bool = False) -> Callable[[Callable[..., None]], Any]:
+def _source() -> int:
+    """A number of what all loops and their helpers, the modules beside this one that know numba, are written like."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    texts = [text for file in files if b"numba" in (text := file.read_bytes())]
+    return int.from_bytes(hashlib.sha256(b"".join(texts)).digest()[:7])
+
+
+SOURCE = _source()
+"""Code that numba kept is of one file alone, and is taken for new where a helper has changed that it was compiled with:
+so each loop carries this number with it."""
+
+
+def parallel(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., None]], Any]:
     """Compile a body (begin, end, ...), the steps of a loop from one to behind another, into a function (count, ...)
-    that shares steps 0 to count out among the threads of numba.
+    that shares steps 0 to count out among the threads of numba, while other threads of Python go on.
 
     Steps have to be independent of each other: in which order they come, and in which thread, is not said. Arrays may
-    not overlap, which loops are vectorized by. Division by zero gives infinity. nogil: other threads of Python go on
-    meanwhile. Compiled code is kept beside the body's file, as numba keeps it. Raises MemoryError where a body has no
-    memory, the only error that it may have.
+    not overlap, which loops are vectorized by. Division by zero gives infinity. Compiled code is kept beside the body's
+    file, as numba keeps it. Raises MemoryError where a body has no memory, the only error that it may have.
     """
 
     def made(body: Callable[..., None]) -> Any:
         names = ", ".join(list(inspect.signature(body).parameters)[2:])
-        source = f"def share_out(count, {names}):\n    if spread(count, ({names},)):\n        raise MemoryError"
-        code = body.__code__
-        scope: dict[str, Any] = {"spread": _spread(body)}
-        exec(compile(source, code.co_filename, "exec"), scope)  # noqa: S102 # its text is the line above
-        written = scope["share_out"].__code__
-        placed = written.replace(co_filename=code.co_filename, co_firstlineno=code.co_firstlineno, co_name=code.co_name)
-        function = FunctionType(placed, scope, code.co_name)  # numba finds its cache by file, name and line
-        function.__qualname__, function.__module__, function.__doc__ = body.__qualname__, body.__module__, body.__doc__
-        return njit(cache=True, nogil=nogil, fastmath=set(fastmath), error_model="numpy")(function)
+        text = (
+            f"def outer(source):\n    def share_out(count, {names}):\n"
+            f"        if spread(count, source, ({names},)):\n            raise MemoryError\n    return share_out"
+        )
+        code, scope = body.__code__, {"spread": _spread(body)}
+        exec(text, scope)  # noqa: S102 # it is the line above
+        function = scope["outer"](SOURCE)
+        # numba finds what it kept by file, line and name
+        function.__code__ = function.__code__.replace(
+            co_filename=code.co_filename, co_firstlineno=code.co_firstlineno, co_name=code.co_name
+        )
+        update_wrapper(function, body)
+        del function.__wrapped__  # which has another signature
+        return njit(cache=True, nogil=True, fastmath=set(fastmath), error_model="numpy")(function)
 
     return made
