@@ -13,7 +13,7 @@ from quantkit.maths.ggml_bits import clamped, nearest
 from quantkit.maths.ggml_search import SMALLEST
 
 
-@njit(error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _search_positive(
     values: NDArray[np.float32],
     weights: NDArray[np.float32],

@@ -17,7 +17,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types  # type: ignore[import-untyped]
-from numba.core import cgutils, compiler, targetconfig  # type: ignore[import-untyped]
+from numba.core import cgutils, compiler, config, targetconfig  # type: ignore[import-untyped]
 from numba.extending import intrinsic  # type: ignore[import-untyped]
 from numba.np.ufunc import parallel as threads  # type: ignore[import-untyped]
 
@@ -110,7 +110,7 @@ def _share_out(context: Any, builder: Any, worker: Any, count: Any, memory: Any)
     builder.store(ir.Constant(_LONG, WORDS * 8), step)
     scheduler = cgutils.get_or_insert_function(builder.module, _SCHEDULER, "numba_parallel_for")
     given = [builder.bitcast(place, _BYTES) for place in (worker, arguments, size, step, memory)]
-    builder.call(scheduler, [*given, one, one, shares])
+    builder.call(scheduler, [*given, none, one, shares])  # no inner dimension, one array
     failed = cgutils.alloca_once_value(builder, none)
     with cgutils.for_range(builder, shares) as loop:
         own = builder.load(_word(builder, _share(builder, schedule, loop.index), FAILED))
@@ -141,10 +141,11 @@ def _spread(body: Callable[..., None]) -> Any:
 
 
 def _source() -> int:
-    """A number of what all loops and their helpers, the modules beside this one that know numba, are written like."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    texts = [text for file in files if b"numba" in (text := file.read_bytes())]
-    return int.from_bytes(hashlib.sha256(b"".join(texts)).digest()[:7])
+    """A number of what all loops and their helpers are written like: the modules beside this one that know numba."""
+    files = sorted(file for file in Path(__file__).parent.glob("[!.]*.py") if file.is_file())
+    texts = [file.read_bytes() for file in files]
+    loops = [text for text in texts if b"numba" in text or b"maths.parallel" in text]
+    return int.from_bytes(hashlib.sha256(b"\0".join(loops)).digest()[:7])
 
 
 SOURCE = _source()
@@ -158,10 +159,15 @@ def parallel(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., 
 
     Steps have to be independent of each other: in which order they come, and in which thread, is not said. Arrays may
     not overlap, which loops are vectorized by. Division by zero gives infinity. Compiled code is kept beside the body's
-    file, as numba keeps it. Raises MemoryError where a body has no memory, the only error that it may have.
+    file, as numba keeps it; with $NUMBA_DISABLE_JIT the body is called as it is. Raises MemoryError where a body has no
+    memory, the only error that it may have, and TypeError for a body inside a function whose variables it uses.
     """
 
     def made(body: Callable[..., None]) -> Any:
+        if body.__closure__:
+            raise TypeError(f"{body.__qualname__}: what is kept of a loop cannot tell the variables around it apart")
+        if config.DISABLE_JIT:  # type: ignore[attr-defined]
+            return lambda count, *given, **named: body(0, count, *given, **named)
         names = ", ".join(list(inspect.signature(body).parameters)[2:])
         text = (
             f"def outer(source):\n    def share_out(count, {names}):\n"
