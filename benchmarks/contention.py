@@ -17,7 +17,7 @@ WORK = """
 import time, torch
 from quantkit.maths.affine import search_grid
 from quantkit.maths.compensate import round_compensated
-from quantkit.maths.gram_factor import factor_gram
+from quantkit.maths.gram_factor import factored
 from quantkit.maths.fold import search_scale
 from quantkit.maths.refine import damped, refine
 from quantkit.tensors import Grid
@@ -25,10 +25,12 @@ torch.manual_seed(0)
 weight, inputs, grid = torch.randn(3072, 576), torch.randn(4096, 576), Grid(4, 64, True)
 gram = inputs.T @ inputs
 def once():
-    search_scale(weight, inputs.abs().mean(dim=0), gram, grid, 20)
+    search_scale(weight, inputs.abs().mean(dim=0), gram, grid, [step / 20 for step in range(20)])
     scale, zero = search_grid(weight, grid, gram.diagonal())
-    codes = round_compensated(weight, scale, zero, grid, factor_gram(gram, 0.01, True))
-    refine(weight, codes, scale, zero, grid, damped(gram, 0.01), 2)
+    with factored(gram, 0.01, True) as factor:
+        codes = round_compensated(weight, scale, zero, grid, factor)
+    with damped(gram, 0.01) as matrix:
+        refine(weight, codes, scale, zero, grid, matrix, 2)
 once()
 times = []
 for _ in range(5):

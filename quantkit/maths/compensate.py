@@ -9,24 +9,22 @@ and D the errors so far, column k is aimed at w_k + (D R)_k / R_kk, which is the
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quantkit.maths.gram_factor import GramFactor
 from quantkit.maths.order import reordered
-from quantkit.maths.products import times_transposed
+from quantkit.maths.products import product_bands, times_transposed
 from quantkit.tensors import Grid
 
 BLOCK_COLUMNS = 128
 """Columns that are rounded before the rest is updated by one matrix product: the paper's B."""
 
-OWED_BAND = 1 << 22
-"""Values that are added to what is owed at once on a CPU; their product would be as large as a weight otherwise."""
-
-RoundBlock = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""A block of columns, what is owed to them, their numbers and their part of the factor to codes and errors: see
-`compensated`."""
+RoundBlock = Callable[[slice, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Which rows, a block of their columns, what is owed to them, their numbers and their part of the factor to codes and
+errors: see `compensated`."""
 
 
 def round_compensated(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, factor: GramFactor) -> Tensor:
@@ -38,8 +36,8 @@ def round_compensated(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: 
     scale = scale.contiguous()
     middle = torch.full_like(scale, float(2 ** (grid.bits - 1))) if zero is None else zero.float()
 
-    def rounded(weight: Tensor, owed: Tensor, at: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        return _round_block(weight, owed, scale, middle, at // size, upper, grid.levels)
+    def rounded(rows: slice, weight: Tensor, owed: Tensor, at: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        return _round_block(weight, owed, scale[rows], middle[rows], at // size, upper, grid.levels)
 
     return compensated(weight, factor, rounded)
 
@@ -47,28 +45,34 @@ def round_compensated(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: 
 def compensated(weight: Tensor, factor: GramFactor, round_block: RoundBlock) -> Tensor:
     """Codes uint8 [out, in] of a weight [out, in], a block of columns rounded at a time, errors passed on to the rest.
 
-    round_block: from a block of the weight float32 [out, columns], the columns of D R that the errors before it give
-    float32 [out, columns], the numbers of its columns int64 [columns] and its block of the factor float32 [columns,
-    columns] to codes uint8 [out, columns] and errors D float32 [out, columns], the weight less what the codes stand
-    for. It may overwrite the first two.
+    round_block: from the numbers of some rows, a block of the weight float32 [rows, columns], the columns of D R that
+    the errors before it give float32 [rows, columns], the numbers of its columns int64 [columns] and its block of the
+    factor float32 [columns, columns] to codes uint8 [rows, columns] and errors D float32 [rows, columns], the weight
+    less what the codes stand for. It may overwrite the second and third.
     """
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    back = torch.argsort(factor.order)
+    for rows in product_bands(weight):
+        found = _compensated_rows(weight[rows], factor, partial(round_block, rows))
+        codes[rows] = reordered(found, back)
+    return codes
+
+
+def _compensated_rows(weight: Tensor, factor: GramFactor, round_block: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+    """Codes of some rows in the order of rounding: uint8 [rows, in]."""
     columns, order = weight.shape[1], factor.order
-    # in the order of rounding; the weight itself is brought to it a block at a time, so that no copy of it is held
+    # the weight itself is brought to that order a block at a time, so that no copy of it is held
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     owed = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for start in range(0, columns, BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, columns)
         part = slice(start, end)
-        upper = factor.upper[part, part].contiguous()
         own = reordered(weight, order[part]).float()
+        upper = factor.upper[part, part].triu()
         codes[:, part], error = round_block(own, owed[:, part].contiguous(), order[part], upper)
         if end < columns:
-            behind = factor.upper[part, end:].T
-            # even bands: a product of one row would go by other loops, to other bits
-            bands = -(-owed[:, end:].numel() // OWED_BAND) if weight.device.type == "cpu" else 1
-            for band, rows in zip(owed[:, end:].chunk(bands), error.chunk(bands), strict=True):
-                band += times_transposed(rows, behind)
-    return reordered(codes, torch.argsort(order))
+            owed[:, end:] += times_transposed(error, factor.upper[part, end:].T)
+    return codes
 
 
 def _round_block(

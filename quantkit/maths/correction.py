@@ -29,7 +29,7 @@ from quantkit.maths.gram import (
     round_columns,
     totals,
 )
-from quantkit.maths.gram_factor import factor_gram
+from quantkit.maths.gram_factor import factored
 from quantkit.maths.int_products import add_products
 from quantkit.maths.products import times_transposed
 
@@ -146,13 +146,13 @@ class CorrectionAccumulator:
         that the halves of the text agree on. Raises ModelError when the Gram matrix has no factor.
         """
         whole = self.totals()
-        # R with R R^T = H, in the order of the columns
-        upper = factor_gram(gram - self._far.result().gram, damp, act_order=False).upper
         made = []
-        for weight in weights:
-            outputs = _outputs(_missed(whole, weight), upper)
-            moved = torch.linalg.solve_triangular(upper, outputs, upper=True, left=False)
-            made.append(weight + share * self._agreed(weight, upper) * moved)
+        with factored(gram - self._far.result().gram, damp, act_order=False) as factor:
+            upper = factor.upper
+            for weight in weights:
+                outputs = _outputs(_missed(whole, weight), upper)
+                moved = torch.linalg.solve_triangular(upper, outputs, upper=True, left=False)
+                made.append(weight + share * self._agreed(weight, upper) * moved)
         return made
 
     def _agreed(self, weight: Tensor, upper: Tensor) -> float:
@@ -170,7 +170,7 @@ class CorrectionAccumulator:
 
 def _outputs(missed: Tensor, upper: Tensor) -> Tensor:
     """M R^-T for M = C H of a change C of the weight, that is C R, of which each row is as long as what the change does
-    to the outputs. Both float32 [rows, in]; upper: R, with R R^T = H."""
+    to the outputs. Both float32 [rows, in]; upper: R, with R R^T = H; what is below its diagonal is not read."""
     return torch.linalg.solve_triangular(upper.T, missed, upper=False, left=False)
 
 

@@ -7,7 +7,7 @@ Source: llama.cpp, ggml/src/ggml-common.h for the layouts, ggml/src/ggml-quants.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class CodedBlocks:
     level: Tensor
     minimum: Tensor
     minimum_level: Tensor
+
+    def of_rows(self, rows: slice) -> CodedBlocks:
+        """Some rows of the weight."""
+        return CodedBlocks(*(getattr(self, item.name)[rows] for item in fields(self)))
 
     def _a_group(self, number: Tensor) -> Tensor:
         return number.repeat_interleave(self.level.shape[1] // self.scale.shape[1], dim=1)

@@ -16,7 +16,7 @@ from quantkit.maths.compensate import compensated
 from quantkit.maths.ggml_codes import LAYOUTS, CodedBlocks, Layout
 from quantkit.maths.ggml_descend import bands_of, descend_block, round_block
 from quantkit.maths.gram_factor import GramFactor
-from quantkit.maths.products import times_transposed
+from quantkit.maths.products import product_bands, times_transposed
 from quantkit.maths.refine import BLOCK_COLUMNS
 
 
@@ -34,32 +34,31 @@ def compensate_codes(weight: Tensor, coded: CodedBlocks, type_name: str, factor:
     """
     layout = LAYOUTS[type_name]
     table = layout.table(torch.device("cpu")).numpy()
-    still = coded.step == 0
+    still, base = coded.step == 0, coded.base
     # so small that what is added to the minimum is lost in rounding, whatever the code
     step = torch.where(still, torch.full_like(coded.step, torch.finfo(torch.float32).tiny), coded.step)
     own_step = np.ascontiguousarray(step.cpu().numpy())
 
-    def rounded(weight: Tensor, owed: Tensor, at: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        device, weight = weight.device, weight.cpu()
+    def rounded(rows: slice, weight: Tensor, owed: Tensor, at: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        group = at // layout.group
+        # on weights moved by the minimum the grid is a multiple of the step, and the errors are the same
+        device, weight = weight.device, (weight + base[rows][:, group]).cpu()
         codes, errors = torch.empty(weight.shape, dtype=torch.uint8), torch.empty_like(weight)
-        group = (at // layout.group).cpu().numpy()
         round_block(
             bands_of(weight),
             weight.numpy(),
             owed.cpu().numpy(),
-            own_step,
+            own_step[rows],
             table,
             not layout.values,
-            group,
+            group.cpu().numpy(),
             upper.cpu().numpy(),
             codes.numpy(),
             errors.numpy(),
         )
         return codes.to(device), errors.to(device)
 
-    # on weights moved by the minimum the grid is a multiple of the step, and the errors are the same
-    moved = weight + coded.base.repeat_interleave(layout.group, dim=1)
-    codes = compensated(moved, factor, rounded)
+    codes = compensated(weight, factor, rounded)
     return replace(coded, codes=torch.where(still.repeat_interleave(layout.group, dim=1), coded.codes, codes))
 
 
@@ -71,11 +70,24 @@ def refine_blocks(weight: Tensor, coded: CodedBlocks, type_name: str, gram: Tens
     """
     layout = LAYOUTS[type_name]
     device = weight.device
-    table, levels = layout.table(torch.device("cpu")).numpy(), np.array(layout.levels or (0, 0), dtype=np.int64)
     codes, step, base = coded.codes.cpu().clone(), coded.step.cpu(), coded.base.cpu()
     units = torch.stack((coded.unit, coded.minimum_unit)).cpu()
-    error = values_of(coded, type_name).sub_(weight)
-    columns = weight.shape[1]
+    for rows in product_bands(weight):
+        error = values_of(coded.of_rows(rows), type_name).sub_(weight[rows])
+        _refine_rows(error, codes[rows], step[rows], base[rows], units[:, rows], layout, gram, sweeps)
+    return _stored(coded, layout, codes.to(device), step.to(device), base.to(device))
+
+
+def _refine_rows(
+    error: Tensor, codes: Tensor, step: Tensor, base: Tensor, units: Tensor, layout: Layout, gram: Tensor, sweeps: int
+) -> None:
+    """Some rows of the same, codes, steps and minima in their places, all on the CPU but the error and the Gram matrix.
+
+    error: float32 [rows, columns], what the codes stand for less the weight; used up. units: float32 [2, rows, groups],
+    of steps and minima.
+    """
+    table, levels = layout.table(torch.device("cpu")).numpy(), np.array(layout.levels or (0, 0), dtype=np.int64)
+    columns = error.shape[1]
     for _ in range(sweeps):
         for start in range(0, columns, BLOCK_COLUMNS):
             part = slice(start, min(start + BLOCK_COLUMNS, columns))
@@ -101,8 +113,7 @@ def refine_blocks(weight: Tensor, coded: CodedBlocks, type_name: str, gram: Tens
                 own_error.numpy(),
             )
             codes[:, part], step[:, of], base[:, of] = own_codes, own_step, own_base
-            error[:, part] = own_error.to(device)
-    return _stored(coded, layout, codes.to(device), step.to(device), base.to(device))
+            error[:, part] = own_error.to(error.device)
 
 
 def _stored(coded: CodedBlocks, layout: Layout, codes: Tensor, step: Tensor, base: Tensor) -> CodedBlocks:

@@ -10,13 +10,16 @@ of the work.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
-from quantkit.maths.order import reordered
+from quantkit.maths.gram import mirror
+from quantkit.maths.order import reorder_upper
 from quantkit.maths.products import times_transposed
 
 FACTORED_WHOLE = 192
@@ -37,9 +40,9 @@ DAMP_STEPS = 5
 class GramFactor:
     """What error compensation needs of a Gram matrix.
 
-    upper: float32 [in, in], upper triangular R with R R^T = H + damping, rows and columns in `order`.
-    order: int64 [in], the column rounded at each step. dead: bool [in], columns that never had an input; they are
-    rounded to nearest, since nothing is known of them and other columns cannot make up for them.
+    upper: float32 [in, in], R with R R^T = H + damping on and above its diagonal, rows and columns in `order`; what is
+    below it is no part of it. order: int64 [in], the column rounded at each step. dead: bool [in], columns that never
+    had an input; they are rounded to nearest, since nothing is known of them and other columns cannot make up for them.
     damp: the share of the mean diagonal that was added; larger than asked when the factorization failed with less.
     """
 
@@ -49,38 +52,51 @@ class GramFactor:
     damp: float
 
 
-def factor_gram(gram: Tensor, damp: float, act_order: bool) -> GramFactor:
-    """Factor a Gram matrix [in, in] for `round_compensated`.
+@contextmanager
+def factored(gram: Tensor, damp: float, act_order: bool) -> Iterator[GramFactor]:
+    """The factor of a Gram matrix [in, in] for `round_compensated`. It lies over the upper triangle of `gram` while
+    this lasts, so that a matrix as large as any weight is not there twice; the lower one gives the rest back at the
+    end. (One in another dtype than float32 is left alone.)
 
     damp: share of the mean diagonal added to the diagonal. act_order: round the columns with the largest inputs first.
     Raises ModelError when the matrix stays indefinite at the highest damping, or is not finite.
     """
-    diagonal = gram.diagonal()
+    matrix = gram.float().contiguous()
+    diagonal = matrix.diagonal().clone()
     if not torch.isfinite(diagonal).all():
         raise ModelError(
             "the Gram matrix of the inputs holds NaN or infinity; expected finite activations",
             hint="the calibration text or the checkpoint drives the model out of range; try another set or dtype",
         )
+    try:
+        yield _factor_in_place(matrix, diagonal, damp, act_order)
+    finally:
+        matrix.diagonal().copy_(diagonal)
+        mirror(matrix.T)
+
+
+def _factor_in_place(matrix: Tensor, diagonal: Tensor, damp: float, act_order: bool) -> GramFactor:
+    """Write the factor over all but what is below the diagonal. diagonal: a copy of it, float32 [in]."""
     dead = diagonal <= 0
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     else:
-        order = torch.arange(len(diagonal), device=gram.device)
+        order = torch.arange(len(diagonal), device=matrix.device)
     live = dead.logical_not()
     mean = float(diagonal[live].mean(dtype=torch.float64)) if bool(live.any()) else 1.0
     undamped = torch.where(live, diagonal, torch.full_like(diagonal, mean))[order].double()
 
-    def damped() -> Tensor:
-        matrix = reordered(gram.float(), order, order)
+    def lay_out() -> None:
+        reorder_upper(matrix, order)
         matrix.diagonal().copy_(undamped + damp * mean)
-        return matrix
 
     for _ in range(DAMP_STEPS):
-        upper = _in_float32(damped())
-        if upper is None:
-            upper = _in_float64(damped())
-        if upper is not None:
-            return GramFactor(upper, order, dead, damp)
+        lay_out()
+        if _in_float32(matrix):
+            return GramFactor(matrix, order, dead, damp)
+        lay_out()
+        if _in_float64(matrix):
+            return GramFactor(matrix, order, dead, damp)
         damp = min(damp * 10, 1.0)
     raise ModelError(
         f"the Gram matrix of the inputs is not positive definite even with {damp:.0%} damping",
@@ -88,31 +104,39 @@ def factor_gram(gram: Tensor, damp: float, act_order: bool) -> GramFactor:
     )
 
 
-def _in_float32(matrix: Tensor) -> Tensor | None:
-    """R of a symmetric matrix float32 [n, n], which it takes the place of; None where that leaves some pivot too few
-    digits, as in a Gram matrix whose largest eigenvalue is its whole trace, or where the matrix is not positive
-    definite."""
+def _in_float32(matrix: Tensor) -> bool:
+    """Write R over the upper triangle of `matrix` float32 [n, n]; false where that leaves some pivot too few digits, as
+    in a Gram matrix whose largest eigenvalue is its whole trace, or where the matrix is not positive definite."""
     diagonal = matrix.diagonal().clone()
     if not _factor_by_halves(matrix, matrix.new_empty(len(matrix), FACTORED_WHOLE)):
-        return None
+        return False
     kept = matrix.diagonal().square() / diagonal  # share of a column that those behind do not tell
-    return matrix if bool((kept > LEAST_PIVOT).all()) else None
+    return bool((kept > LEAST_PIVOT).all())
 
 
-def _in_float64(matrix: Tensor) -> Tensor | None:
-    """R of a symmetric matrix [n, n] by way of float64, float32 [n, n]; None when it is not positive definite."""
+def _in_float64(matrix: Tensor) -> bool:
+    """The same by way of float64; false when the matrix is not positive definite."""
     factor = _factor(matrix)
-    return None if factor is None else factor.float()
+    if factor is None:
+        return False
+    _write_upper(matrix, factor)
+    return True
+
+
+def _write_upper(matrix: Tensor, upper: Tensor) -> None:
+    """Write an upper triangle, zeros below it, over that of `matrix`, both [n, n]."""
+    matrix.tril_(-1).add_(upper.to(matrix.dtype))
 
 
 def _factor(matrix: Tensor) -> Tensor | None:
-    """R of a symmetric matrix R R^T, float64 [n, n]; None when it is not positive definite."""
-    backward, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1).double())
+    """R of the symmetric matrix R R^T that has the upper triangle of `matrix` [n, n]: float64 [n, n]; None when it is
+    not positive definite."""
+    backward, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1).double())  # which reads the lower one
     return None if int(failed) or not bool(torch.isfinite(backward.diagonal()).all()) else backward.flip(0, 1)
 
 
 def _factor_by_halves(matrix: Tensor, inverses: Tensor) -> bool:
-    """Write R over `matrix` [n, n], of which the upper triangle is read; false when it is not positive definite.
+    """Write R over the upper triangle of `matrix` [n, n]; false when it is not positive definite.
 
     From the last rows to the first, nearly all by products, which run several times as fast as a factorization.
     inverses: [n, FACTORED_WHOLE] receives those of the blocks on the diagonal that are factored at once.
@@ -124,7 +148,7 @@ def _factor_by_halves(matrix: Tensor, inverses: Tensor) -> bool:
             return False
         identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
         inverses[:, :size] = torch.linalg.solve_triangular(factor, identity, upper=True)
-        matrix.copy_(factor)
+        _write_upper(matrix, factor)
         return True
     half = size // 2
     if not _factor_by_halves(matrix[half:, half:], inverses[half:]):
@@ -132,7 +156,6 @@ def _factor_by_halves(matrix: Tensor, inverses: Tensor) -> bool:
     beside = matrix[:half, half:]
     _divide(beside, matrix[half:, half:], inverses[half:])
     _take_square(matrix[:half, :half], beside)
-    matrix[half:, :half] = 0
     return _factor_by_halves(matrix[:half, :half], inverses[:half])
 
 
@@ -152,5 +175,8 @@ def _take_square(matrix: Tensor, factor: Tensor) -> None:
     """Subtract factor @ factor.T from the upper triangle of `matrix` [n, n]."""
     half = len(matrix) // 2 if len(matrix) >= HALVED else 0
     if half:
-        matrix[:half] -= times_transposed(factor[:half], factor)
-    matrix[half:, half:] -= times_transposed(factor[half:], factor[half:])
+        product = times_transposed(factor[:half], factor)
+        product[:, :half].triu_()
+        matrix[:half] -= product
+        del product
+    matrix[half:, half:] -= times_transposed(factor[half:], factor[half:]).triu_()

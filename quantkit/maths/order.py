@@ -21,3 +21,16 @@ def reordered(matrix: Tensor, columns: Tensor, rows: Tensor | None = None) -> Te
     out = torch.empty(len(rows), len(columns), dtype=matrix.dtype, device=matrix.device)
     pick(len(rows), matrix.contiguous().numpy(), rows.numpy(), columns.numpy(), out.numpy())
     return out
+
+
+def reorder_upper(matrix: Tensor, order: Tensor) -> None:
+    """Write `symmetric[order][:, order]` over what is above the diagonal of `matrix` [n, n], where `symmetric` has the
+    lower triangle of `matrix`, which stays. The diagonal is neither read nor written. order: int64 [n]."""
+    if matrix.device.type == "cpu":
+        from quantkit.maths.order_kernel import pick_upper
+
+        pick_upper(len(matrix), matrix.numpy(), order.numpy())
+        return
+    symmetric = matrix.tril(-1)
+    symmetric += symmetric.T.clone()
+    matrix.tril_().add_(reordered(symmetric, order, order).triu_(1))

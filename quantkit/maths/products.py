@@ -16,6 +16,10 @@ from torch import Tensor
 
 from quantkit.device import has_avx512
 
+BAND_VALUES = 1 << 22
+"""Values that are worked on together where each row stands alone: products are large, and what is held for a wide
+layer is not as large as its weight."""
+
 
 def times_transposed(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right.T`: float32 [m, n] for float32 [m, k] and [n, k] of one device.
@@ -34,6 +38,19 @@ def padded(count: int) -> int:
     """A number of rows or columns rounded up to one of a few: powers of two from 64 on, thousands from 1024 on."""
     unit = min(max(64, 1 << (count - 1).bit_length()), 1024)
     return -(-count // unit) * unit
+
+
+def product_bands(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a matrix [rows, columns] that are worked on together, where what is held for each is as large as it: of
+    at most BAND_VALUES values on a CPU, all elsewhere.
+
+    Bands are even: products of a single row would go by other loops, to other bits.
+    """
+    rows = len(matrix)
+    bands = min(rows, -(-matrix.numel() // BAND_VALUES)) if matrix.device.type == "cpu" else 1
+    ends = [rows * band // bands for band in range(1, bands + 1)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        yield slice(start, end)
 
 
 def strips(columns: int) -> Iterator[slice]:

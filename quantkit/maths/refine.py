@@ -8,27 +8,33 @@ for the descent.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from quantkit.maths.affine import as_stored
 from quantkit.maths.pairs import move_pairs
-from quantkit.maths.products import times_transposed
+from quantkit.maths.products import product_bands, times_transposed
 from quantkit.tensors import Grid
 
 BLOCK_COLUMNS = 128
 """Columns, at least a group, whose gradient is kept up to date code by code; the others' comes from one product."""
 
 
-def damped(gram: Tensor, damp: float) -> Tensor:
-    """H with `damp` times its mean diagonal added; dead columns get the mean so that they stay at their nearest
-    code."""
-    diagonal = gram.diagonal()
+@contextmanager
+def damped(gram: Tensor, damp: float) -> Iterator[Tensor]:
+    """H with `damp` times its mean diagonal added while this lasts, in its own place; dead columns get the mean so that
+    they stay at their nearest code."""
+    diagonal = gram.diagonal().clone()
     live = diagonal > 0
     mean = diagonal[live].mean() if bool(live.any()) else diagonal.new_ones(())
-    result = gram.clone()
-    result.diagonal().copy_(torch.where(live, diagonal, mean) + damp * mean)
-    return result
+    gram.diagonal().copy_(torch.where(live, diagonal, mean) + damp * mean)
+    try:
+        yield gram
+    finally:
+        gram.diagonal().copy_(diagonal)
 
 
 def refine(
@@ -46,10 +52,19 @@ def refine(
     gram: float32 [in, in], already damped. Each sweep visits every code and every scale once; scales stay exact in
     float16, zeros stay as they are. pairs: how often codes are then moved two at a time, with a sweep behind it.
     """
-    columns = weight.shape[1]
-    size = grid.group_size or columns
     middle = torch.full_like(scale, float(2 ** (grid.bits - 1))) if zero is None else zero.float()
     codes, scale = codes.clone(), scale.clone()
+    for rows in product_bands(weight):
+        _refine_rows(weight[rows], codes[rows], scale[rows], middle[rows], grid, gram, sweeps, pairs)
+    return codes, scale
+
+
+def _refine_rows(
+    weight: Tensor, codes: Tensor, scale: Tensor, middle: Tensor, grid: Grid, gram: Tensor, sweeps: int, pairs: int
+) -> None:
+    """Some rows of the same, codes and scale in their places. middle: float32 [out, groups], what stands for 0."""
+    columns = weight.shape[1]
+    size = grid.group_size or columns
     groups = columns // size
     steps = codes.view(-1, groups, size) - middle.unsqueeze(2)  # [out, groups, group_size]
     error = steps.mul_(scale.unsqueeze(2)).view_as(weight).sub_(weight)
@@ -66,7 +81,6 @@ def refine(
             part_error = error[:, part].contiguous()
             _descend_block(part_codes, part_scale, middle[:, of].contiguous(), gradient, inner, grid.levels, part_error)
             codes[:, part], scale[:, of], error[:, part] = part_codes, part_scale, part_error
-    return codes, scale
 
 
 def _descend_block(

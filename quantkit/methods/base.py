@@ -51,10 +51,6 @@ class BlockWeights:
     importance: Mapping[str, Importance] = field(default_factory=dict)
     methods: Mapping[str, Method] = field(default_factory=dict)
 
-    def finite(self, linear: str) -> Tensor:
-        """The weight of a linear as float32. Raises ModelError naming it when it holds NaN or infinity."""
-        return require_finite(f"{linear}.weight", self.weights[linear])
-
 
 @dataclass(frozen=True)
 class BlockResult:

@@ -7,7 +7,8 @@ of `Steps`: scales or none, a searched or a full range, rounding to nearest or w
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, ClassVar
@@ -23,10 +24,11 @@ from quantkit.maths.balance import balanced_scale
 from quantkit.maths.compensate import round_compensated
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import InputStatistics, Look
-from quantkit.maths.gram_factor import GramFactor, factor_gram
+from quantkit.maths.gram_factor import GramFactor, factored
 from quantkit.maths.measure import energies, sqnr_db
 from quantkit.maths.refine import damped, refine
-from quantkit.methods.base import BlockResult, BlockWeights, Method, Scales, check_range, require_finite
+from quantkit.methods.base import BlockResult, BlockWeights, Method, Scales, check_finite, check_range, require_finite
+from quantkit.methods.folded import FoldedWeights
 from quantkit.model.blocks import LinearGroup
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
 
@@ -117,13 +119,15 @@ class CalibratedMethod(Method):
 class CalibratedBlock:
     """One block under one method's steps: first `fold`, then `round` for each group of linears in the order they run.
 
-    weights: {linear: float32 [out, in]} as they stand now, of those that are not rounded yet. replaced: {tensor name:
+    weights: those that are not rounded yet, as they stand now. replaced: {tensor name:
     float32} for norms and biases that a scale was folded into.
     """
 
     def __init__(self, given: BlockWeights, steps: Steps):
         self.steps = steps
-        self.weights: dict[str, Tensor] = {name: given.finite(name) for name in given.weights}
+        for name, weight in given.weights.items():
+            check_finite(f"{name}.weight", weight)
+        self.weights = FoldedWeights(given.weights)
         self.given = replace(given, weights={})  # a checkpoint's tensors are not held beside these
         self.replaced: dict[str, Tensor] = {}
         self._input_scale: dict[str, Tensor] = {}
@@ -179,7 +183,7 @@ class CalibratedBlock:
         if correction is not None and self.steps.correction:
             before = [self.weights[name] for name in ours]
             after = correction.corrected(before, gram, self.steps.damp, self.steps.correction)
-            self.weights |= zip(ours, after, strict=True)
+            self.weights.update(zip(ours, after, strict=True))
             del before, after
         self._quantized |= self._round(ours, gram)
         return {name: self._decode_and_let_go(name) for name in ours}
@@ -194,9 +198,9 @@ class CalibratedBlock:
     def _round(self, ours: list[str], gram: Tensor) -> Mapping[str, QuantizedTensor]:
         """Linears of one input, stacked by rows so that each matrix is factored once."""
         steps, grid = self.steps, self.steps.grid
+        stacked = self._stacked(ours)
         for name in ours:
             check_range(f"{name}.weight", self.weights[name], grid)
-        stacked = self._stacked(ours)
         if steps.search_range:
             scale, zero = search_grid(stacked, grid, gram.diagonal() if steps.compensate else gram)
         else:
@@ -213,10 +217,8 @@ class CalibratedBlock:
 
     def _stacked(self, linears: list[str]) -> Tensor:
         """Weights by rows, float32 [sum of out, in], to be read: each is a part of that from now on, not held twice."""
-        if len(linears) == 1:
-            return self.weights[linears[0]]
-        whole = torch.cat([self.weights[name] for name in linears])
-        self.weights |= {name: whole[rows] for name, rows in self.rows_of(linears).items()}
+        whole = self.weights.stacked(linears)
+        self.weights.update({name: whole[rows] for name, rows in self.rows_of(linears).items()})
         return whole
 
     def rows_of(self, linears: list[str]) -> dict[str, slice]:
@@ -246,26 +248,32 @@ class CalibratedBlock:
     ) -> tuple[Tensor, Tensor]:
         """Codes [out, in] and scales [out, groups] by GPTQ's rounding and the descent after it."""
         steps, grid = self.steps, self.steps.grid
-        factor = self._factor(ours, gram)
-        codes = round_compensated(stacked, scale, zero, grid, factor)
-        damp = factor.damp
-        del factor
+        with self._factored(ours, gram) as factor:
+            codes = round_compensated(stacked, scale, zero, grid, factor)
         if steps.refine or steps.pairs:
-            matrix = damped(gram, damp)
-            codes, scale = refine(stacked, codes, scale, zero, grid, matrix, steps.refine, steps.pairs)
+            with damped(gram, factor.damp) as matrix:
+                codes, scale = refine(stacked, codes, scale, zero, grid, matrix, steps.refine, steps.pairs)
         return codes, scale
 
     def _note(self, name: str, text: str) -> None:
         """Add to what is odd about a linear."""
         self._notes[name] = "; ".join(filter(None, (self._notes.get(name), text)))
 
-    def _factor(self, linears: list[str], gram: Tensor) -> GramFactor:
-        """What error compensation needs of a Gram matrix; what is odd about it is noted. Raises ModelError."""
+    @contextmanager
+    def _factored(self, linears: list[str], gram: Tensor) -> Iterator[GramFactor]:
+        """What error compensation needs of a Gram matrix, as `factored` gives it; what is odd about it is noted. Raises
+        ModelError."""
         steps = self.steps
-        try:
-            factor = factor_gram(gram, steps.damp, steps.act_order)
-        except ModelError as error:
-            raise ModelError(f"{', '.join(linears)}: {error.message}", hint=error.hint) from error
+        with ExitStack() as stack:
+            try:
+                factor = stack.enter_context(factored(gram, steps.damp, steps.act_order))
+            except ModelError as error:
+                raise ModelError(f"{', '.join(linears)}: {error.message}", hint=error.hint) from error
+            self._note_factor(linears, factor)
+            yield factor
+
+    def _note_factor(self, linears: list[str], factor: GramFactor) -> None:
+        steps = self.steps
         dead = int(factor.dead.sum())
         for name in linears:
             if factor.damp != steps.damp:
@@ -274,7 +282,6 @@ class CalibratedBlock:
                 )
             if dead:
                 self._marks[name].append(f"{dead} dead columns")
-        return factor
 
     def _other(self, name: str) -> Tensor | None:
         """An unquantized tensor of the block as it stands now."""
@@ -291,7 +298,7 @@ class CalibratedBlock:
                 self._note(name, f"no scale: {reason}")
             return
         assert group.producer is not None
-        stacked = self._stacked(ours)
+        stacked = self.weights.stacked(ours)
         channels = repeats = 0
         mean_abs = seen.mean_abs
         tie = None
@@ -312,7 +319,7 @@ class CalibratedBlock:
         if exponent == 0.0:
             return
         for name in ours:
-            self.weights[name] = self.weights[name] * scale
+            self.weights.multiply_inputs(name, scale)
             self._input_scale[name] = scale
         divisor = scale
         if group.producer_kind == "value":
@@ -364,7 +371,7 @@ class CalibratedBlock:
             self.replaced[name] = (gain + offset) / scale - offset
             return
         assert group.producer is not None
-        self.weights[group.producer] = self.weights[group.producer] / scale[:, None]
+        self.weights.divide_outputs(group.producer, scale)
 
 
 def _finite(linears: list[str], seen: InputStatistics) -> InputStatistics:

@@ -57,24 +57,34 @@ class GGMLBlock(CalibratedBlock):
     def _round(self, ours: list[str], gram: Tensor) -> Mapping[str, QuantizedTensor]:
         """Linears of one input and one type are stacked by rows; the Gram matrix is factored once for all."""
         steps = self.steps
-        factor = self._factor(ours, gram)
-        loaded = damped(gram, factor.damp)
         importance = gram.diagonal() / gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        by_type: dict[str, list[str]] = {}
+        for name in ours:
+            by_type.setdefault(self._types[name], []).append(name)
+        stacked = {type_name: self._stacked(names) for type_name, names in by_type.items()}
+        made = {type_name: _encoded(weight, type_name, importance, by_type) for type_name, weight in stacked.items()}
+        coded = {type_name: take(data, type_name) for type_name, data in made.items() if type_name not in FLOAT_TYPES}
+        with self._factored(ours, gram) as factor:
+            for type_name, blocks in coded.items():
+                coded[type_name] = compensate_codes(stacked[type_name], blocks, type_name, factor)
+        if steps.refine:
+            with damped(gram, factor.damp) as matrix:
+                for type_name, blocks in coded.items():
+                    coded[type_name] = refine_blocks(stacked[type_name], blocks, type_name, matrix, steps.refine)
+        made |= {type_name: put(blocks, type_name) for type_name, blocks in coded.items()}
         rounded = {}
-        for type_name in dict.fromkeys(self._types[name] for name in ours):
-            names = [name for name in ours if self._types[name] == type_name]
-            stacked = self._stacked(names)
-            try:
-                data = encode(stacked, type_name, importance)
-            except ModelError as error:
-                raise ModelError(
-                    f"{', '.join(names)}: {error.message}", hint=f"the checkpoint may be damaged; else skip {names[0]}"
-                ) from error
-            if type_name not in FLOAT_TYPES:
-                coded = compensate_codes(stacked, take(data, type_name), type_name, factor)
-                if steps.refine:
-                    coded = refine_blocks(stacked, coded, type_name, loaded, steps.refine)
-                data = put(coded, type_name)
+        for type_name, names in by_type.items():
             for name, rows in self.rows_of(names).items():
-                rounded[name] = BlockTensor(data[rows], type_name, *self.weights[name].shape)
+                rounded[name] = BlockTensor(made[type_name][rows], type_name, *self.weights[name].shape)
         return rounded
+
+
+def _encoded(weight: Tensor, type_name: str, importance: Tensor, by_type: Mapping[str, list[str]]) -> Tensor:
+    """A weight in a block type by its encoder. by_type: {type: linears}, of which those of this type are stacked."""
+    try:
+        return encode(weight, type_name, importance)
+    except ModelError as error:
+        names = by_type[type_name]
+        raise ModelError(
+            f"{', '.join(names)}: {error.message}", hint=f"the checkpoint may be damaged; else skip {names[0]}"
+        ) from error

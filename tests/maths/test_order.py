@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from quantkit.maths.order import reordered
+from quantkit.maths.order import reorder_upper, reordered
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
@@ -22,3 +23,19 @@ def test_a_device_without_the_loop_gives_the_same_shapes() -> None:
     matrix = torch.empty(5, 7, device="meta")
     found = reordered(matrix, torch.zeros(4, dtype=torch.int64, device="meta"))
     assert found.shape == (5, 4) and found.device.type == "meta"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 70])
+def test_the_upper_triangle_takes_the_order_and_the_lower_one_stays(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(size)
+    order = torch.randperm(size, generator=generator)
+    symmetric = torch.randn(size, size, generator=generator)
+    symmetric = symmetric + symmetric.T
+    matrix = symmetric.tril() + 7.0 * torch.ones(size, size).triu(1)  # what is above the diagonal is not read
+    by_tensors = matrix.clone()
+    reorder_upper(matrix, order)
+    assert torch.equal(matrix.triu(1), symmetric[order][:, order].triu(1))
+    assert torch.equal(matrix.tril(), symmetric.tril())
+    monkeypatch.setattr(Tensor, "device", torch.device("cuda"))  # the path of a GPU, on the CPU
+    reorder_upper(by_tensors, order)
+    assert torch.equal(by_tensors, matrix)

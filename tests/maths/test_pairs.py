@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from oracles.grams import damped_copy
 from quantkit.maths import pairs
 from quantkit.maths import refine as refine_module
 from quantkit.maths.affine import nearest_codes, search_grid
 from quantkit.maths.pairs import DEAREST, LEAST_GAIN, _sweep_pairs_tensors, move_pairs
-from quantkit.maths.refine import damped, refine
+from quantkit.maths.refine import refine
 from quantkit.tensors import Grid, GroupTensor
 
 
@@ -20,7 +21,7 @@ def problem(columns: int, rows: int, grid: Grid) -> tuple[Tensor, Tensor, Tensor
     inputs = torch.randn(4 * columns, columns, generator=generator)
     inputs = inputs @ (torch.eye(columns) + torch.randn(columns, columns, generator=generator) / columns**0.5)
     weight = torch.randn(rows, columns, generator=generator)
-    gram = damped(inputs.T @ inputs, 0.01)
+    gram = damped_copy(inputs.T @ inputs, 0.01)
     scale, zero = search_grid(weight, grid, gram.diagonal())
     return weight, nearest_codes(weight, scale, zero, grid), scale, zero, gram
 

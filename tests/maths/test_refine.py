@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from oracles import descent as oracle
+from oracles.grams import damped_copy
+from quantkit.maths import products
 from quantkit.maths import refine as module
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes
 from quantkit.maths.refine import damped, refine
@@ -17,7 +19,7 @@ def _case(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Grid, Tensor]:
     generator = torch.Generator().manual_seed(columns)
     inputs = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
-    gram = damped(inputs.T @ inputs, 0.01)
+    gram = damped_copy(inputs.T @ inputs, 0.01)
     weight = torch.randn(rows, columns, generator=generator)
     grid = Grid(3, 8, symmetric)
     scale, zero = grid_for_range(*full_range(weight, grid), grid)
@@ -83,7 +85,7 @@ def test_all_zero_rows_and_dead_columns_stay() -> None:
     codes[1] = 4
     raw = gram.clone()
     raw[3] = raw[:, 3] = 0.0
-    new_codes, new_scale = refine(weight, codes, scale, zero, grid, damped(raw, 0.01), 2)
+    new_codes, new_scale = refine(weight, codes, scale, zero, grid, damped_copy(raw, 0.01), 2)
     assert (new_codes[1] == 4).all() and torch.isfinite(new_scale).all()
     values = (new_codes.float() - 4) * new_scale.repeat_interleave(8, dim=1)
     inside = (weight[:, 3] / new_scale[:, 0]).abs() < 3
@@ -98,3 +100,29 @@ def test_the_compiled_sweep_equals_the_tensor_sweep(symmetric: bool, monkeypatch
     plain, plain_scale = refine(weight, codes, scale, zero, grid, gram, 1)
     assert (compiled != plain).float().mean() < 0.01
     assert (compiled_scale != plain_scale).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_rows_come_in_bands_without_a_seam(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, codes, scale, zero, grid, gram = _case(False, 136, rows=33)
+    whole = refine(weight, codes, scale, zero, grid, gram, 2, pairs)
+    seen = []
+    multiply = module.times_transposed
+    monkeypatch.setattr(module, "times_transposed", lambda *given: seen.append(len(given[0])) or multiply(*given))
+    monkeypatch.setattr(products, "BAND_VALUES", 8 * 136)
+    bands = refine(weight, codes, scale, zero, grid, gram, 2, pairs)
+    assert sum(seen) == 33 * len(seen) / 5 and {6, 7} == set(seen), "five bands"
+    assert (bands[0] != whole[0]).float().mean() < 0.005
+    assert torch.isclose(bands[1], whole[1]).float().mean() > 0.98
+
+
+def test_damping_is_taken_back() -> None:
+    *_, gram = _case(False)
+    gram[3] = gram[:, 3] = 0.0
+    before = gram.clone()
+    mean = before.diagonal()[before.diagonal() > 0].mean()
+    with pytest.raises(KeyError), damped(gram, 0.1) as matrix:
+        assert matrix is gram
+        assert torch.allclose(gram.diagonal(), torch.where(before.diagonal() > 0, before.diagonal(), mean) + 0.1 * mean)
+        raise KeyError
+    assert torch.equal(gram, before)
