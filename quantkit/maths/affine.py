@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quantkit.maths.products import product_bands
 from quantkit.tensors import Grid, GroupTensor
 
 Candidates = tuple[Tensor, Tensor]
@@ -120,7 +121,24 @@ def search_grid(
     side, and each group has its choice. Source: the clip search of AWQ (Lin et al. 2023, section 4), with the Gram
     block in place of stored activations; llama.cpp's Q4_0 for the sign.
     """
-    weight = weight.float()
+    found = [
+        _search_rows(weight[rows].float(), grid, gram, scale_dtype, shrinks, coarse) for rows in product_bands(weight)
+    ]
+    if len(found) == 1:
+        return found[0]
+    scales, zeros = zip(*found, strict=True)
+    return torch.cat(scales), None if grid.symmetric else torch.cat(zeros)
+
+
+def _search_rows(
+    weight: Tensor,
+    grid: Grid,
+    gram: Tensor | None,
+    scale_dtype: torch.dtype,
+    shrinks: tuple[float, ...],
+    coarse: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for some rows of it, float32: all their candidates are held."""
     low, high = full_range(weight, grid)
     shares = low.new_tensor(shrinks).view(-1, 1, 1)
     scale, zero = grid_for_range(low * shares, high * shares, grid, scale_dtype)

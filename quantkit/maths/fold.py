@@ -24,6 +24,11 @@ SAMPLE_ROWS = 32
 """At least so many rows, however long."""
 
 
+def sample_rows(columns: int) -> int:
+    """How many rows of so many columns are tried."""
+    return max(SAMPLE_ROWS, SAMPLE_VALUES // columns)
+
+
 def candidate_scale(base: Tensor, exponent: float) -> Tensor:
     """The scale of each input channel for one exponent: float32 [in], centred so that max * min = 1."""
     scale = base.clamp(min=1e-4).pow(exponent)
@@ -38,8 +43,7 @@ def search_scale(
     weight: float32 [out, in], the linears of one input stacked by rows. base: float32 [in]. gram: float32 [in, in].
     e = 0 is a scale of one everywhere: no fold. Candidates are scored on rows taken at even distances.
     """
-    rows = max(SAMPLE_ROWS, SAMPLE_VALUES // weight.shape[1])
-    weight = weight[:: -(-len(weight) // rows)]
+    weight = weight[:: -(-len(weight) // sample_rows(weight.shape[1]))]
 
     def losses(steps: list[int]) -> list[float]:
         scale = torch.stack([candidate_scale(base, exponents[step]) for step in steps]).unsqueeze(1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from quantkit.errors import ModelError
 from quantkit.maths import fold
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, search_grid
-from quantkit.maths.balance import balanced_scale
+from quantkit.maths.balance import ROWS, balanced_scale
 from quantkit.maths.compensate import round_compensated
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import InputStatistics, Look
@@ -144,7 +144,10 @@ class CalibratedBlock:
     def behind_scale(self, linear: str, gram: Tensor) -> Tensor:
         """The Gram matrix of a linear's inputs once its scale is divided out of them: float32 [in, in]."""
         scale = self._input_scale.get(linear)
-        return gram if scale is None else gram / scale[:, None] / scale[None, :]
+        if scale is None:
+            return gram
+        divisors = torch.outer(scale, scale)  # symmetric to the last bit, as the quotients are then
+        return torch.div(gram, divisors, out=divisors)
 
     def fold(self, statistics: Mapping[str, InputStatistics]) -> None:
         """Find the scale of each shared input and fold it. Raises ModelError when a statistic is not finite."""
@@ -298,17 +301,16 @@ class CalibratedBlock:
                 self._note(name, f"no scale: {reason}")
             return
         assert group.producer is not None
-        stacked = self.weights.stacked(ours)
         channels = repeats = 0
         mean_abs = seen.mean_abs
         tie = None
         if group.producer_kind == "value":
             assert self.given.head_dim is not None
             channels = self._rows[group.producer]
-            repeats = stacked.shape[1] // channels
+            repeats = len(mean_abs) // channels
             tie = partial(fold.mean_over_heads, head_dim=self.given.head_dim, repeats=repeats)
             mean_abs = tie(mean_abs)
-        scale, exponent = self._search_scale(stacked, mean_abs, seen.gram, tie)
+        scale, exponent = self._search_scale(ours, mean_abs, seen.gram, tie)
         if group.producer_kind == "norm" and not self._norm_holds(f"{group.producer}.weight", scale):
             reason = f"{group.producer}.weight divided by it would leave float16's range"
             for name in ours:
@@ -328,14 +330,15 @@ class CalibratedBlock:
         self._divide_producer(group, divisor)
 
     def _search_scale(
-        self, stacked: Tensor, mean_abs: Tensor, gram: Tensor, tie: Callable[[Tensor], Tensor] | None
+        self, linears: list[str], mean_abs: Tensor, gram: Tensor, tie: Callable[[Tensor], Tensor] | None
     ) -> tuple[Tensor, float]:
         """The best power of what scales go by, and the power. tie: as `balanced_scale` takes it."""
         steps, count = self.steps, self.steps.exponents
+        tried = self.weights.sampled(linears, fold.sample_rows(len(mean_abs)))
         if steps.scales == "inputs":
-            return fold.search_scale(stacked, mean_abs, gram, steps.grid, [step / count for step in range(count)])
-        base = balanced_scale(stacked, mean_abs, steps.grid.group_size, tie)
-        return fold.search_scale(stacked, base, gram, steps.grid, [step / count for step in range(count + 1)])
+            return fold.search_scale(tried, mean_abs, gram, steps.grid, [step / count for step in range(count)])
+        base = balanced_scale(self.weights.sampled(linears, ROWS), mean_abs, steps.grid.group_size, tie)
+        return fold.search_scale(tried, base, gram, steps.grid, [step / count for step in range(count + 1)])
 
     def _why_no_scale(self, group: LinearGroup, ours: list[str]) -> str | None:
         """Why the input of a group cannot be rescaled, None when it can."""

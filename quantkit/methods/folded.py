@@ -41,11 +41,11 @@ class FoldedWeights(MutableMapping[str, Tensor]):
     def __contains__(self, linear: object) -> bool:
         return linear in self._stored
 
-    def write(self, linear: str, out: Tensor) -> Tensor:
-        """Write a weight into `out` float32 [out, in], and return that."""
-        out.copy_(self._stored[linear])
+    def write(self, linear: str, out: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Write some rows of a weight into `out` float32 [rows, in], and return that."""
+        out.copy_(self._stored[linear][rows])
         for divide, scale in self._factors[linear]:
-            out.div_(scale) if divide else out.mul_(scale)
+            out.div_(scale[rows]) if divide else out.mul_(scale)
         return out
 
     def multiply_inputs(self, linear: str, scale: Tensor) -> None:
@@ -58,11 +58,19 @@ class FoldedWeights(MutableMapping[str, Tensor]):
 
     def stacked(self, linears: list[str]) -> Tensor:
         """Weights by rows: float32 [sum of out, in]; to be read, since it may be a stored one itself."""
-        if len(linears) == 1:
-            return self[linears[0]]
-        shapes = [self._stored[name].shape for name in linears]
+        return self[linears[0]] if len(linears) == 1 else self._every(linears, 1)
+
+    def sampled(self, linears: list[str], count: int) -> Tensor:
+        """At most so many rows of weights by rows, at even distances from the first: float32 [rows, in]."""
+        return self._every(linears, -(-sum(len(self._stored[name]) for name in linears) // count))
+
+    def _every(self, linears: list[str], step: int) -> Tensor:
+        """One of so many rows of weights by rows: float32 [rows, in], a new tensor."""
+        lengths = [len(self._stored[name]) for name in linears]
+        starts = [-sum(lengths[:at]) % step for at in range(len(lengths))]
+        counts = [len(range(start, length, step)) for start, length in zip(starts, lengths, strict=True)]
         first = self._stored[linears[0]]
-        whole = torch.empty(sum(rows for rows, _ in shapes), shapes[0][1], dtype=torch.float32, device=first.device)
-        for name, rows in zip(linears, whole.split([rows for rows, _ in shapes]), strict=True):
-            self.write(name, rows)
+        whole = torch.empty(sum(counts), first.shape[1], dtype=torch.float32, device=first.device)
+        for name, start, out in zip(linears, starts, whole.split(counts), strict=True):
+            self.write(name, out, slice(start, None, step))
         return whole

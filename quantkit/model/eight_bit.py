@@ -17,8 +17,8 @@ class EightBitLinear(nn.Linear):
 
     The weight is coded when the first inputs behind its assignment come, which tell how to balance its columns: later
     batches take it as it is, so the same inputs in the same order give the same outputs. What was assigned is then not
-    held beside its codes. A handful of tokens, such as an expert may get, tells too little of the columns, and goes
-    without.
+    held beside its codes; it may be bfloat16 where the run multiplies in float32. A handful of tokens, such as an
+    expert may get, tells too little of the columns, and goes without.
     """
 
     wide = False
@@ -30,18 +30,26 @@ class EightBitLinear(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         if self._coded is None or self._coded[0] is not self.weight:
             if inputs.numel() < TRIED * self.in_features:
-                return super().forward(inputs)
+                return self._as_it_is(inputs)
             coded = eight_bit_weight(self.weight, self.bias, inputs)
             if coded is not None:
                 self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
             self._coded = (self.weight, coded)
         coded = self._coded[1]
         if coded is None:
-            return super().forward(inputs)
+            return self._as_it_is(inputs)
         if self.wide:
             return coded(inputs, torch.float32)
         mixed = torch.is_autocast_enabled("cpu")
-        return coded(inputs, torch.get_autocast_dtype("cpu") if mixed else self.weight.dtype)
+        return coded(inputs, torch.get_autocast_dtype("cpu") if mixed else inputs.dtype)
+
+    def _as_it_is(self, inputs: Tensor) -> Tensor:
+        if self.weight.dtype != inputs.dtype and not torch.is_autocast_enabled("cpu"):
+            wide = nn.Parameter(self.weight.to(inputs.dtype), requires_grad=False)
+            self.weight = wide
+            if self._coded is not None:
+                self._coded = (wide, None)
+        return super().forward(inputs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> EightBitLinear:
         self._coded = None  # other tensors take the place of these

@@ -22,7 +22,7 @@ from quantkit.errors import ModelError
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Accumulator, GramAccumulator, InputStatistics, Look, SquaresAccumulator
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, linear_shape
-from quantkit.model.eight_bit import use_eight_bits
+from quantkit.model.eight_bit import EightBitLinear, use_eight_bits
 from quantkit.model.gates import use_compiled_gates
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import without_weights
@@ -157,10 +157,17 @@ class BlockRunner:
         """Give a block's module other weights: `tensors` by full name. Raises ModelError when one has a shape that the
         config does not ask for."""
         linears = {f"{linear}.weight" for linear in block.linears}
+
+        def dtype(name: str, tensor: Tensor) -> torch.dtype:
+            if name not in linears:
+                return self.dtype
+            owner = module.get_submodule(name.removeprefix(block.prefix).removesuffix(".weight"))
+            # not converted only to be coded and let go
+            as_stored = isinstance(owner, EightBitLinear) and tensor.dtype == torch.bfloat16
+            return tensor.dtype if as_stored else self.arithmetic.linears
+
         state = {
-            name.removeprefix(block.prefix): tensor.to(
-                self.device, self.arithmetic.linears if name in linears else self.dtype
-            )
+            name.removeprefix(block.prefix): tensor.to(self.device, dtype(name, tensor))
             for name, tensor in tensors.items()
         }
         for name, wanted in module.state_dict().items():

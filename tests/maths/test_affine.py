@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oracles import awq as oracle
-from quantkit.maths import affine
+from quantkit.maths import affine, products
 from quantkit.maths.affine import full_range, grid_for_range, nearest_values, quantize_nearest, search_grid
 from quantkit.tensors import Grid
 
@@ -127,3 +127,18 @@ def test_folded_bands_leave_the_loss_as_it_is() -> None:
     assert folded[:, 8:, :8].count_nonzero() == 0
     whole = ((error @ matrices) * error).sum(dim=-1)
     torch.testing.assert_close(((error @ folded) * error).sum(dim=-1), whole, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("of", ["gram", "diagonal", "nothing"])
+def test_ranges_are_searched_in_bands_of_rows(of: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight, inputs = torch.randn(33, 48, generator=generator), torch.randn(200, 48, generator=generator)
+    gram = inputs.T @ inputs
+    seen = {"gram": gram, "diagonal": gram.diagonal(), "nothing": None}[of]
+    grid = Grid(4, 16, symmetric)
+    scale, zero = search_grid(weight, grid, seen)
+    monkeypatch.setattr(products, "BAND_VALUES", 8 * 48)
+    own_scale, own_zero = search_grid(weight, grid, seen)
+    assert torch.equal(own_scale, scale)
+    assert (own_zero is None and zero is None) or torch.equal(own_zero, zero)

@@ -88,3 +88,19 @@ def test_a_handful_of_tokens_neither_codes_the_weight_nor_is_multiplied_in_eight
     assert torch.equal(module(few), exact) and module._coded is None
     module(INPUTS)
     assert not torch.equal(module(few), exact), "behind enough of them it is"
+
+
+@torch.inference_mode()
+def test_a_weight_in_bfloat16_is_the_same_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow, wide = linear(), linear()
+    stored = wide.weight.detach().bfloat16()
+    narrow.load_state_dict({"weight": stored, "bias": narrow.bias}, assign=True)
+    wide.load_state_dict({"weight": stored.float(), "bias": wide.bias}, assign=True)
+    assert torch.equal(narrow(INPUTS), wide(INPUTS)) and narrow(INPUTS).dtype == torch.float32
+    few = INPUTS[:2]
+    narrow.load_state_dict({"weight": stored, "bias": narrow.bias}, assign=True)
+    wide.load_state_dict({"weight": stored.float(), "bias": wide.bias}, assign=True)
+    assert torch.equal(narrow(few), wide(few)), "too few to code by"
+    monkeypatch.setattr(eight_bit, "eight_bit_weight", lambda *_: None)
+    assert torch.equal(narrow(INPUTS), wide(INPUTS))
+    assert narrow._coded is not None and narrow._coded[0] is narrow.weight, "not tried again"
