@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantkit.maths.compiled import readable
 from quantkit.maths.int_products import add_gram
+from quantkit.maths.order import mirror
 from quantkit.maths.products import padded, strips, times_transposed
 
 EIGHT_BIT_TOKENS = 2048
@@ -141,14 +142,6 @@ def round_columns(pieces: Sequence[ColumnSums], scale: Tensor) -> Tensor:
     for piece, own in zip(pieces, codes.split(lengths), strict=True):
         round_rows(len(piece.rows), piece.rows, inverse, piece.far.numpy(), own.numpy())
     return codes
-
-
-def mirror(gram: Tensor) -> None:
-    """Write the upper triangle of `gram` [n, n] over the lower one, a strip at a time: in 3/16 of its memory more."""
-    for strip in strips(len(gram)):
-        own = gram[strip, strip]
-        own.copy_(own.triu() + own.triu(1).T)
-        gram[strip.stop :, strip] = gram[strip, strip.stop :].T
 
 
 class SquaresAccumulator:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError
-from quantkit.maths.gram import mirror
-from quantkit.maths.order import reorder_upper
+from quantkit.maths.order import mirror, reorder_upper
 from quantkit.maths.products import times_transposed
 
 FACTORED_WHOLE = 192
@@ -72,7 +71,7 @@ def factored(gram: Tensor, damp: float, act_order: bool) -> Iterator[GramFactor]
         yield _factor_in_place(matrix, diagonal, damp, act_order)
     finally:
         matrix.diagonal().copy_(diagonal)
-        mirror(matrix.T)
+        mirror(matrix, upper=False)
 
 
 def _factor_in_place(matrix: Tensor, diagonal: Tensor, damp: float, act_order: bool) -> GramFactor:

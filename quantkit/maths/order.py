@@ -1,9 +1,14 @@
-"""The rows and columns of a matrix in another order."""
+"""The rows and columns of a matrix in another order, and the two triangles of a symmetric one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from quantkit.maths.products import strips
+
+MIRROR_BAND = 128
+"""Rows of a matrix whose squares are turned together: fastest of 16 to 192 from 1536 to 5632 columns."""
 
 
 def reordered(matrix: Tensor, columns: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -34,3 +39,17 @@ def reorder_upper(matrix: Tensor, order: Tensor) -> None:
     symmetric = matrix.tril(-1)
     symmetric += symmetric.T.clone()
     matrix.tril_().add_(reordered(symmetric, order, order).triu_(1))
+
+
+def mirror(matrix: Tensor, *, upper: bool = True) -> None:
+    """Write the upper triangle of `matrix` [n, n], contiguous, over the lower one, or the lower over the upper one."""
+    if matrix.device.type == "cpu":
+        from quantkit.maths.order_kernel import mirror_bands
+
+        mirror_bands(-(-len(matrix) // MIRROR_BAND), matrix.numpy(), upper, MIRROR_BAND)
+        return
+    given = matrix if upper else matrix.T
+    for strip in strips(len(given)):
+        own = given[strip, strip]
+        own.copy_(own.triu() + own.triu(1).T)
+        given[strip.stop :, strip] = given[strip, strip.stop :].T

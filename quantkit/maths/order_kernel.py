@@ -26,9 +26,47 @@ def pick_upper(low: int, high: int, matrix: NDArray[Any], order: NDArray[np.int6
     """matrix[i, j] = matrix[max(a, b), min(a, b)] for i < j, where a and b are order[i] and order[j]."""
     last = order.size - 1
     for step in range(low, high):
-        row = step // 2 if step % 2 == 0 else last - step // 2  # long and short rows in turn, so that shares are even
+        row = step // 2 if step % 2 == 0 else last - step // 2  # long and short rows in turn: shares are even
         own, a = matrix[row], order[row]
         beside = matrix[a]
         for j in range(row + 1, order.size):
             b = order[j]
             own[j] = beside[b] if b < a else matrix[b, a]
+
+
+@parallel()
+def mirror_bands(low: int, high: int, matrix: NDArray[Any], upper: bool, band: int) -> None:
+    """Write the upper triangle of a matrix [n, n] over the lower one, or the lower over the upper one; a step is a band
+    of so many rows of the lower one, in squares. A square is turned beside the matrix, whose rows may lie so that few
+    of them fit the cache together."""
+    size = len(matrix)
+    last = (size - 1) // band
+    turned = np.empty((band, band + 16), matrix.dtype)  # rows that do not lie one below the other in the cache
+    for step in range(low, high):
+        start = (step // 2 if step % 2 == 0 else last - step // 2) * band  # long and short bands in turn
+        end = min(start + band, size)
+        for left in range(0, start, band):
+            if upper:
+                for j in range(band):
+                    own = matrix[left + j]
+                    for i in range(start, end):
+                        turned[i - start, j] = own[i]
+                for i in range(start, end):
+                    own = matrix[i]
+                    for j in range(band):
+                        own[left + j] = turned[i - start, j]
+            else:
+                for i in range(start, end):
+                    own = matrix[i]
+                    for j in range(band):
+                        turned[j, i - start] = own[left + j]
+                for j in range(band):
+                    own = matrix[left + j]
+                    for i in range(start, end):
+                        own[i] = turned[j, i - start]
+        for i in range(start, end):
+            for j in range(start, i):
+                if upper:
+                    matrix[i, j] = matrix[j, i]
+                else:
+                    matrix[j, i] = matrix[i, j]

@@ -14,7 +14,6 @@ from quantkit.maths.gram import (
     GramAccumulator,
     InputStatistics,
     SquaresAccumulator,
-    mirror,
 )
 
 CPU = torch.device("cpu")
@@ -66,14 +65,6 @@ def test_eight_bit_sums_keep_what_the_rounding_allows(tokens: int) -> None:
     torch.testing.assert_close(seen.mean_abs, inputs.abs().mean(dim=0))
     torch.testing.assert_close(seen.importance.squares, inputs.square().sum(dim=0))
     assert seen.tokens == tokens
-
-
-@pytest.mark.parametrize("columns", [1, 64, 100, 333])
-def test_the_lower_triangle_mirrors_the_upper_one_whatever_it_held(columns: int) -> None:
-    upper = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0)).triu()
-    gram = upper + torch.full_like(upper, torch.nan).tril(-1)
-    mirror(gram)
-    assert torch.equal(gram, upper + upper.triu(1).T)
 
 
 def test_eight_bit_sums_stay_positive_semidefinite() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.maths.order import reorder_upper, reordered
+from quantkit.maths.order import mirror, reorder_upper, reordered
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
@@ -39,3 +39,18 @@ def test_the_upper_triangle_takes_the_order_and_the_lower_one_stays(size: int, m
     monkeypatch.setattr(Tensor, "device", torch.device("cuda"))  # the path of a GPU, on the CPU
     reorder_upper(by_tensors, order)
     assert torch.equal(by_tensors, matrix)
+
+
+@pytest.mark.parametrize("by_tensors", [False, True])
+@pytest.mark.parametrize("upper", [True, False])
+@pytest.mark.parametrize("columns", [1, 64, 128, 129, 333])
+def test_one_triangle_mirrors_the_other_whatever_it_held(
+    columns: int, upper: bool, by_tensors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triangle = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0)).triu()
+    whole, lost = triangle + triangle.triu(1).T, torch.full_like(triangle, torch.nan).tril(-1)
+    matrix = (triangle + lost if upper else (triangle + lost).T).contiguous()
+    if by_tensors:
+        monkeypatch.setattr(Tensor, "device", torch.device("cuda"))  # the path of a GPU, on the CPU
+    mirror(matrix, upper=upper)
+    assert torch.equal(matrix, whole)
