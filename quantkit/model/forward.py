@@ -318,17 +318,29 @@ class BlockRunner:
         scale: float32 [in], what was divided out of the inputs.
         """
         correction = None
-        for here, *beside in inputs:
-            rows = here.inputs
-            accumulator.add(rows)
-            for there in beside:
-                if correction is None:
-                    how = self.arithmetic
-                    correction = CorrectionAccumulator(
-                        rows.shape[-1], self.device, how.linears, scale, eight_bit=how.eight_bit_gram
-                    )
-                apart = None if there.states is None or here.states is None else there.states - here.states
-                correction.add(there.inputs, rows, apart)
+        for arrived in inputs:
+            correction = self._add_batch(accumulator, correction, scale, *arrived)
+            del arrived  # not held while the next batch is on its way
+        return correction
+
+    def _add_batch(
+        self,
+        accumulator: Accumulator,
+        correction: CorrectionAccumulator | None,
+        scale: Tensor | None,
+        here: Arrived,
+        *beside: Arrived,
+    ) -> CorrectionAccumulator | None:
+        rows = here.inputs
+        accumulator.add(rows)
+        for there in beside:
+            if correction is None:
+                how = self.arithmetic
+                correction = CorrectionAccumulator(
+                    rows.shape[-1], self.device, how.linears, scale, eight_bit=how.eight_bit_gram
+                )
+            apart = None if there.states is None or here.states is None else there.states - here.states
+            correction.add(there.inputs, rows, apart)
         return correction
 
     def _from_start(

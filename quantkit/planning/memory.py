@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.maths.attention import CHUNK
+from quantkit.maths.products import BAND_VALUES
 from quantkit.model.forward import BATCH_TOKENS
 from quantkit.planning.shapes import Group, Work
 
@@ -34,9 +35,10 @@ to nothing."""
 LEFT = 0.25
 """How much of what was held while scales were looked for is resident while the block is rounded, without a limit."""
 
-GRAM_BYTES = 10
-"""Of a Gram matrix that is solved, for each element: itself and its factor in float32, and products of half of its rows
-or less while that is made. Where pivots are too small for float32, two copies in float64 come on top, which is rare."""
+GRAM_BYTES = 5
+"""Of a Gram matrix that is solved, for each element: itself in float32, with its factor in one half of it, and products
+of half of its rows or less while that is made. Where pivots are too small for float32, two copies in float64 come on
+top, which is rare."""
 
 ERROR = 0.15
 """How far a peak was off at most, in parts of it, in the table of docs/plan.md."""
@@ -93,7 +95,6 @@ def _looking_parts(work: Work) -> dict[str, int]:
     return {
         "block as stored": work.block_bytes,
         "block in the model": _in_model(work),
-        "block in float32": 4 * work.block_values,
         "Gram matrices": sum(4 * group.columns**2 for group in work.groups),
         "activations of a batch": _activations(work),
     }
@@ -102,16 +103,17 @@ def _looking_parts(work: Work) -> dict[str, int]:
 def _block_parts(work: Work, room_bytes: int) -> dict[str, int]:
     """What is held while a block is rounded, on the device that computes."""
     parts = {"block in the model": _in_model(work), "codes": work.block_values}
+    stored = work.block_bytes / work.block_values
     if work.propagates:
-        # float32 weights from the group on that is rounded; the heaviest one counts
-        held = [(4 * sum(one.values for one in work.groups[at:]), at) for at in range(len(work.groups))]
+        # weights as stored behind the group that is rounded; the heaviest one counts
+        held = [(int(stored * sum(one.values for one in work.groups[at + 1 :])), at) for at in range(len(work.groups))]
         weights, at = max(held, key=lambda pair: pair[0] + _solve_bytes(work.groups[pair[1]], work))
         parts |= {"weights to round": weights, "Gram matrix and its factor": _solve_bytes(work.groups[at], work)}
         rows = work.ways * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
         if rows < room_bytes:
             parts["rows that wait inside a block"] = rows
     else:
-        parts |= {"block as stored": work.block_bytes, "weights to round": 4 * work.block_values}
+        parts |= {"block as stored": work.block_bytes}
         parts["Gram matrix and its factor"] = max(_solve_bytes(group, work) for group in work.groups)
     return parts | {"activations of a batch": _activations(work)}
 
@@ -130,10 +132,12 @@ def _activations(work: Work) -> int:
 
 
 def _solve_bytes(group: Group, work: Work) -> int:
-    """Of one group: the Gram matrix and its factor, and beside the stacked weights a copy, what is owed to them or
-    their error, and products. Without propagation every group's Gram is there, with the correction its own: sums over
-    two halves of the text and of tokens far out, what they are together, a factor."""
+    """Of one group: the Gram matrix with its factor; the stacked weights and, of a band of rows, what is owed to them
+    or their error, and products, or the rounded weights behind that. Without propagation every group's Gram is there,
+    and this one's with its scale divided out; with the correction its own: sums over two halves of the text and of
+    tokens far out, what they are together, a factor."""
     columns = group.columns
-    others = 0 if work.propagates else sum(4 * other.columns**2 for other in work.groups if other is not group)
+    others = 0 if work.propagates else sum(4 * other.columns**2 for other in work.groups)
     correction = 20 * columns**2 if work.corrects else 0
-    return GRAM_BYTES * columns**2 + correction + 3 * 4 * group.values + others
+    rounding = 4 * group.values + max(4 * group.values, 8 * min(group.values, BAND_VALUES))
+    return GRAM_BYTES * columns**2 + correction + rounding + others
