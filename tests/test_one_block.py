@@ -53,8 +53,7 @@ def test_stored_weights_are_let_go_as_they_are_rounded(
         asked.extend(group.linears)
         later = {linear for one in self.given.block.groups for linear in one.linears if linear not in asked}
         held = {linear for linear, storage in stored.items() if not storage.expired()}
-        # a float32 checkpoint's weights are what is rounded; others are copied to float32 at the start
-        assert held <= (later | set(group.linears) if dtype == torch.float32 else set())
+        assert held == later | set(group.linears), "in their own dtype, until they are rounded"
         return round_group(self, group, *args)
 
     monkeypatch.setattr(pipeline, "_read", note_read)

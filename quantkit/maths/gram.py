@@ -285,6 +285,7 @@ class GramAccumulator:
             self._add_far()
         if self._huge:
             self._add_product(torch.cat(self._huge))
+            self._huge.clear()
         if self._fresh:
             self._gram.zero_()
         mirror(self._gram)

@@ -55,7 +55,7 @@ class GramFactor:
 def factored(gram: Tensor, damp: float, act_order: bool) -> Iterator[GramFactor]:
     """The factor of a Gram matrix [in, in] for `round_compensated`. It lies over the upper triangle of `gram` while
     this lasts, so that a matrix as large as any weight is not there twice; the lower one gives the rest back at the
-    end. (One in another dtype than float32 is left alone.)
+    end. (One that is not float32 or not contiguous is left alone.) Not for tensors of inference mode outside of it.
 
     damp: share of the mean diagonal added to the diagonal. act_order: round the columns with the largest inputs first.
     Raises ModelError when the matrix stays indefinite at the highest damping, or is not finite.

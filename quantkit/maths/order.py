@@ -37,8 +37,12 @@ def reorder_upper(matrix: Tensor, order: Tensor) -> None:
         pick_upper(len(matrix), matrix.numpy(), order.numpy())
         return
     symmetric = matrix.tril(-1)
-    symmetric += symmetric.T.clone()
-    matrix.tril_().add_(reordered(symmetric, order, order).triu_(1))
+    for strip in strips(len(matrix)):
+        symmetric[strip, strip] += symmetric[strip, strip].T.clone()
+        symmetric[strip, strip.stop :] = symmetric[strip.stop :, strip].T
+    for axis in (0, 1):  # each lets go of what came before
+        symmetric = symmetric.index_select(axis, order)
+    matrix.tril_().add_(symmetric.triu_(1))
 
 
 def mirror(matrix: Tensor, *, upper: bool = True) -> None:

@@ -42,12 +42,12 @@ def padded(count: int) -> int:
 
 def product_bands(matrix: Tensor) -> Iterator[slice]:
     """Rows of a matrix [rows, columns] that are worked on together, where what is held for each is as large as it: of
-    at most BAND_VALUES values on a CPU, all elsewhere.
+    about BAND_VALUES values on a CPU, at least one; all elsewhere.
 
     Bands are even: products of a single row would go by other loops, to other bits.
     """
     rows = len(matrix)
-    bands = min(rows, -(-matrix.numel() // BAND_VALUES)) if matrix.device.type == "cpu" else 1
+    bands = max(1, min(rows, -(-matrix.numel() // BAND_VALUES))) if matrix.device.type == "cpu" else 1
     ends = [rows * band // bands for band in range(1, bands + 1)]
     for start, end in zip([0, *ends], ends, strict=False):
         yield slice(start, end)

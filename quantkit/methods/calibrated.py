@@ -119,8 +119,8 @@ class CalibratedMethod(Method):
 class CalibratedBlock:
     """One block under one method's steps: first `fold`, then `round` for each group of linears in the order they run.
 
-    weights: those that are not rounded yet, as they stand now. replaced: {tensor name:
-    float32} for norms and biases that a scale was folded into.
+    weights: those that are not rounded yet, as they stand now. replaced: {tensor name: float32} for norms and biases
+    that a scale was folded into.
     """
 
     def __init__(self, given: BlockWeights, steps: Steps):

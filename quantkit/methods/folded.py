@@ -11,9 +11,9 @@ from torch import Tensor
 class FoldedWeights(MutableMapping[str, Tensor]):
     """{linear: float32 [out, in]} as the weights stand now.
 
-    What is held is the stored tensor, which the checkpoint's reader holds as well, beside the scales that were folded
-    into it; a weight in float32 is made anew each time. So a block takes what it does in the file, and not two or three
-    times as much, until its linears are rounded.
+    What is held is the stored tensor, which the run holds as well, beside the scales that were folded into it; a weight
+    in float32 is made anew each time. So a block takes what it does in the file, and not two or three times as much,
+    until its linears are rounded.
     """
 
     def __init__(self, stored: Mapping[str, Tensor]):

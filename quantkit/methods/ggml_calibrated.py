@@ -62,7 +62,10 @@ class GGMLBlock(CalibratedBlock):
         for name in ours:
             by_type.setdefault(self._types[name], []).append(name)
         stacked = {type_name: self._stacked(names) for type_name, names in by_type.items()}
-        made = {type_name: _encoded(weight, type_name, importance, by_type) for type_name, weight in stacked.items()}
+        made = {
+            type_name: _encoded(weight, type_name, importance, by_type[type_name])
+            for type_name, weight in stacked.items()
+        }
         coded = {type_name: take(data, type_name) for type_name, data in made.items() if type_name not in FLOAT_TYPES}
         with self._factored(ours, gram) as factor:
             for type_name, blocks in coded.items():
@@ -79,12 +82,11 @@ class GGMLBlock(CalibratedBlock):
         return rounded
 
 
-def _encoded(weight: Tensor, type_name: str, importance: Tensor, by_type: Mapping[str, list[str]]) -> Tensor:
-    """A weight in a block type by its encoder. by_type: {type: linears}, of which those of this type are stacked."""
+def _encoded(weight: Tensor, type_name: str, importance: Tensor, linears: list[str]) -> Tensor:
+    """Stacked weights of some linears in a block type by its encoder. Raises ModelError."""
     try:
         return encode(weight, type_name, importance)
     except ModelError as error:
-        names = by_type[type_name]
         raise ModelError(
-            f"{', '.join(names)}: {error.message}", hint=f"the checkpoint may be damaged; else skip {names[0]}"
+            f"{', '.join(linears)}: {error.message}", hint=f"the checkpoint may be damaged; else skip {linears[0]}"
         ) from error

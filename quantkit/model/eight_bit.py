@@ -45,10 +45,10 @@ class EightBitLinear(nn.Linear):
 
     def _as_it_is(self, inputs: Tensor) -> Tensor:
         if self.weight.dtype != inputs.dtype and not torch.is_autocast_enabled("cpu"):
-            wide = nn.Parameter(self.weight.to(inputs.dtype), requires_grad=False)
-            self.weight = wide
-            if self._coded is not None:
-                self._coded = (wide, None)
+            tried = self._coded is not None and self._coded[0] is self.weight
+            self.weight = nn.Parameter(self.weight.to(inputs.dtype), requires_grad=False)
+            if tried:
+                self._coded = (self.weight, None)
         return super().forward(inputs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> EightBitLinear:

@@ -7,8 +7,8 @@ recorder tells what each block is called with (masks, rotary tables), so no arch
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -113,7 +113,7 @@ class BlockRunner:
         meta = embedding.weight
         self._load_positions()
         used, places = ids.unique(return_inverse=True)
-        table = self.source.read(f"{self.architecture.embedding}.weight")[used]
+        table = self.source.read_rows(f"{self.architecture.embedding}.weight", used)
         hidden = HiddenStates((*ids.shape, table.shape[1]), self.dtype, spill)
         try:
             # in the dtype of the states, which is then that of rotary tables and of Gemma's factor, whatever is stored
@@ -250,9 +250,12 @@ class BlockRunner:
         ways = [(module, hidden)] if beside is None else [(module, hidden), beside]
         if not keep:
             for group in block.groups:
-                inputs = [self._from_start(one, block, group, states) for one, states in ways]
                 accumulator = self._accumulator(group, look, hidden)
-                self._round_group(module, block, group, rounder, accumulator, zip(*inputs, strict=True))
+                with ExitStack() as running:
+                    ends = [closing(self._from_start(one, block, group, states)) for one, states in ways]
+                    sides = [running.enter_context(end) for end in ends]
+                    inputs = ([next(side) for side in sides] for _ in self._batches(hidden))  # zip holds the last ones
+                    self._round_group(module, block, group, rounder, accumulator, inputs)
             for one, states in ways if advance else []:
                 for rows in self._batches(states):
                     states[rows] = self._call(one, block, states[rows])
@@ -345,7 +348,7 @@ class BlockRunner:
 
     def _from_start(
         self, module: nn.Module, block: Block, group: LinearGroup, hidden: HiddenStates
-    ) -> Iterator[Arrived]:
+    ) -> Generator[Arrived, None, None]:
         """What comes to a group, a batch at a time; the block runs no further."""
         seen: list[Arrived] = []
 

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PART_VALUES = 1 << 20
+"""Values of a tensor that are read at once where it goes through in parts."""
+
 
 class Source(ABC):
     """A causal language model at rest.
@@ -48,6 +51,21 @@ class Source(ABC):
     def in_parts(self, name: str, rows: int) -> Iterator[Tensor]:
         """The tensor so many rows of its first axis at a time, in order; where the file allows it, no more is held."""
         yield from self.read(name).split(rows)
+
+    def read_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of a matrix, int64 ascending; where the file allows it, little more is held than they take.
+
+        Raises IndexError when one is beyond the last.
+        """
+        count, width = self.shape(name)
+        if len(rows) and int(rows[-1]) >= count:
+            raise IndexError(f"{name}: row {int(rows[-1])} of {count}")
+        found, start = [], 0
+        for part in self.in_parts(name, max(1, PART_VALUES // width)):
+            own = rows[(rows >= start) & (rows < start + len(part))]
+            found.append(part[own - start])
+            start += len(part)
+        return torch.cat(found)
 
     @abstractmethod
     def tokenizer_folder(self) -> Path:

@@ -35,10 +35,10 @@ to nothing."""
 LEFT = 0.25
 """How much of what was held while scales were looked for is resident while the block is rounded, without a limit."""
 
-GRAM_BYTES = 5
+GRAM_BYTES = 6.5
 """Of a Gram matrix that is solved, for each element: itself in float32, with its factor in one half of it, and products
-of half of its rows or less while that is made. Where pivots are too small for float32, two copies in float64 come on
-top, which is rare."""
+of half of its rows or less while that is made, with copies of what oneDNN multiplies (5 without). Where pivots are too
+small for float32, two copies in float64 come on top, which is rare."""
 
 ERROR = 0.15
 """How far a peak was off at most, in parts of it, in the table of docs/plan.md."""
@@ -74,7 +74,7 @@ def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: boo
     states = work.tokens * work.hidden * work.state_bytes
     spilled = states > room_bytes // 4
     retained = 1.0 if limited else RETAINED
-    parts = {name: int(retained * size) for name, size in _block_parts(work, room_bytes).items()}
+    parts = {name: int(retained * size) for name, size in _block_parts(work, device, room_bytes).items()}
     if work.propagates:
         looking = _looking_parts(work)
         if not limited:
@@ -100,21 +100,24 @@ def _looking_parts(work: Work) -> dict[str, int]:
     }
 
 
-def _block_parts(work: Work, room_bytes: int) -> dict[str, int]:
+def _block_parts(work: Work, device: torch.device, room_bytes: int) -> dict[str, int]:
     """What is held while a block is rounded, on the device that computes."""
     parts = {"block in the model": _in_model(work), "codes": work.block_values}
     stored = work.block_bytes / work.block_values
     if work.propagates:
         # weights as stored behind the group that is rounded; the heaviest one counts
         held = [(int(stored * sum(one.values for one in work.groups[at + 1 :])), at) for at in range(len(work.groups))]
-        weights, at = max(held, key=lambda pair: pair[0] + _solve_bytes(work.groups[pair[1]], work))
-        parts |= {"weights to round": weights, "Gram matrix and its factor": _solve_bytes(work.groups[at], work)}
+        weights, at = max(held, key=lambda pair: pair[0] + _solve_bytes(work.groups[pair[1]], work, device))
+        parts |= {
+            "weights to round": weights,
+            "Gram matrix and weights at hand": _solve_bytes(work.groups[at], work, device),
+        }
         rows = work.ways * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
         if rows < room_bytes:
             parts["rows that wait inside a block"] = rows
     else:
         parts |= {"block as stored": work.block_bytes}
-        parts["Gram matrix and its factor"] = max(_solve_bytes(group, work) for group in work.groups)
+        parts["Gram matrix and weights at hand"] = max(_solve_bytes(group, work, device) for group in work.groups)
     return parts | {"activations of a batch": _activations(work)}
 
 
@@ -131,13 +134,14 @@ def _activations(work: Work) -> int:
     return 4 * tokens * (4 * work.hidden + 2 * inner) + scores
 
 
-def _solve_bytes(group: Group, work: Work) -> int:
+def _solve_bytes(group: Group, work: Work, device: torch.device) -> int:
     """Of one group: the Gram matrix with its factor; the stacked weights and, of a band of rows, what is owed to them
     or their error, and products, or the rounded weights behind that. Without propagation every group's Gram is there,
     and this one's with its scale divided out; with the correction its own: sums over two halves of the text and of
-    tokens far out, what they are together, a factor."""
+    tokens far out, what they are together, a factor, and what is moved by how much."""
     columns = group.columns
     others = 0 if work.propagates else sum(4 * other.columns**2 for other in work.groups)
-    correction = 20 * columns**2 if work.corrects else 0
-    rounding = 4 * group.values + max(4 * group.values, 8 * min(group.values, BAND_VALUES))
-    return GRAM_BYTES * columns**2 + correction + rounding + others
+    correction = 20 * columns**2 + 24 * group.values if work.corrects else 0
+    band = min(group.values, BAND_VALUES) if device.type == "cpu" else group.values
+    rounding = 4 * group.values + max(4 * group.values, 8 * band)
+    return int(GRAM_BYTES * columns**2) + correction + rounding + others

@@ -138,7 +138,10 @@ def test_ranges_are_searched_in_bands_of_rows(of: str, symmetric: bool, monkeypa
     seen = {"gram": gram, "diagonal": gram.diagonal(), "nothing": None}[of]
     grid = Grid(4, 16, symmetric)
     scale, zero = search_grid(weight, grid, seen)
+    search, seen_rows = affine._search_rows, []
+    monkeypatch.setattr(affine, "_search_rows", lambda *given: seen_rows.append(len(given[0])) or search(*given))
     monkeypatch.setattr(products, "BAND_VALUES", 8 * 48)
     own_scale, own_zero = search_grid(weight, grid, seen)
+    assert sum(seen_rows) == 33 and set(seen_rows) == {6, 7}
     assert torch.equal(own_scale, scale)
     assert (own_zero is None and zero is None) or torch.equal(own_zero, zero)

@@ -11,6 +11,7 @@ from torch import Tensor
 from oracles.ggml_descent import sweep
 from oracles.gptq import gptq
 from oracles.grams import damped_copy, factor_of
+from quantkit.maths import ggml_compensate as module
 from quantkit.maths import products
 from quantkit.maths.ggml import block_layout, encode
 from quantkit.maths.ggml_codes import LAYOUTS, CodedBlocks, put, take
@@ -108,7 +109,10 @@ def test_rows_come_in_bands_without_a_seam(type_name: str, monkeypatch: pytest.M
         return refine_blocks(weight, compensate_codes(weight, coded, type_name, factor), type_name, matrix, 2)
 
     whole = made()
+    refine, seen = module._refine_rows, []
+    monkeypatch.setattr(module, "_refine_rows", lambda *given: seen.append(len(given[0])) or refine(*given))
     monkeypatch.setattr(products, "BAND_VALUES", 4 * weight.shape[1])
     bands = made()
+    assert sum(seen) == 17 and set(seen) == {3, 4}
     assert (bands.codes != whole.codes).float().mean() < 0.01
     assert (bands.level != whole.level).float().mean() < 0.02

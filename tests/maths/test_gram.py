@@ -184,3 +184,14 @@ def test_squares_alone_are_the_diagonal(dtype: torch.dtype) -> None:
     assert seen.tokens == 300 and seen.gram.numel() == 0
     torch.testing.assert_close(seen.importance.squares, exact.square().sum(dim=0).float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(seen.mean_abs, exact.abs().mean(dim=0).float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_result_may_be_taken_twice(eight_bit: bool) -> None:
+    inputs = _inputs(300)
+    inputs[17] *= 1e3
+    accumulator = GramAccumulator(inputs.shape[1], torch.device("cpu"), eight_bit=eight_bit)
+    accumulator.add(inputs)
+    accumulator.add_huge(inputs[:3].clone())
+    first = accumulator.result().gram.clone()
+    assert torch.equal(accumulator.result().gram, first)

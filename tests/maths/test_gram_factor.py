@@ -47,7 +47,6 @@ def test_a_factor_in_float32_is_that_of_float64(monkeypatch: pytest.MonkeyPatch)
     exact = _exact(gram, 0.01)
     for found in (fast, slow):
         assert (found - exact).abs().max() < 2e-4 * exact.abs().max()
-        assert torch.equal(found, found.triu())
 
 
 @pytest.mark.parametrize("size", [1, 2, 192, 193, 385, 386, 577])
@@ -58,7 +57,6 @@ def test_halves_of_any_size_join(size: int) -> None:
     found = factor_of(gram, 0.01, True)
     exact = _exact(gram[found.order][:, found.order], 0.01)
     assert (found.upper - exact).abs().max() < 2e-5 * exact.abs().max()
-    assert torch.equal(found.upper, found.upper.triu())
 
 
 def test_where_float32_has_no_digits_left_float64_factors() -> None:
@@ -70,6 +68,11 @@ def test_where_float32_has_no_digits_left_float64_factors() -> None:
     found = factor_of(gram, 0.0, False).upper
     exact = _exact(gram, 0.0)
     assert (found - exact).abs().max() < 1e-3 * exact.abs().max()
+    before = gram.triu() + gram.triu(1).T
+    gram = before.clone()
+    with factored(gram, 0.0, False):
+        assert torch.equal(gram.tril(-1), before.tril(-1))
+    assert torch.equal(gram, before)
 
 
 def _case(columns: int) -> torch.Tensor:

@@ -101,6 +101,10 @@ def test_a_weight_in_bfloat16_is_the_same_in_float32(monkeypatch: pytest.MonkeyP
     narrow.load_state_dict({"weight": stored, "bias": narrow.bias}, assign=True)
     wide.load_state_dict({"weight": stored.float(), "bias": wide.bias}, assign=True)
     assert torch.equal(narrow(few), wide(few)), "too few to code by"
+    assert torch.equal(narrow(INPUTS), wide(INPUTS)) and narrow.weight.is_meta, "what was coded before is no refusal"
+    for module in (narrow, wide):
+        module.load_state_dict({"weight": stored.to(module.bias.dtype), "bias": module.bias}, assign=True)
+    narrow.load_state_dict({"weight": stored, "bias": narrow.bias}, assign=True)
     monkeypatch.setattr(eight_bit, "eight_bit_weight", lambda *_: None)
     assert torch.equal(narrow(INPUTS), wide(INPUTS))
     assert narrow._coded is not None and narrow._coded[0] is narrow.weight, "not tried again"

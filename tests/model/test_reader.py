@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.errors import ModelError
+from quantkit.model import source
 from quantkit.model.reader import SafetensorsSource, open_source
 from quantkit.model.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 
@@ -80,6 +81,19 @@ def test_parts_are_the_rows_in_order(folder: Path) -> None:
         whole = source.read(name)
         parts = list(source.in_parts(name, 5))
         assert len(parts) == -(-len(whole) // 5) and torch.equal(torch.cat(parts), whole), name
+
+
+def test_rows_are_read_a_part_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = SafetensorsSource(folder)
+    name = "model.embed_tokens.weight"
+    whole = opened.read(name)
+    monkeypatch.setattr(source, "PART_VALUES", 7 * whole.shape[1])
+    monkeypatch.setattr(opened, "read", lambda name: pytest.fail("the whole of it"))
+    for rows in ([0, 6, 7, 8, 300, len(whole) - 1], [3], list(range(len(whole)))):
+        assert torch.equal(opened.read_rows(name, torch.tensor(rows)), whole[rows])
+    assert opened.read_rows(name, torch.tensor([], dtype=torch.int64)).shape == (0, whole.shape[1])
+    with pytest.raises(IndexError, match=f"row {len(whole)} of {len(whole)}"):
+        opened.read_rows(name, torch.tensor([0, len(whole)]))
 
 
 def test_shards_read_as_one_model_in_the_order_of_their_bytes(sharded: Path, tiny_llama: Path) -> None:

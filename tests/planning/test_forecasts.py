@@ -59,8 +59,8 @@ def test_the_peak_of_a_calibrated_run(tiny_llama: Path) -> None:
     assert found["hidden states"] == 128 * 64 * 4
     assert found["rows that wait inside a block"] == int(memory.RETAINED * 128 * (3 * 64 + 128) * 4)
     # gate and up on 64 columns: their Gram matrix, their weights and two like them, those of down still to come
-    solved = memory.GRAM_BYTES * 64**2 + 12 * 64 * 256
-    assert found["Gram matrix and its factor"] == int(memory.RETAINED * solved)
+    solved = int(memory.GRAM_BYTES * 64**2) + 12 * 64 * 256
+    assert found["Gram matrix and weights at hand"] == int(memory.RETAINED * solved)
     stored = work.block_bytes / work.block_values
     assert found["weights to round"] == int(memory.RETAINED * int(stored * 128 * 64))
     # the block as it is stored and in the model, every Gram matrix
@@ -80,9 +80,9 @@ def test_scores_of_long_sequences_count(tiny_llama: Path) -> None:
 def test_wide_linears_are_rounded_in_bands_of_rows(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
     wide = replace(work, groups=(Group(4096, 2048),), block_bytes=2 * 4096 * 2048)
-    found = memory_of(wide, CPU, ROOM, limited=True).host["Gram matrix and its factor"]
+    found = memory_of(wide, CPU, ROOM, limited=True).host["Gram matrix and weights at hand"]
     # the stacked weights and the rounded ones; what is owed to a band and its product are less
-    assert found == memory.GRAM_BYTES * 4096**2 + 8 * 4096 * 2048
+    assert found == int(memory.GRAM_BYTES * 4096**2) + 8 * 4096 * 2048
 
 
 def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Path) -> None:
@@ -97,8 +97,8 @@ def test_unquantized_inputs_hold_every_gram_and_no_rows(tiny_llama: Path) -> Non
     found = memory_of(work, CPU, ROOM).host
     assert "rows that wait inside a block" not in found
     # all four Gram matrices, and one with its scale divided out
-    solved = memory.GRAM_BYTES * 64**2 + 12 * 64 * 256 + 4 * (3 * 64**2 + 128**2)
-    assert found["Gram matrix and its factor"] == int(memory.RETAINED * solved)
+    solved = int(memory.GRAM_BYTES * 64**2) + 12 * 64 * 256 + 4 * (3 * 64**2 + 128**2)
+    assert found["Gram matrix and weights at hand"] == int(memory.RETAINED * solved)
     assert found["block as stored"] == int(memory.RETAINED * work.block_bytes)
 
 
@@ -116,7 +116,7 @@ def test_on_a_gpu_the_block_is_the_gpus(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
     found = memory_of(work, CUDA, ROOM)
     assert found.peak_vram_bytes == sum(found.device.values()) > 0
-    assert "Gram matrix and its factor" in found.device and "Gram matrix and its factor" not in found.host
+    assert "Gram matrix and weights at hand" in found.device and "Gram matrix and weights at hand" not in found.host
     assert found.host["CUDA"] == memory.CUDA_BYTES
 
 
