@@ -277,7 +277,7 @@ def test_a_file_system_that_fills_up(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_bad_model_leaves_nothing(stopped: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: Any, name: str) -> None:
+    def read(self: Any, name: str, rows: slice | None = None) -> None:
         raise ModelError(f"{name}: damaged")
 
     with monkeypatch.context() as patch, pytest.raises(ModelError):
