@@ -74,7 +74,7 @@ def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: boo
     states = work.tokens * work.hidden * work.state_bytes
     spilled = states > room_bytes // 4
     retained = 1.0 if limited else RETAINED
-    parts = {name: int(retained * size) for name, size in _block_parts(work, device, room_bytes).items()}
+    parts = {name: int(retained * size) for name, size in _block_parts(work, device, room_bytes, limited).items()}
     if work.propagates:
         looking = _looking_parts(work)
         if not limited:
@@ -100,25 +100,28 @@ def _looking_parts(work: Work) -> dict[str, int]:
     }
 
 
-def _block_parts(work: Work, device: torch.device, room_bytes: int) -> dict[str, int]:
-    """What is held while a block is rounded, on the device that computes."""
+def _block_parts(work: Work, device: torch.device, room_bytes: int, limited: bool) -> dict[str, int]:
+    """What is held while a block is rounded, on the device that computes.
+
+    limited: what lies between linears is given back before their group is rounded, so the larger of both counts.
+    """
     parts = {"block in the model": _in_model(work), "codes": work.block_values}
-    stored = work.block_bytes / work.block_values
+    stored, between = work.block_bytes / work.block_values, _activations(work)
     if work.propagates:
         # weights as stored behind the group that is rounded; the heaviest one counts
         held = [(int(stored * sum(one.values for one in work.groups[at + 1 :])), at) for at in range(len(work.groups))]
         weights, at = max(held, key=lambda pair: pair[0] + _solve_bytes(work.groups[pair[1]], work, device))
-        parts |= {
-            "weights to round": weights,
-            "Gram matrix and weights at hand": _solve_bytes(work.groups[at], work, device),
-        }
+        solved = _solve_bytes(work.groups[at], work, device)
+        parts |= {"weights to round": weights, "Gram matrix and weights at hand": solved}
+        if limited:
+            between = max(0, between - (solved - 4 * work.groups[at].columns ** 2))
         rows = work.ways * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
         if rows < room_bytes:
             parts["rows that wait inside a block"] = rows
     else:
         parts |= {"block as stored": work.block_bytes}
         parts["Gram matrix and weights at hand"] = max(_solve_bytes(group, work, device) for group in work.groups)
-    return parts | {"activations of a batch": _activations(work)}
+    return parts | {"activations of a batch": between}
 
 
 def _in_model(work: Work) -> int:

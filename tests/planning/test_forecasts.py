@@ -85,6 +85,15 @@ def test_wide_linears_are_rounded_in_bands_of_rows(tiny_llama: Path) -> None:
     assert found == int(memory.GRAM_BYTES * 4096**2) + 8 * 4096 * 2048
 
 
+def test_under_a_limit_a_batch_and_the_solver_take_turns(tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    free, held = (memory._block_parts(work, CPU, ROOM, limited) for limited in (False, True))
+    solving = held["Gram matrix and weights at hand"] - 4 * 64**2
+    assert 0 < held["activations of a batch"] == free["activations of a batch"] - solving
+    much = replace(work, groups=(Group(4096, 2048),))
+    assert memory._block_parts(much, CPU, ROOM, True)["activations of a batch"] == 0
+
+
 def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
     tight = memory_of(work, CPU, 1000)
