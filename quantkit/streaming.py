@@ -20,13 +20,9 @@ from quantkit.maths.ggml import SEARCHED
 from quantkit.maths.measure import energies, sqnr_db
 from quantkit.methods.base import Method
 from quantkit.model.blocks import Block, LinearGroup
-from quantkit.model.source import Source
+from quantkit.model.source import PART, Source
 from quantkit.one_block import JobState, skipped, store
 from quantkit.tensors import BlockTensor, QuantizedTensor, on_cpu
-
-PART = 1 << 20
-"""Weights of a part: its float32 copies stay in the processor's outer cache, and the C library gives the next part the
-memory of the last one, where it would fetch fresh pages for larger ones, which takes longer than the arithmetic."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.parallel import parallel
@@ -21,12 +22,18 @@ def pick(
             own[j] = found[columns[j]]
 
 
+@njit  # type: ignore[untyped-decorator]
+def _in_turn(step: int, last: int) -> int:
+    """The rows of a triangle from both its ends in turn, 0 to `last`, so that shares of the steps are even."""
+    return step // 2 if step % 2 == 0 else last - step // 2
+
+
 @parallel()
 def pick_upper(low: int, high: int, matrix: NDArray[Any], order: NDArray[np.int64]) -> None:
     """matrix[i, j] = matrix[max(a, b), min(a, b)] for i < j, where a and b are order[i] and order[j]."""
     last = order.size - 1
     for step in range(low, high):
-        row = step // 2 if step % 2 == 0 else last - step // 2  # long and short rows in turn: shares are even
+        row = _in_turn(step, last)
         own, a = matrix[row], order[row]
         beside = matrix[a]
         for j in range(row + 1, order.size):
@@ -43,7 +50,7 @@ def mirror_bands(low: int, high: int, matrix: NDArray[Any], upper: bool, band: i
     last = (size - 1) // band
     turned = np.empty((band, band + 16), matrix.dtype)  # rows that do not lie one below the other in the cache
     for step in range(low, high):
-        start = (step // 2 if step % 2 == 0 else last - step // 2) * band  # long and short bands in turn
+        start = _in_turn(step, last) * band
         end = min(start + band, size)
         for left in range(0, start, band):
             if upper:

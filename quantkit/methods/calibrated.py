@@ -276,6 +276,7 @@ class CalibratedBlock:
             yield factor
 
     def _note_factor(self, linears: list[str], factor: GramFactor) -> None:
+        """Note more damping than was asked for, and dead columns."""
         steps = self.steps
         dead = int(factor.dead.sum())
         for name in linears:

@@ -44,6 +44,7 @@ class EightBitLinear(nn.Linear):
         return coded(inputs, torch.get_autocast_dtype("cpu") if mixed else inputs.dtype)
 
     def _as_it_is(self, inputs: Tensor) -> Tensor:
+        """The outputs without 8 bits; a weight that came narrower than the run multiplies in is widened once."""
         if self.weight.dtype != inputs.dtype and not torch.is_autocast_enabled("cpu"):
             tried = self._coded is not None and self._coded[0] is self.weight
             self.weight = nn.Parameter(self.weight.to(inputs.dtype), requires_grad=False)

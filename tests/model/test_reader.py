@@ -87,7 +87,7 @@ def test_rows_are_read_a_part_at_a_time(folder: Path, monkeypatch: pytest.Monkey
     opened = SafetensorsSource(folder)
     name = "model.embed_tokens.weight"
     whole = opened.read(name)
-    monkeypatch.setattr(source, "PART_VALUES", 7 * whole.shape[1])
+    monkeypatch.setattr(source, "PART", 7 * whole.shape[1])
     monkeypatch.setattr(opened, "read", lambda name: pytest.fail("the whole of it"))
     for rows in ([0, 6, 7, 8, 300, len(whole) - 1], [3], list(range(len(whole)))):
         assert torch.equal(opened.read_rows(name, torch.tensor(rows)), whole[rows])
