@@ -12,7 +12,7 @@ from typing import Any
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "gguf", "datasets", "lm-eval", "numba", "gptqmodel", "xllamacpp")
 
-CPUINFO = "/proc/cpuinfo"
+CPUINFO, STATUS = "/proc/cpuinfo", "/proc/self/status"
 
 
 def package_versions() -> dict[str, str | None]:
@@ -58,7 +58,25 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return facts
 
 
+def rss_bytes() -> int:
+    """The memory this process holds now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_rss_bytes() -> int:
-    """The most memory this process ever held."""
+    """The most memory this process ever held.
+
+    On Linux from the process's own memory map: what getrusage tells there begins with the memory of the process that
+    started this one.
+    """
+    try:
+        lines = Path(STATUS).read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
+    return peak if sys.platform == "darwin" else peak * 1024

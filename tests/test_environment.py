@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,12 @@ def test_where_the_system_tells_no_name_its_architecture_stands(text: str | None
         told.write_text(text)
     assert environment.cpu_model() == (platform.processor() or platform.machine())
     assert environment.environment()["cpu"] == environment.cpu_model()
+
+
+def test_the_peak_is_the_process_s_own_whatever_started_it() -> None:
+    large = bytearray(b"x" * 400_000_000)
+    assert environment.peak_rss_bytes() > len(large)
+    ask = "from quantkit.environment import peak_rss_bytes, rss_bytes; print(rss_bytes(), peak_rss_bytes())"
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    now, peak = map(int, told.stdout.split())
+    assert 0 < 0.9 * now < peak < 200_000_000

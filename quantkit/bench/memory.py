@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from quantkit.bench.measurement import Measurement
-from quantkit.bench.run import Run, peak_rss, weight_files
+from quantkit.bench.run import Run, weight_files
 from quantkit.bench.subject import Artifact, Unavailable
+from quantkit.environment import peak_rss_bytes
 from quantkit.inspection import FULL_BITS
 from quantkit.sections import MemoryBench
 
@@ -71,7 +72,7 @@ def resident(run: Run) -> list[Measurement]:
     loaded = max(run.loaded_rss - run.imports_rss, 0)
     return [
         Measurement(metric="loaded", value=loaded, unit="bytes", engine=session.engine, settings=settings),
-        Measurement(metric="peak_rss", value=peak_rss(), unit="bytes", engine=session.engine, settings=settings),
+        Measurement(metric="peak_rss", value=peak_rss_bytes(), unit="bytes", engine=session.engine, settings=settings),
     ]
 
 

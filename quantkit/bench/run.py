@@ -17,6 +17,7 @@ import torch
 from quantkit.bench.subject import Artifact, Baseline, Subject, Unavailable
 from quantkit.engines import Session
 from quantkit.engines.base import dtype_name, quality_dtype
+from quantkit.environment import rss_bytes
 from quantkit.manifest import WEIGHT_FILES
 from quantkit.model.reader import open_source
 
@@ -133,30 +134,9 @@ def read_ahead(paths: Sequence[Path]) -> None:
                 pass
 
 
-def rss() -> int:
-    """Resident bytes of this process."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
 def settled_rss() -> int:
     """Resident bytes after what was freed has gone back to the system."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
-    return rss()
-
-
-def peak_rss() -> int:
-    """The most resident bytes this process has had.
-
-    On Linux from the process's own memory map: what getrusage tells there starts with the memory of the parent process.
-    """
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    from quantkit.environment import peak_rss_bytes
-
-    return peak_rss_bytes()
+    return rss_bytes()

@@ -25,8 +25,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         cpu_target.target_context.refresh()  # imports two hundred modules, which the first compiled loop asks for
 
         import quantkit.pipeline  # noqa: F401
-        from quantkit.bench.run import peak_rss
         from quantkit.device import resolve_device
+        from quantkit.environment import peak_rss_bytes
         from quantkit.jobs import run_passes
         from quantkit.model.reader import open_source
         from quantkit.progress import Progress
@@ -38,7 +38,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     (manifest,) = run_passes(wanted, open_source(job["model"]), device, False, Progress())
     return {
         "quantize_s": manifest.quantize_s,
-        "peak_rss_bytes": peak_rss(),
+        "peak_rss_bytes": peak_rss_bytes(),
         "peak_vram_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "versions": {"quantkit": manifest.quantkit_version, "torch": torch.__version__},
     }

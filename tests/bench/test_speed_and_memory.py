@@ -13,10 +13,11 @@ from torch import Tensor
 from oracles.memory_source import MemorySource, store
 from quantkit.bench import energy, memory, throughput
 from quantkit.bench.measurement import Measurement
-from quantkit.bench.run import Run, peak_rss, rss, settled_rss
+from quantkit.bench.run import Run, settled_rss
 from quantkit.bench.subject import Artifact, Baseline
 from quantkit.bench.unmeasured import missing_speeds
 from quantkit.engines import Session
+from quantkit.environment import peak_rss_bytes, rss_bytes
 from quantkit.formats.gguf import GGUF
 from quantkit.methods.ggml import GGML
 from quantkit.model.reader import open_source
@@ -173,5 +174,5 @@ def test_the_baseline_counts_its_tensors(tiny_llama: Path, tmp_path: Path) -> No
 def test_resident_memory_sees_an_allocation() -> None:
     before = settled_rss()
     held = torch.ones(16_000_000)  # 64 MB
-    assert rss() - before > 50_000_000 and peak_rss() >= rss() - 5_000_000
+    assert rss_bytes() - before > 50_000_000 and peak_rss_bytes() >= rss_bytes() - 5_000_000
     del held
