@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import re
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantkit.environment import peak_rss_bytes, rss_bytes
 from quantkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,15 +53,42 @@ def keep_freed_memory() -> None:
         return
 
 
-def return_freed_memory() -> None:
-    """Give back to the system what the C library holds of freed memory, where it is glibc: malloc_trim(3).
+PAGE, PAGE_S = 4096, 1e-6
+"""Bytes of a page, and the seconds that one takes when it is asked for again: half a microsecond to two."""
 
-    The pieces that it keeps between the ones in use grow with every block of a model, though nothing more is in use.
-    """
+
+def trim() -> float:
+    """Give back to the system what the C library holds of freed memory, where it is glibc (malloc_trim(3)). Returns the
+    seconds that it costs, with those for taking the pages again."""
+    before, started = rss_bytes(), time.perf_counter()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
-        return
+        return 0.0
+    took = time.perf_counter() - started
+    return took + max(0, before - rss_bytes()) // PAGE * PAGE_S
+
+
+class FreedMemory:
+    """Gives freed memory back to the system now and then: the pieces that the C library keeps between the ones in use
+    grow with every block of a model, though nothing more is in use.
+
+    sparing: give it back only where the process would else hold more than ever, and only when `SHARE` of the time since
+    it was done last pays for that; else whenever it is called for.
+    """
+
+    SHARE = 1 / 50
+
+    def __init__(self, *, sparing: bool) -> None:
+        self._sparing = sparing
+        self._not_before = 0.0
+
+    def give_back(self, coming: int = 0) -> None:
+        """Give it back, if it is time to. coming: bytes that will be asked for next."""
+        if self._sparing and (time.perf_counter() < self._not_before or rss_bytes() + coming <= peak_rss_bytes()):
+            return
+        cost = trim()
+        self._not_before = time.perf_counter() + cost / self.SHARE
 
 
 @dataclass(frozen=True)
@@ -80,7 +109,7 @@ class MemoryLimit:
             return torch.cuda.mem_get_info(device)[0] // 2
         if self.limit_bytes is None:
             return int(psutil.virtual_memory().available) // 2
-        return max(0, self.limit_bytes - int(psutil.Process().memory_info().rss))
+        return max(0, self.limit_bytes - rss_bytes())
 
 
 NO_LIMIT = MemoryLimit()

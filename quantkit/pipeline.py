@@ -21,11 +21,12 @@ from torch import Tensor
 from quantkit import __version__
 from quantkit.card import with_card
 from quantkit.checkpoint import Checkpoints
+from quantkit.compiling import compiling_told
 from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
 from quantkit.manifest import Manifest, file_record, weight_bytes, write_manifest
 from quantkit.maths.gram import InputStatistics, Look
-from quantkit.memory import NO_LIMIT, MemoryLimit, keep_freed_memory, map_large_memory, return_freed_memory
+from quantkit.memory import NO_LIMIT, FreedMemory, MemoryLimit, keep_freed_memory, map_large_memory
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
@@ -35,10 +36,6 @@ from quantkit.output import no_space_explained
 from quantkit.progress import Progress
 from quantkit.recipe import recipe_sha256
 from quantkit.streaming import Measuring, stream
-
-RETURN_EVERY = 16
-"""Calibrated blocks after which freed memory goes back to the system: to get it again takes a tenth of a second. Under
-a limit it goes back behind each."""
 
 
 def quantize(
@@ -70,6 +67,8 @@ def quantize(
             methods = {plan.name: plan.method for plan in job.plans if plan.method is not None}
             states.append(JobState(job, writer, folder, dtype, methods, layout))
         in_parts = _in_parts(states, source)
+        if any(method.calibrated or method.compiled for state in states for method in state.methods.values()):
+            stack.enter_context(compiling_told(progress.say))
         if memory.limit_bytes is not None:
             map_large_memory()
         elif not in_parts:
@@ -113,10 +112,11 @@ def _run(
     outside = [name for name in source.names() if name not in in_blocks]
     head = architecture_of(source.config).head
     calibrated = [state for state in states if state.calibrated]
+    freed = FreedMemory(sparing=memory.limit_bytes is None and not in_parts)
     run = None
     if calibrated:
         assert calibration is not None, "the caller builds the calibration set that its recipes ask for"
-        run = _start(source, calibration, device, how, memory, states[0].folder)
+        run = _start(source, calibration, device, how, memory, freed, states[0].folder)
     checkpoints.restore(states, run)
     if checkpoints.done:
         progress.say(f"going on behind block {checkpoints.done} of {len(blocks)}")
@@ -134,17 +134,14 @@ def _run(
             for block in blocks[checkpoints.done :]:
                 stream(states, source, block.tensors, block, torch.device("cpu"), measuring)
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                if in_parts:
-                    return_freed_memory()
+                freed.give_back()
                 tracker.advance(note=block.prefix.rstrip("."))
         else:
-            every = RETURN_EVERY if memory.limit_bytes is None else 1
             for block, tensors in _read(source, blocks[checkpoints.done :], ahead=device.type == "cuda"):
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
                 del tensors
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                if (block.index + 1) % every == 0:
-                    return_freed_memory()
+                freed.give_back()
                 tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
             alone = Block(-1, "", (head,), (LinearGroup((head,)),), (f"{head}.weight",))
@@ -167,10 +164,11 @@ def _start(
     device: torch.device,
     how: Arithmetic,
     memory: MemoryLimit,
+    freed: FreedMemory,
     scratch: Path,
 ) -> ModelRun:
     """Embed the calibration set; hidden states that would take over a quarter of the room go to a scratch file."""
-    runner = BlockRunner(source, device, how)
+    runner = BlockRunner(source, device, how, freed)
     width = source.shape(f"{architecture_of(source.config).embedding}.weight")[1]
     size = calibration.ids.numel() * width * runner.dtype.itemsize
     spill = scratch if size > memory.room_bytes(torch.device("cpu")) // 4 else None

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 
+from quantkit import memory
+from quantkit.environment import rss_bytes
 from quantkit.errors import UsageError
-from quantkit.memory import MemoryLimit, memory_limit, parse_bytes
+from quantkit.memory import FreedMemory, MemoryLimit, memory_limit, parse_bytes, trim
 
 
 @pytest.mark.parametrize(
@@ -26,3 +30,41 @@ def test_room_is_what_the_limit_leaves() -> None:
     assert MemoryLimit(1).room_bytes(cpu) == 0
     assert 10**12 - 10**11 < MemoryLimit(10**12).room_bytes(cpu) < 10**12
     assert memory_limit(None).room_bytes(cpu) > 0
+
+
+def test_freed_memory_goes_back_before_a_new_peak_and_as_often_as_its_cost_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, given_back = 100.0, []
+
+    def costly() -> float:
+        given_back.append(now)
+        return 0.15
+
+    monkeypatch.setattr(memory, "trim", costly)
+    monkeypatch.setattr(memory, "rss_bytes", lambda: 700)
+    monkeypatch.setattr(memory, "peak_rss_bytes", lambda: 1000)
+    monkeypatch.setattr(memory.time, "perf_counter", lambda: now)
+    sparing, always = FreedMemory(sparing=True), FreedMemory(sparing=False)
+    sparing.give_back()
+    sparing.give_back(300)
+    assert given_back == [], "no more than there was"
+    for seconds in (100.0, 100.1, 107.4, 107.6, 115.0, 115.2):
+        now = seconds
+        sparing.give_back(301)
+    assert given_back == [100.0, 107.6, 115.2], "0.15 s are a fiftieth of 7.5"
+    given_back.clear()
+    always.give_back()
+    always.give_back()
+    assert given_back == [115.2, 115.2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed so")
+def test_what_is_given_back_is_resident_no_more() -> None:
+    trim()
+    before = rss_bytes()
+    pieces = [bytearray(b"x" * 65536) for _ in range(1000)]  # each too small to be mapped by itself
+    del pieces[:-1]  # the last one stands above those that were freed
+    cost = trim()
+    assert rss_bytes() < before + 20e6
+    assert cost > 60e6 / 4096 * memory.PAGE_S

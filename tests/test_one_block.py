@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fakes.runs import quietly
@@ -16,6 +17,7 @@ from quantkit import pipeline
 from quantkit.device import Arithmetic
 from quantkit.manifest import Manifest
 from quantkit.methods.calibrated import CalibratedBlock
+from quantkit.model import eight_bit
 from quantkit.model.blocks import LinearGroup
 from quantkit.model.eight_bit import EightBitLinear
 from quantkit.model.forward import BlockRunner
@@ -95,3 +97,20 @@ def test_a_block_of_which_nothing_is_quantized_is_passed(name: str, tiny_llama: 
     done = {record.name: record.applied for record in manifest.tensors}
     assert len([name for name, applied in done.items() if applied == "unquantized" and "layers.0." in name]) == 7
     assert len([name for name, applied in done.items() if applied != "unquantized" and "layers.1." in name]) == 7
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_weights_are_coded_in_eight_bits_as_they_are_stored(
+    stored: torch.dtype, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stored_as(tiny_llama, tmp_path / "model", stored)
+    seen, coded = [], eight_bit.eight_bit_weight
+
+    def note(weight: Tensor, *rest: Any) -> Any:
+        seen.append(weight.dtype)
+        return coded(weight, *rest)
+
+    monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: Arithmetic(torch.float32, torch.float32, False, True))
+    monkeypatch.setattr(eight_bit, "eight_bit_weight", note)
+    make("gptq-4bit-g64-plain", model, tmp_path / "out", "method.propagate=unquantized")
+    assert seen == [stored] * 13, "not widened for it: all but the last down_proj, which need not run"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import chain, product
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Accumulator, GramAccumulator, InputStatistics, Look, SquaresAccumulator
+from quantkit.memory import FreedMemory
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, linear_shape
 from quantkit.model.eight_bit import EightBitLinear, use_eight_bits
 from quantkit.model.gates import use_compiled_gates
@@ -74,10 +76,14 @@ class _EnoughError(Exception):
 
 
 class BlockRunner:
-    """Runs the blocks of one model on hidden states, block by block, in the given arithmetic."""
+    """Runs the blocks of one model on hidden states, block by block, in the given arithmetic.
 
-    def __init__(self, source: Source, device: torch.device, arithmetic: Arithmetic):
+    freed: by which memory that batches and rounding leave goes back before much is asked for.
+    """
+
+    def __init__(self, source: Source, device: torch.device, arithmetic: Arithmetic, freed: FreedMemory | None = None):
         self.source, self.device, self.arithmetic = source, device, arithmetic
+        self.freed = FreedMemory(sparing=True) if freed is None else freed
         self.dtype = arithmetic.states
         self.architecture = architecture_of(source.config)
         self.model = without_weights(source, self.dtype)
@@ -201,6 +207,8 @@ class BlockRunner:
 
         advance: also write the block's outputs over `hidden`; else the run ends where the last input has been seen.
         """
+        grams = sum(4 * self._columns(group) ** 2 for group in block.groups)
+        self.freed.give_back(2 * grams)  # and what lies between linears
         seen = [{look: self._accumulator(group, look, hidden) for look in looks} for group in block.groups]
         last = len(block.groups) - 1
 
@@ -221,6 +229,7 @@ class BlockRunner:
                     hidden[rows] = self._call(module, block, hidden[rows])
                 except _EnoughError:
                     continue
+        self.freed.give_back(grams)
         found: dict[Look, dict[str, InputStatistics]] = {look: {} for look in looks}
         for group, accumulators in zip(block.groups, seen, strict=True):
             for look, accumulator in accumulators.items():
@@ -250,12 +259,11 @@ class BlockRunner:
         ways = [(module, hidden)] if beside is None else [(module, hidden), beside]
         if not keep:
             for group in block.groups:
-                accumulator = self._accumulator(group, look, hidden)
                 with ExitStack() as running:
                     ends = [closing(self._from_start(one, block, group, states)) for one, states in ways]
                     sides = [running.enter_context(end) for end in ends]
                     inputs = ([next(side) for side in sides] for _ in self._batches(hidden))  # zip holds the last ones
-                    self._round_group(module, block, group, rounder, accumulator, inputs)
+                    self._round_group(module, block, group, rounder, self._accumulator(group, look, hidden), inputs)
             for one, states in ways if advance else []:
                 for rows in self._batches(states):
                     states[rows] = self._call(one, block, states[rows])
@@ -277,8 +285,7 @@ class BlockRunner:
             try:
                 for group in block.groups:
                     inputs_now = ([task.switch() for task in tasks] for tasks in waiting)
-                    accumulator = self._accumulator(group, look, hidden)
-                    self._round_group(module, block, group, rounder, accumulator, inputs_now)
+                    self._round_group(module, block, group, rounder, self._accumulator(group, look, hidden), inputs_now)
                 if advance:
                     for rows, tasks in zip(batches, waiting, strict=True):
                         for (_, states), task in zip(ways, tasks, strict=True):
@@ -311,7 +318,11 @@ class BlockRunner:
     ) -> None:
         """inputs: batches of those behind what was rounded and, where it runs along, of the unquantized block's."""
         correction = self._add_inputs(accumulator, inputs, rounder.input_scale(group))
-        self.assign(module, block, rounder.round(group, accumulator.result(), correction))
+        weights = 4 * sum(prod(linear_shape(self.source, linear)) for linear in group.linears)
+        self.freed.give_back(2 * (4 * self._columns(group) ** 2 + weights))  # in float32, and as much to round by
+        rounded = rounder.round(group, accumulator.result(), correction)
+        del accumulator, correction  # a Gram matrix is not held while weights are coded in 8 bits
+        self.assign(module, block, rounded)
 
     def _add_inputs(
         self, accumulator: Accumulator, inputs: Iterable[Sequence[Arrived]], scale: Tensor | None
@@ -362,8 +373,11 @@ class BlockRunner:
                     self._call(module, block, hidden[rows])
                 yield seen.pop()
 
+    def _columns(self, group: LinearGroup) -> int:
+        return linear_shape(self.source, group.linears[0])[1]
+
     def _accumulator(self, group: LinearGroup, look: Look, hidden: HiddenStates) -> Accumulator:
-        columns = linear_shape(self.source, group.linears[0])[1]
+        columns = self._columns(group)
         if look is Look.SQUARES:
             return SquaresAccumulator(columns, self.device)
         every = tokens_apart(look, hidden.shape[0] * hidden.shape[1])
