@@ -1,11 +1,11 @@
-"""Telling that loops are being compiled: the first run on a machine stands still for it, a minute on a slow one."""
+"""Telling that loops are being compiled: a first run on a machine stands still for it, a minute on a slow one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-SAID = "compiling loops for this processor, the first time only: a few seconds to a minute"
+SAID = "compiling loops for this processor, which are kept for later runs: a few seconds to a minute"
 
 
 @contextmanager
@@ -19,7 +19,8 @@ def compiling_told(say: Callable[[str], None]) -> Iterator[None]:
         def on_start(self, event: object) -> None:
             if not self.told:
                 self.told = True
-                say(SAID)
+                with suppress(OSError):  # a closed stderr is no reason for a loop to fail
+                    say(SAID)
 
         def on_end(self, event: object) -> None:
             """Nothing to say."""

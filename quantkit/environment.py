@@ -72,11 +72,11 @@ def peak_rss_bytes() -> int:
     started this one.
     """
     try:
-        lines = Path(STATUS).read_text().splitlines()
+        lines = Path(STATUS).read_bytes().splitlines()  # a process may have a name that is no text
     except OSError:
         lines = []
     for line in lines:
-        if line.startswith("VmHWM:"):
+        if line.startswith(b"VmHWM:"):
             return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

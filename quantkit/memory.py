@@ -1,9 +1,11 @@
-"""How much memory a run may take: the user's limit, or a share of what the machine has free."""
+"""How much memory a run may take: the user's limit, or a share of what the machine has free; and what becomes of the
+memory that was freed."""
 
 from __future__ import annotations
 
 import ctypes
 import re
+import resource
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -53,8 +55,8 @@ def keep_freed_memory() -> None:
         return
 
 
-PAGE, PAGE_S = 4096, 1e-6
-"""Bytes of a page, and the seconds that one takes when it is asked for again: half a microsecond to two."""
+PAGE_S = 1e-6
+"""Seconds that a page takes when it is asked for again: half a microsecond to two."""
 
 
 def trim() -> float:
@@ -66,7 +68,7 @@ def trim() -> float:
     except (OSError, AttributeError):
         return 0.0
     took = time.perf_counter() - started
-    return took + max(0, before - rss_bytes()) // PAGE * PAGE_S
+    return took + max(0, before - rss_bytes()) // resource.getpagesize() * PAGE_S
 
 
 class FreedMemory:

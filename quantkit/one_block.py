@@ -119,8 +119,8 @@ def quantize_staged(
         beside = (runner.twin(block, tensors), state.beside)
     results, works = _begin(state, run, module, block, tensors)
     needed = runner.kept_bytes(block, hidden) * (1 if beside is None else 2)
+    runner.expect(needed)
     keep = needed < run.memory.room_bytes(runner.device)
-    runner.freed.give_back(needed if keep else 0)
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
     rounder = _Rounder(block, works)
     runner.staged(module, block, hidden, rounder, keep=keep, advance=not last, beside=beside, look=look)

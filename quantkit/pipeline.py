@@ -67,7 +67,7 @@ def quantize(
             methods = {plan.name: plan.method for plan in job.plans if plan.method is not None}
             states.append(JobState(job, writer, folder, dtype, methods, layout))
         in_parts = _in_parts(states, source)
-        if any(method.calibrated or method.compiled for state in states for method in state.methods.values()):
+        if any(method.compiled for state in states for method in state.methods.values()):
             stack.enter_context(compiling_told(progress.say))
         if memory.limit_bytes is not None:
             map_large_memory()
@@ -134,14 +134,16 @@ def _run(
             for block in blocks[checkpoints.done :]:
                 stream(states, source, block.tensors, block, torch.device("cpu"), measuring)
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                freed.give_back()
+                if in_parts:
+                    freed.give_back()
                 tracker.advance(note=block.prefix.rstrip("."))
         else:
             for block, tensors in _read(source, blocks[checkpoints.done :], ahead=device.type == "cuda"):
+                size = sum(tensor.nbytes for tensor in tensors.values())
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
                 del tensors
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                freed.give_back()
+                freed.give_back(size)
                 tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
             alone = Block(-1, "", (head,), (LinearGroup((head,)),), (f"{head}.weight",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fakes.runs import quietly
-from quantkit import pipeline
+from quantkit import memory, pipeline
 from quantkit.device import Arithmetic
 from quantkit.manifest import Manifest
 from quantkit.methods.calibrated import CalibratedBlock
@@ -99,11 +100,10 @@ def test_a_block_of_which_nothing_is_quantized_is_passed(name: str, tiny_llama: 
     assert len([name for name, applied in done.items() if applied != "unquantized" and "layers.1." in name]) == 7
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_weights_are_coded_in_eight_bits_as_they_are_stored(
-    stored: torch.dtype, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = stored_as(tiny_llama, tmp_path / "model", stored)
+    model = stored_as(tiny_llama, tmp_path / "model", torch.bfloat16)
     seen, coded = [], eight_bit.eight_bit_weight
 
     def note(weight: Tensor, *rest: Any) -> Any:
@@ -113,4 +113,44 @@ def test_weights_are_coded_in_eight_bits_as_they_are_stored(
     monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: Arithmetic(torch.float32, torch.float32, False, True))
     monkeypatch.setattr(eight_bit, "eight_bit_weight", note)
     make("gptq-4bit-g64-plain", model, tmp_path / "out", "method.propagate=unquantized")
-    assert seen == [stored] * 13, "not widened for it: all but the last down_proj, which need not run"
+    assert seen == [torch.bfloat16] * 13, "not widened for it: all but the last down_proj, which need not run"
+
+
+def test_no_gram_matrix_is_held_while_rounded_weights_are_assigned(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded, assign, behind = [], BlockRunner.assign, 0
+    round_group = CalibratedBlock.round
+
+    def note_round(self: CalibratedBlock, group: LinearGroup, gram: Tensor, *rest: Any) -> Any:
+        rounded.append(StorageWeakRef(gram.untyped_storage()))
+        return round_group(self, group, gram, *rest)
+
+    def note_assign(self: BlockRunner, *args: Any) -> None:
+        nonlocal behind
+        if rounded:
+            assert rounded.pop().expired()
+            behind += 1
+        assign(self, *args)
+
+    monkeypatch.setattr(CalibratedBlock, "round", note_round)
+    monkeypatch.setattr(BlockRunner, "assign", note_assign)
+    make("gptq-4bit-g64", tiny_llama, tmp_path / "out")
+    assert behind == 8, "two blocks of four groups"
+
+
+def test_freed_memory_goes_back_before_each_rounding_under_a_limit(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    round_group = CalibratedBlock.round
+
+    def note_round(self: CalibratedBlock, *args: Any) -> Any:
+        done.append("round")
+        return round_group(self, *args)
+
+    monkeypatch.setattr(memory, "trim", lambda: done.append("trim") or 0.0)
+    monkeypatch.setattr(CalibratedBlock, "round", note_round)
+    small = ["calibration.sequences=6", "calibration.length=64", "method.propagate=quantized"]
+    quietly("gptq-4bit-g64-plain", tiny_llama, tmp_path / "out", small, max_memory="3GB")
+    assert [before for before, now in pairwise(done) if now == "round"] == ["trim"] * 8

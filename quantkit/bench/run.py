@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from quantkit.engines import Session
 from quantkit.engines.base import dtype_name, quality_dtype
 from quantkit.environment import rss_bytes
 from quantkit.manifest import WEIGHT_FILES
+from quantkit.memory import trim
 from quantkit.model.reader import open_source
 
 if TYPE_CHECKING:
@@ -137,6 +136,5 @@ def read_ahead(paths: Sequence[Path]) -> None:
 def settled_rss() -> int:
     """Resident bytes after what was freed has gone back to the system."""
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
     return rss_bytes()

@@ -85,12 +85,14 @@ class Method(Frozen):
     head: ClassVar[bool] = True
     """Whether the output projection, whose inputs nobody looks at, can be quantized too."""
 
-    compiled: ClassVar[bool] = False
-    """Whether a method that is not calibrated takes compiled loops, whose libraries count in what a run holds."""
-
     formats: ClassVar[tuple[str, ...]] = ("autogptq", "autoawq", "compressed-tensors")
     """Names of the formats that can hold what the method makes, the default first; group-wise affine codes fit all
     three."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled loops are taken, whose libraries count in what a run holds."""
+        return self.calibrated
 
     @property
     def calibrated(self) -> bool:

@@ -104,6 +104,10 @@ class GGML(Method):
         return value
 
     @property
+    def compiled(self) -> bool:
+        return self.type not in ("f16", "bf16")
+
+    @property
     def calibrated(self) -> bool:
         return self.importance is True or self.compensates
 

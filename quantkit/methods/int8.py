@@ -6,7 +6,7 @@ Source: Dettmers et al. 2022, section 2; bitsandbytes' Int8Params.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -28,10 +28,12 @@ def quantize_rows(weight: Tensor) -> Int8Rows:
 class INT8(Method):
     """Every row in int8 with one float32 scale; any shape fits."""
 
-    compiled: ClassVar[bool] = True
-
     name: Literal["int8"] = "int8"
     threshold: float = Field(6.0, ge=0, description="activations above this magnitude go through in half precision")
+
+    @property
+    def compiled(self) -> bool:
+        return True
 
     def label(self) -> str:
         return "int8"

@@ -193,6 +193,11 @@ class BlockRunner:
             bias = owner.bias
             owner.to_empty(device="meta", recurse=False).bias = bias
 
+    def expect(self, size: int) -> None:
+        """Have freed memory go back, if it is time to, before so many bytes are asked for where the blocks run."""
+        if self.device.type == "cpu":
+            self.freed.give_back(size)
+
     def statistics(
         self,
         module: nn.Module,
@@ -207,8 +212,8 @@ class BlockRunner:
 
         advance: also write the block's outputs over `hidden`; else the run ends where the last input has been seen.
         """
-        grams = sum(4 * self._columns(group) ** 2 for group in block.groups)
-        self.freed.give_back(2 * grams)  # and what lies between linears
+        grams = 0 if set(looks) == {Look.SQUARES} else sum(4 * self._columns(group) ** 2 for group in block.groups)
+        self.expect(2 * grams)  # and what lies between linears
         seen = [{look: self._accumulator(group, look, hidden) for look in looks} for group in block.groups]
         last = len(block.groups) - 1
 
@@ -229,7 +234,7 @@ class BlockRunner:
                     hidden[rows] = self._call(module, block, hidden[rows])
                 except _EnoughError:
                     continue
-        self.freed.give_back(grams)
+        self.expect(grams)
         found: dict[Look, dict[str, InputStatistics]] = {look: {} for look in looks}
         for group, accumulators in zip(block.groups, seen, strict=True):
             for look, accumulator in accumulators.items():
@@ -319,7 +324,7 @@ class BlockRunner:
         """inputs: batches of those behind what was rounded and, where it runs along, of the unquantized block's."""
         correction = self._add_inputs(accumulator, inputs, rounder.input_scale(group))
         weights = 4 * sum(prod(linear_shape(self.source, linear)) for linear in group.linears)
-        self.freed.give_back(2 * (4 * self._columns(group) ** 2 + weights))  # in float32, and as much to round by
+        self.expect(2 * (4 * self._columns(group) ** 2 + weights))  # in float32, and as much to round by
         rounded = rounder.round(group, accumulator.result(), correction)
         del accumulator, correction  # a Gram matrix is not held while weights are coded in 8 bits
         self.assign(module, block, rounded)
