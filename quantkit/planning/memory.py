@@ -28,12 +28,10 @@ LARGEST_LINEAR_BYTES = {"plain": 9.0, "compiled": 10.0, "gguf": 3.2}
 """Bytes for each weight of the largest linear, as an uncalibrated run holds it: whole, or in parts where the file takes
 them."""
 
-RETAINED = 1.25
-"""What the C library keeps of freed memory: bytes resident for each that the terms count. Under a limit it keeps next
-to nothing."""
-
-LEFT = 0.25
-"""How much of what was held while scales were looked for is resident while the block is rounded, without a limit."""
+RETAINED, RETAINED_BYTES = 0.25, 100_000_000
+"""What the C library keeps of freed memory: a part of what is held while a block is rounded and of what was held while
+scales were looked for, but so many bytes at most, since more goes back before a new peak (quantkit/memory.py). Under a
+limit it keeps next to nothing."""
 
 GRAM_BYTES = 6.5
 """Of a Gram matrix that is solved, for each element: itself in float32, with its factor in one half of it, and products
@@ -73,17 +71,16 @@ def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: boo
         return MemoryForecast(host, {}, 0)
     states = work.tokens * work.hidden * work.state_bytes
     spilled = states > room_bytes // 4
-    retained = 1.0 if limited else RETAINED
-    parts = {name: int(retained * size) for name, size in _block_parts(work, device, room_bytes, limited).items()}
-    if work.propagates:
-        looking = _looking_parts(work)
-        if not limited:
-            parts["left of looking for scales"] = int(LEFT * sum(looking.values()))
-        elif sum(looking.values()) > sum(parts.values()):
-            parts = looking
+    parts = _block_parts(work, device, room_bytes, limited)
+    looking = _looking_parts(work) if work.propagates else {}
+    if limited and sum(looking.values()) > sum(parts.values()):
+        parts = looking
+    elif not limited:
+        kept = RETAINED * (sum(parts.values()) + sum(looking.values()))
+        parts["freed, not given back"] = min(RETAINED_BYTES, int(kept))
     on_device: dict[str, int] = {}
     if device.type == "cuda":
-        on_device, parts = parts, {"block, read ahead": int(retained * 2 * work.block_bytes)}
+        on_device, parts = parts, {"block, read ahead": 2 * work.block_bytes}
     host |= parts
     if not spilled:
         host["hidden states"] = work.ways * states
