@@ -31,7 +31,7 @@ them."""
 RETAINED, RETAINED_BYTES = 0.25, 100_000_000
 """What the C library keeps of freed memory: a part of what is held while a block is rounded and of what was held while
 scales were looked for, but so many bytes at most, since more goes back before a new peak (quantkit/memory.py). Under a
-limit it keeps next to nothing."""
+limit it keeps next to nothing. The part stands for what torch keeps on a GPU as well, which was not measured."""
 
 GRAM_BYTES = 6.5
 """Of a Gram matrix that is solved, for each element: itself in float32, with its factor in one half of it, and products
@@ -76,11 +76,12 @@ def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: boo
     if limited and sum(looking.values()) > sum(parts.values()):
         parts = looking
     elif not limited:
-        kept = RETAINED * (sum(parts.values()) + sum(looking.values()))
-        parts["freed, not given back"] = min(RETAINED_BYTES, int(kept))
+        kept = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
+        parts["freed, not given back"] = min(RETAINED_BYTES, kept) if device.type == "cpu" else kept
     on_device: dict[str, int] = {}
     if device.type == "cuda":
-        on_device, parts = parts, {"block, read ahead": 2 * work.block_bytes}
+        ahead = 2 * work.block_bytes
+        on_device, parts = parts, {"block, read ahead": ahead if limited else int((1 + RETAINED) * ahead)}
     host |= parts
     if not spilled:
         host["hidden states"] = work.ways * states
