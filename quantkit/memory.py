@@ -85,7 +85,7 @@ class FreedMemory:
         self._sparing = sparing
         self._not_before = 0.0
 
-    def give_back(self, coming: int = 0) -> None:
+    def give_back(self, coming: int) -> None:
         """Give it back, if it is time to. coming: bytes that will be asked for next."""
         if self._sparing and (time.perf_counter() < self._not_before or rss_bytes() + coming <= peak_rss_bytes()):
             return

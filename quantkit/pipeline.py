@@ -26,7 +26,7 @@ from quantkit.device import Arithmetic, arithmetic
 from quantkit.environment import environment, peak_rss_bytes
 from quantkit.manifest import Manifest, file_record, weight_bytes, write_manifest
 from quantkit.maths.gram import InputStatistics, Look
-from quantkit.memory import NO_LIMIT, FreedMemory, MemoryLimit, keep_freed_memory, map_large_memory
+from quantkit.memory import NO_LIMIT, FreedMemory, MemoryLimit, keep_freed_memory, map_large_memory, trim
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
@@ -112,11 +112,10 @@ def _run(
     outside = [name for name in source.names() if name not in in_blocks]
     head = architecture_of(source.config).head
     calibrated = [state for state in states if state.calibrated]
-    freed = FreedMemory(sparing=memory.limit_bytes is None and not in_parts)
     run = None
     if calibrated:
         assert calibration is not None, "the caller builds the calibration set that its recipes ask for"
-        run = _start(source, calibration, device, how, memory, freed, states[0].folder)
+        run = _start(source, calibration, device, how, memory, states[0].folder)
     checkpoints.restore(states, run)
     if checkpoints.done:
         progress.say(f"going on behind block {checkpoints.done} of {len(blocks)}")
@@ -135,7 +134,7 @@ def _run(
                 stream(states, source, block.tensors, block, torch.device("cpu"), measuring)
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
                 if in_parts:
-                    freed.give_back()
+                    trim()
                 tracker.advance(note=block.prefix.rstrip("."))
         else:
             for block, tensors in _read(source, blocks[checkpoints.done :], ahead=device.type == "cuda"):
@@ -143,7 +142,7 @@ def _run(
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
                 del tensors
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                freed.give_back(size)
+                run.runner.freed.give_back(size)
                 tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
             alone = Block(-1, "", (head,), (LinearGroup((head,)),), (f"{head}.weight",))
@@ -166,11 +165,10 @@ def _start(
     device: torch.device,
     how: Arithmetic,
     memory: MemoryLimit,
-    freed: FreedMemory,
     scratch: Path,
 ) -> ModelRun:
     """Embed the calibration set; hidden states that would take over a quarter of the room go to a scratch file."""
-    runner = BlockRunner(source, device, how, freed)
+    runner = BlockRunner(source, device, how, FreedMemory(sparing=memory.limit_bytes is None))
     width = source.shape(f"{architecture_of(source.config).embedding}.weight")[1]
     size = calibration.ids.numel() * width * runner.dtype.itemsize
     spill = scratch if size > memory.room_bytes(torch.device("cpu")) // 4 else None

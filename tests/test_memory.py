@@ -46,7 +46,7 @@ def test_freed_memory_goes_back_before_a_new_peak_and_as_often_as_its_cost_allow
     monkeypatch.setattr(memory, "peak_rss_bytes", lambda: 1000)
     monkeypatch.setattr(memory.time, "perf_counter", lambda: now)
     sparing, always = FreedMemory(sparing=True), FreedMemory(sparing=False)
-    sparing.give_back()
+    sparing.give_back(0)
     sparing.give_back(300)
     assert given_back == [], "no more than there was"
     for seconds in (100.0, 100.1, 107.4, 107.6, 115.0, 115.2):
@@ -54,8 +54,8 @@ def test_freed_memory_goes_back_before_a_new_peak_and_as_often_as_its_cost_allow
         sparing.give_back(301)
     assert given_back == [100.0, 107.6, 115.2], "0.15 s are a fiftieth of 7.5"
     given_back.clear()
-    always.give_back()
-    always.give_back()
+    always.give_back(0)
+    always.give_back(0)
     assert given_back == [115.2, 115.2]
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from quantkit.errors import ModelError
-from quantkit.maths.ggml import SEARCHED, WEIGHTED, block_layout, encode, type_size
+from quantkit.maths.ggml import FLOAT_TYPES, SEARCHED, WEIGHTED, block_layout, encode, type_size
 from quantkit.maths.gram import Importance, InputStatistics, Look
 from quantkit.methods.base import BlockResult, BlockWeights, Method, Scales, check_finite
 from quantkit.methods.ggml_mixes import MIXES, Facts, fitted, misfit_reason, type_of
@@ -105,7 +105,7 @@ class GGML(Method):
 
     @property
     def compiled(self) -> bool:
-        return self.type not in ("f16", "bf16")
+        return self.file_type not in FLOAT_TYPES
 
     @property
     def calibrated(self) -> bool:

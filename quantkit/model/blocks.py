@@ -164,6 +164,12 @@ def linear_shape(source: Source, linear: str) -> tuple[int, int]:
     return (columns, rows) if architecture.transposed and linear != architecture.head else (rows, columns)
 
 
+def group_shape(source: Source, group: LinearGroup) -> tuple[int, int]:
+    """(out_features, in_features) of the linears of one input, stacked by rows."""
+    shapes = [linear_shape(source, linear) for linear in group.linears]
+    return sum(rows for rows, _ in shapes), shapes[0][1]
+
+
 def blocks_of(source: Source) -> list[Block]:
     """The decoder blocks of a model in order. Raises ModelError when the checkpoint lacks a linear that it must
     have."""

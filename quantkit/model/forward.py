@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import chain, product
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ from quantkit.errors import ModelError
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Accumulator, GramAccumulator, InputStatistics, Look, SquaresAccumulator
 from quantkit.memory import FreedMemory
-from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, linear_shape
+from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, group_shape
 from quantkit.model.eight_bit import EightBitLinear, use_eight_bits
 from quantkit.model.gates import use_compiled_gates
 from quantkit.model.hidden import HiddenStates
@@ -212,7 +211,8 @@ class BlockRunner:
 
         advance: also write the block's outputs over `hidden`; else the run ends where the last input has been seen.
         """
-        grams = 0 if set(looks) == {Look.SQUARES} else sum(4 * self._columns(group) ** 2 for group in block.groups)
+        columns = [group_shape(self.source, group)[1] for group in block.groups]
+        grams = 0 if set(looks) == {Look.SQUARES} else sum(4 * count**2 for count in columns)
         self.expect(2 * grams)  # and what lies between linears
         seen = [{look: self._accumulator(group, look, hidden) for look in looks} for group in block.groups]
         last = len(block.groups) - 1
@@ -309,7 +309,7 @@ class BlockRunner:
     def kept_bytes(self, block: Block, hidden: HiddenStates) -> int:
         """What `staged` holds at most with keep: for each token its input, the states behind attention, the norm's
         output and the widest input of a linear."""
-        widest = max(linear_shape(self.source, linear)[1] for linear in block.linears)
+        widest = max(group_shape(self.source, group)[1] for group in block.groups)
         return hidden.nbytes // hidden.shape[2] * (3 * hidden.shape[2] + widest)
 
     def _round_group(
@@ -323,8 +323,8 @@ class BlockRunner:
     ) -> None:
         """inputs: batches of those behind what was rounded and, where it runs along, of the unquantized block's."""
         correction = self._add_inputs(accumulator, inputs, rounder.input_scale(group))
-        weights = 4 * sum(prod(linear_shape(self.source, linear)) for linear in group.linears)
-        self.expect(2 * (4 * self._columns(group) ** 2 + weights))  # in float32, and as much to round by
+        rows, columns = group_shape(self.source, group)
+        self.expect(2 * 4 * columns * (columns + rows))  # a Gram matrix and weights, and as much to round by
         rounded = rounder.round(group, accumulator.result(), correction)
         del accumulator, correction  # a Gram matrix is not held while weights are coded in 8 bits
         self.assign(module, block, rounded)
@@ -378,11 +378,8 @@ class BlockRunner:
                     self._call(module, block, hidden[rows])
                 yield seen.pop()
 
-    def _columns(self, group: LinearGroup) -> int:
-        return linear_shape(self.source, group.linears[0])[1]
-
     def _accumulator(self, group: LinearGroup, look: Look, hidden: HiddenStates) -> Accumulator:
-        columns = self._columns(group)
+        columns = group_shape(self.source, group)[1]
         if look is Look.SQUARES:
             return SquaresAccumulator(columns, self.device)
         every = tokens_apart(look, hidden.shape[0] * hidden.shape[1])

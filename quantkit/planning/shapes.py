@@ -12,7 +12,7 @@ from quantkit.device import arithmetic
 from quantkit.formats.base import LinearPlan, calibrates
 from quantkit.maths.gram import Look
 from quantkit.maths.int_products import code_bytes
-from quantkit.model.blocks import architecture_of, blocks_of, head_dim
+from quantkit.model.blocks import architecture_of, blocks_of, group_shape, head_dim
 from quantkit.model.forward import tokens_apart
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
@@ -91,12 +91,9 @@ class Work:
 def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device: torch.device) -> Work:
     """The numbers of a plan that fits its model."""
     blocks = blocks_of(source)
-    shapes = {plan.name: (plan.out_features, plan.in_features) for plan in plans}
     sizes = {name: prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names()}
     largest = max(blocks, key=lambda block: sum(sizes[name] for name in block.tensors))
-    groups = tuple(
-        Group(shapes[group.linears[0]][1], sum(shapes[name][0] for name in group.linears)) for group in largest.groups
-    )
+    stacked = [group_shape(source, group) for group in largest.groups]
     values = {plan.name: plan.out_features * plan.in_features for plan in plans if plan.method is not None}
     methods = [plan.method for plan in plans if plan.method is not None]
     gguf, head = recipe.resolved_format.name == "gguf", architecture_of(source.config).head
@@ -110,7 +107,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
     heads = int(source.config.get("num_attention_heads") or source.config.get("n_head") or 1)
     return Work(
         blocks=len(blocks),
-        groups=groups,
+        groups=tuple(Group(columns, rows) for rows, columns in stacked),
         block_bytes=sum(sizes[name] for name in largest.tensors),
         hidden=source.shape(embedding)[1],
         heads=heads,
