@@ -40,16 +40,22 @@ def map_large_memory() -> None:
         return
 
 
-def keep_freed_memory() -> None:
+WIDE_COLUMNS = 2048
+"""Hidden states of so many columns cost more to multiply than pages for them cost to come and go: a page takes the same
+time for each value, its products so much more as the states are wider."""
+
+
+def keep_freed_memory(columns: int = 0) -> None:
     """Have the C library keep what is freed for what is allocated next, where it is glibc.
 
     Otherwise blocks of several megabytes come from the system and go back to it each time, and a page that it gives
-    takes longer (0.5 to 2 microseconds for 4 KB) than most of what is done with it.
+    takes longer (0.5 to 2 microseconds for 4 KB) than most of what is done with it. columns: of the hidden states that
+    run; where they are wide that hardly counts, and what is kept in pieces is much, so they do go back.
     """
     keep, threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)
     try:
         library = ctypes.CDLL(None)
-        library.mallopt(threshold, 32 << 20)  # the most that it takes
+        library.mallopt(threshold, 2 << 20 if columns >= WIDE_COLUMNS else 32 << 20)  # the latter is the most it takes
         library.mallopt(keep, 1 << 30)
     except (OSError, AttributeError):
         return

@@ -22,6 +22,7 @@ from quantkit.methods.calibrated import CalibratedBlock
 from quantkit.model.blocks import Block, LinearGroup
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
+from quantkit.model.stages import Way, rounding_bytes, run_staged, waiting_bytes, waiting_share
 from quantkit.recipe import Recipe
 from quantkit.tensors import on_cpu
 
@@ -116,14 +117,15 @@ def quantize_staged(
     beside = None
     if state.corrects:
         state.beside = hidden.copy() if state.beside is None else state.beside  # they part behind the first block
-        beside = (runner.twin(block, tensors), state.beside)
+        beside = Way(runner.twin(block, tensors), state.beside)
     results, works = _begin(state, run, module, block, tensors)
-    needed = runner.kept_bytes(block, hidden) * (1 if beside is None else 2)
+    needed = waiting_bytes(runner, block, hidden) * (1 if beside is None else 2)
     runner.expect(needed)
-    keep = needed < run.memory.room_bytes(runner.device)
+    rounding = max(rounding_bytes(runner, group) for group in block.groups)
+    share = waiting_share(needed, rounding, run.memory.room_bytes(runner.device))
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
-    rounder = _Rounder(block, works)
-    runner.staged(module, block, hidden, rounder, keep=keep, advance=not last, beside=beside, look=look)
+    way, rounder = Way(module, hidden), _Rounder(block, works)
+    run_staged(runner, block, way, rounder, share=share, advance=not last, beside=beside, look=look)
     results += [work.result() for work in works]
     _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started

@@ -27,7 +27,7 @@ from quantkit.environment import environment, peak_rss_bytes
 from quantkit.manifest import Manifest, file_record, weight_bytes, write_manifest
 from quantkit.maths.gram import InputStatistics, Look
 from quantkit.memory import NO_LIMIT, FreedMemory, MemoryLimit, keep_freed_memory, map_large_memory, trim
-from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim
+from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim, state_columns
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
 from quantkit.model.source import Source
@@ -72,7 +72,7 @@ def quantize(
         if memory.limit_bytes is not None:
             map_large_memory()
         elif not in_parts:
-            keep_freed_memory()
+            keep_freed_memory(state_columns(source) if any(state.calibrated for state in states) else 0)
         shared_s = _run(states, source, calibration, device, how, memory, in_parts, progress, checkpoints)
         for state in states:
             started = time.perf_counter()
@@ -169,8 +169,7 @@ def _start(
 ) -> ModelRun:
     """Embed the calibration set; hidden states that would take over a quarter of the room go to a scratch file."""
     runner = BlockRunner(source, device, how, FreedMemory(sparing=memory.limit_bytes is None))
-    width = source.shape(f"{architecture_of(source.config).embedding}.weight")[1]
-    size = calibration.ids.numel() * width * runner.dtype.itemsize
+    size = calibration.ids.numel() * state_columns(source) * runner.dtype.itemsize
     spill = scratch if size > memory.room_bytes(torch.device("cpu")) // 4 else None
     return ModelRun(runner, memory, runner.embed(calibration.ids, spill))
 

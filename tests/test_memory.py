@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -68,3 +70,21 @@ def test_what_is_given_back_is_resident_no_more() -> None:
     cost = trim()
     assert rss_bytes() < before + 20e6
     assert cost > 60e6 / 4096 * memory.PAGE_S
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed so")
+@pytest.mark.parametrize(("columns", "stays"), [(memory.WIDE_COLUMNS - 1, True), (memory.WIDE_COLUMNS, False)])
+def test_large_blocks_go_back_at_once_where_states_are_wide(columns: int, stays: bool) -> None:
+    """In a process of its own: what the C library is told holds for all that comes behind."""
+    code = f"""
+import torch
+from quantkit.environment import rss_bytes
+from quantkit.memory import keep_freed_memory
+keep_freed_memory({columns})
+blocks = [torch.ones(2_000_000) for _ in range(10)]  # 8 MB each
+last, before = torch.ones(1000), rss_bytes()
+del blocks
+print(before - rss_bytes())
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (int(told.stdout) < 8e6) is stays

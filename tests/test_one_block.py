@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fakes.runs import quietly
-from quantkit import memory, pipeline
+from quantkit import memory, one_block, pipeline
 from quantkit.device import Arithmetic
 from quantkit.manifest import Manifest
 from quantkit.methods.calibrated import CalibratedBlock
@@ -22,6 +22,7 @@ from quantkit.model import eight_bit
 from quantkit.model.blocks import LinearGroup
 from quantkit.model.eight_bit import EightBitLinear
 from quantkit.model.forward import BlockRunner
+from quantkit.model.stages import Way
 
 
 def make(recipe: str, model: Path, out: Path, *settings: str) -> Manifest:
@@ -36,7 +37,7 @@ def test_stored_weights_are_let_go_as_they_are_rounded(
 ) -> None:
     model = stored_as(tiny_llama, tmp_path / "model", dtype)
     stored: dict[str, StorageWeakRef] = {}
-    read, round_group, staged = pipeline._read, CalibratedBlock.round, BlockRunner.staged
+    read, round_group, staged = pipeline._read, CalibratedBlock.round, one_block.run_staged
     asked: list[str] = []
 
     def note_read(*args: Any, **settings: Any) -> Any:
@@ -47,10 +48,10 @@ def test_stored_weights_are_let_go_as_they_are_rounded(
             del weights
             yield block, tensors
 
-    def note_staged(self: BlockRunner, module: Any, block: Any, *args: Any, **settings: Any) -> None:
-        linears = [module.get_submodule(linear.removeprefix(block.prefix)) for linear in block.linears]
+    def note_staged(runner: BlockRunner, block: Any, way: Way, *args: Any, **settings: Any) -> None:
+        linears = [way.module.get_submodule(linear.removeprefix(block.prefix)) for linear in block.linears]
         assert all(linear.weight.is_meta for linear in linears), "none is to run before it is rounded"
-        staged(self, module, block, *args, **settings)
+        staged(runner, block, way, *args, **settings)
 
     def note_round(self: CalibratedBlock, group: LinearGroup, *args: Any) -> Any:
         asked.extend(group.linears)
@@ -60,7 +61,7 @@ def test_stored_weights_are_let_go_as_they_are_rounded(
         return round_group(self, group, *args)
 
     monkeypatch.setattr(pipeline, "_read", note_read)
-    monkeypatch.setattr(BlockRunner, "staged", note_staged)
+    monkeypatch.setattr(one_block, "run_staged", note_staged)
     monkeypatch.setattr(CalibratedBlock, "round", note_round)
     make(name, model, tmp_path / "out")
     assert len(asked) == 14, "two blocks of seven"
@@ -77,17 +78,17 @@ def stored_as(model: Path, folder: Path, dtype: torch.dtype) -> Path:
 def test_linears_that_stay_are_coded_by_the_inputs_of_the_whole_run(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    staged, stay = BlockRunner.staged, []
+    staged, stay = one_block.run_staged, []
 
-    def note_staged(self: BlockRunner, module: Any, block: Any, *args: Any, **settings: Any) -> None:
-        linear = module.self_attn.k_proj
+    def note_staged(runner: BlockRunner, block: Any, way: Way, *args: Any, **settings: Any) -> None:
+        linear = way.module.self_attn.k_proj
         assert isinstance(linear, EightBitLinear) and not linear.weight.is_meta and linear._coded is not None
         assert linear._coded[0] is not linear.weight, "what was coded while scales were looked for is of no use now"
         stay.append(linear)
-        staged(self, module, block, *args, **settings)
+        staged(runner, block, way, *args, **settings)
 
     monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: Arithmetic(torch.float32, torch.bfloat16, False, True))
-    monkeypatch.setattr(BlockRunner, "staged", note_staged)
+    monkeypatch.setattr(one_block, "run_staged", note_staged)
     make("gptq-4bit-g64", tiny_llama, tmp_path / "out", "skip=[lm_head, k_proj]")
     assert len(stay) == 2
 

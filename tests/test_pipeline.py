@@ -23,11 +23,11 @@ from quantkit.jobs import quantize
 from quantkit.manifest import Manifest, read_manifest
 from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.maths.pairs import move_pairs
+from quantkit.memory import MemoryLimit
 from quantkit.methods.base import BlockWeights
-from quantkit.model import forward
+from quantkit.model import forward, stages
 from quantkit.model.blocks import LinearGroup, blocks_of, head_dim
 from quantkit.model.calibration import load_calibration
-from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.reader import open_source
 from quantkit.progress import Progress
@@ -182,19 +182,19 @@ def test_a_memory_limit_changes_no_byte(
 ) -> None:
     own = [f"method.correction={correction}", *(["method.propagate=quantized"] if correction else [])]
     make(name, tiny_llama, tmp_path / "free", *own)
-    spilled, kept = [], []
-    states, staged = HiddenStates.__init__, BlockRunner.staged
+    spilled, shares = [], []
+    states, staged = HiddenStates.__init__, one_block.run_staged
 
     def note_spill(self: Any, shape: Any, dtype: Any, spill: Path | None = None) -> None:
         spilled.append(spill is not None)
         states(self, shape, dtype, spill)
 
-    def note_keep(*args: Any, keep: bool, **settings: Any) -> None:
-        kept.append(keep)
-        staged(*args, keep=keep, **settings)
+    def note_share(*args: Any, share: float, **settings: Any) -> None:
+        shares.append(share)
+        staged(*args, share=share, **settings)
 
     monkeypatch.setattr(HiddenStates, "__init__", note_spill)
-    monkeypatch.setattr(BlockRunner, "staged", note_keep)
+    monkeypatch.setattr(one_block, "run_staged", note_share)
     settings = [*SMALL, *own]
     quantize(
         name,
@@ -206,11 +206,41 @@ def test_a_memory_limit_changes_no_byte(
         progress=Progress(quiet=True),
         max_memory="1MB",
     )
-    assert spilled and all(spilled) and not any(kept) and (kept or name != "gptq-4bit-g64")
-    for path in sorted((tmp_path / "free").iterdir()):
+    assert spilled and all(spilled) and not any(shares) and (shares or name != "gptq-4bit-g64")
+    same_but_for_the_manifest(tmp_path / "free", tmp_path / "tight")
+
+
+def same_but_for_the_manifest(one: Path, other: Path) -> None:
+    for path in sorted(one.iterdir()):
         if path.name != "quantkit.json":
-            assert path.read_bytes() == (tmp_path / "tight" / path.name).read_bytes(), path.name
-    assert {path.name for path in (tmp_path / "tight").iterdir()} == {p.name for p in (tmp_path / "free").iterdir()}
+            assert path.read_bytes() == (other / path.name).read_bytes(), path.name
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+
+
+@pytest.mark.parametrize("correction", [0.0, 0.5])
+def test_as_many_rows_wait_as_there_is_room_for(
+    correction: float, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 64)  # each of the six sequences is a batch
+    needed = (1 if correction == 0 else 2) * 6 * 64 * (3 * 64 + 128) * 4
+    rounding = 8 * 128 * (128 + 64)  # of down_proj, the most
+    begun: list[int] = []
+    begin = stages._Rows.begin
+
+    def note(self: Any, batch: slice) -> Any:
+        begun.append(batch.start)
+        return begin(self, batch)
+
+    monkeypatch.setattr(stages._Rows, "begin", note)
+    settings = [f"method.correction={correction}"]
+    for waiting, room in ((6, rounding + needed), (4, rounding + needed * 4 // 6 + 1), (0, rounding)):
+        monkeypatch.setattr(MemoryLimit, "room_bytes", lambda *_, room=room: room)
+        make("gptq-4bit-g64", tiny_llama, tmp_path / str(waiting), *settings)
+        first, second = [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5][waiting:]
+        # the first block starts the others for its four groups and for its outputs, the second has none to write
+        assert begun == first[:waiting] + 5 * second + first[:waiting] + 4 * second
+        begun.clear()
+        same_but_for_the_manifest(tmp_path / "6", tmp_path / str(waiting))
 
 
 UNQUANTIZED = "method.propagate=unquantized"

@@ -164,6 +164,11 @@ def linear_shape(source: Source, linear: str) -> tuple[int, int]:
     return (columns, rows) if architecture.transposed and linear != architecture.head else (rows, columns)
 
 
+def state_columns(source: Source) -> int:
+    """How many values a token has in the hidden states."""
+    return source.shape(f"{architecture_of(source.config).embedding}.weight")[1]
+
+
 def group_shape(source: Source, group: LinearGroup) -> tuple[int, int]:
     """(out_features, in_features) of the linears of one input, stacked by rows."""
     shapes = [linear_shape(source, linear) for linear in group.linears]

@@ -7,19 +7,17 @@ recorder tells what each block is called with (masks, rotary tables), so no arch
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
-from functools import partial
-from itertools import chain, product
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
-from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Accumulator, GramAccumulator, InputStatistics, Look, SquaresAccumulator
 from quantkit.memory import FreedMemory
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, group_shape
@@ -30,7 +28,7 @@ from quantkit.model.load import without_weights
 from quantkit.model.norms import use_compiled_norms
 from quantkit.model.rotary import use_compiled_rotation
 from quantkit.model.source import Source
-from quantkit.model.watching import Arrived, watched, watched_with_states
+from quantkit.model.watching import watched
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens that go through a block at once: enough rows for a matrix product to run at full rate, few enough that what
@@ -43,18 +41,6 @@ PART_TOKENS = 2048
 def tokens_apart(look: Look, tokens: int) -> int:
     """Of how many tokens one goes into a Gram matrix."""
     return 1 if look is Look.WHOLE else max(1, tokens // PART_TOKENS)
-
-
-class Rounder(Protocol):
-    """What `staged` gives each group of linears to, once what was seen of its input is known."""
-
-    def round(
-        self, group: LinearGroup, seen: InputStatistics, correction: CorrectionAccumulator | None
-    ) -> Mapping[str, Tensor]:
-        """The group's new weights by tensor name."""
-
-    def input_scale(self, group: LinearGroup) -> Tensor | None:
-        """float32 [in], what was divided out of the group's inputs; None when nothing was."""
 
 
 class _Recorder(nn.Module):
@@ -127,7 +113,7 @@ class BlockRunner:
             for position, recorder in enumerate(recorders):
                 self.layers[position] = recorder
             with torch.inference_mode():
-                for rows in self._batches(hidden):
+                for rows in self.batches(hidden):
                     output = self.trunk(input_ids=places[rows].to(self.device), use_cache=False)
                     hidden[rows] = output.last_hidden_state.to(self.dtype).cpu()
         finally:
@@ -214,7 +200,7 @@ class BlockRunner:
         columns = [group_shape(self.source, group)[1] for group in block.groups]
         grams = 0 if set(looks) == {Look.SQUARES} else sum(4 * count**2 for count in columns)
         self.expect(2 * grams)  # and what lies between linears
-        seen = [{look: self._accumulator(group, look, hidden) for look in looks} for group in block.groups]
+        seen = [{look: self.accumulator(group, look, hidden) for look in looks} for group in block.groups]
         last = len(block.groups) - 1
 
         def watch(position: int) -> Callable[[Tensor], None]:
@@ -229,9 +215,9 @@ class BlockRunner:
         with ExitStack() as hooks:
             for position, group in enumerate(block.groups):
                 hooks.enter_context(watched(module, block, group, watch(position)))
-            for rows in self._batches(hidden):
+            for rows in self.batches(hidden):
                 try:
-                    hidden[rows] = self._call(module, block, hidden[rows])
+                    hidden[rows] = self.call(module, block, hidden[rows])
                 except _EnoughError:
                     continue
         self.expect(grams)
@@ -241,156 +227,25 @@ class BlockRunner:
                 found[look].update(dict.fromkeys(group.linears, accumulator.result()))
         return found
 
-    def staged(
-        self,
-        module: nn.Module,
-        block: Block,
-        hidden: HiddenStates,
-        rounder: Rounder,
-        *,
-        keep: bool,
-        advance: bool,
-        beside: tuple[nn.Module, HiddenStates] | None = None,
-        look: Look = Look.WHOLE,
-    ) -> None:
-        """Run a block so that each group of linears is rounded by inputs that have passed all rounded before it.
-
-        For each group in turn: statistics of its inputs over all rows, then `rounder`, whose weights take their place.
-        keep: hold every row where it waits, so that each linear runs once; else start again for every group, which
-        gives the same numbers in less memory and about three times the work. advance: write the outputs over `hidden`.
-        beside: the unquantized block and its own hidden states, which run along where `rounder` wants to know how far
-        the inputs have moved from theirs. look: what the statistics are to hold.
-        """
-        ways = [(module, hidden)] if beside is None else [(module, hidden), beside]
-        if not keep:
-            for group in block.groups:
-                with ExitStack() as running:
-                    ends = [closing(self._from_start(one, block, group, states)) for one, states in ways]
-                    sides = [running.enter_context(end) for end in ends]
-                    inputs = ([next(side) for side in sides] for _ in self._batches(hidden))  # zip holds the last ones
-                    self._round_group(module, block, group, rounder, self._accumulator(group, look, hidden), inputs)
-            for one, states in ways if advance else []:
-                for rows in self._batches(states):
-                    states[rows] = self._call(one, block, states[rows])
-            return
-
-        from greenlet import getcurrent, greenlet
-
-        def wait(arrived: Arrived) -> None:
-            getcurrent().parent.switch(arrived)  # type: ignore[union-attr]
-
-        # one mode around all rows: each restores at its end what it found at its start, and they overlap
-        with torch.inference_mode(), ExitStack() as hooks:
-            for (one, _), group in product(ways, block.groups):
-                hooks.enter_context(watched_with_states(one, block, group, wait))
-            batches = list(self._batches(hidden))
-            waiting = [
-                [greenlet(partial(self._call, one, block, states[rows])) for one, states in ways] for rows in batches
-            ]
-            try:
-                for group in block.groups:
-                    inputs_now = ([task.switch() for task in tasks] for tasks in waiting)
-                    self._round_group(module, block, group, rounder, self._accumulator(group, look, hidden), inputs_now)
-                if advance:
-                    for rows, tasks in zip(batches, waiting, strict=True):
-                        for (_, states), task in zip(ways, tasks, strict=True):
-                            states[rows] = task.switch()
-            finally:
-                for task in chain.from_iterable(waiting):
-                    if task:  # still waits
-                        task.throw()
-
     def twin(self, block: Block, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A module of a block beside the one in the model, with weights of its own: `tensors` by full name."""
         module = copy.deepcopy(self.layers[block.index]).to_empty(device="meta")
         self.assign(module, block, tensors)
         return module
 
-    def kept_bytes(self, block: Block, hidden: HiddenStates) -> int:
-        """What `staged` holds at most with keep: for each token its input, the states behind attention, the norm's
-        output and the widest input of a linear."""
-        widest = max(group_shape(self.source, group)[1] for group in block.groups)
-        return hidden.nbytes // hidden.shape[2] * (3 * hidden.shape[2] + widest)
-
-    def _round_group(
-        self,
-        module: nn.Module,
-        block: Block,
-        group: LinearGroup,
-        rounder: Rounder,
-        accumulator: Accumulator,
-        inputs: Iterable[Sequence[Arrived]],
-    ) -> None:
-        """inputs: batches of those behind what was rounded and, where it runs along, of the unquantized block's."""
-        correction = self._add_inputs(accumulator, inputs, rounder.input_scale(group))
-        rows, columns = group_shape(self.source, group)
-        self.expect(2 * 4 * columns * (columns + rows))  # a Gram matrix and weights, and as much to round by
-        rounded = rounder.round(group, accumulator.result(), correction)
-        del accumulator, correction  # a Gram matrix is not held while weights are coded in 8 bits
-        self.assign(module, block, rounded)
-
-    def _add_inputs(
-        self, accumulator: Accumulator, inputs: Iterable[Sequence[Arrived]], scale: Tensor | None
-    ) -> CorrectionAccumulator | None:
-        """Give batches of inputs to an accumulator and, where the unquantized block runs along, to one of a correction.
-
-        scale: float32 [in], what was divided out of the inputs.
-        """
-        correction = None
-        for arrived in inputs:
-            correction = self._add_batch(accumulator, correction, scale, *arrived)
-            del arrived  # not held while the next batch is on its way
-        return correction
-
-    def _add_batch(
-        self,
-        accumulator: Accumulator,
-        correction: CorrectionAccumulator | None,
-        scale: Tensor | None,
-        here: Arrived,
-        *beside: Arrived,
-    ) -> CorrectionAccumulator | None:
-        rows = here.inputs
-        accumulator.add(rows)
-        for there in beside:
-            if correction is None:
-                how = self.arithmetic
-                correction = CorrectionAccumulator(
-                    rows.shape[-1], self.device, how.linears, scale, eight_bit=how.eight_bit_gram
-                )
-            apart = None if there.states is None or here.states is None else there.states - here.states
-            correction.add(there.inputs, rows, apart)
-        return correction
-
-    def _from_start(
-        self, module: nn.Module, block: Block, group: LinearGroup, hidden: HiddenStates
-    ) -> Generator[Arrived, None, None]:
-        """What comes to a group, a batch at a time; the block runs no further."""
-        seen: list[Arrived] = []
-
-        def stop(arrived: Arrived) -> None:
-            seen.append(arrived)
-            raise _EnoughError
-
-        with watched_with_states(module, block, group, stop):
-            for rows in self._batches(hidden):
-                with suppress(_EnoughError):
-                    self._call(module, block, hidden[rows])
-                yield seen.pop()
-
-    def _accumulator(self, group: LinearGroup, look: Look, hidden: HiddenStates) -> Accumulator:
+    def accumulator(self, group: LinearGroup, look: Look, hidden: HiddenStates) -> Accumulator:
         columns = group_shape(self.source, group)[1]
         if look is Look.SQUARES:
             return SquaresAccumulator(columns, self.device)
         every = tokens_apart(look, hidden.shape[0] * hidden.shape[1])
         return GramAccumulator(columns, self.device, eight_bit=self.arithmetic.eight_bit_gram, every=every)
 
-    def _batches(self, hidden: HiddenStates) -> Iterator[slice]:
+    def batches(self, hidden: HiddenStates) -> Iterator[slice]:
         size = max(1, BATCH_TOKENS[self.device.type] // hidden.shape[1])
         for start in range(0, hidden.shape[0], size):
             yield slice(start, start + size)
 
-    def _call(self, module: nn.Module, block: Block, rows: Tensor) -> Tensor:
+    def call(self, module: nn.Module, block: Block, rows: Tensor) -> Tensor:
         """A block's outputs on the CPU for a batch of its inputs."""
         args, kwargs = self._arguments[block.index]
         with torch.inference_mode(), self._mixed():

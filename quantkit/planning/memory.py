@@ -12,7 +12,9 @@ import torch
 
 from quantkit.maths.attention import CHUNK
 from quantkit.maths.products import BAND_VALUES
+from quantkit.memory import WIDE_COLUMNS
 from quantkit.model.forward import BATCH_TOKENS
+from quantkit.model.stages import waiting_share
 from quantkit.planning.shapes import Group, Work
 
 LIBRARIES_BYTES = {"plain": 290_000_000, "compiled": 395_000_000, "gguf": 438_000_000, "calibrated": 520_000_000}
@@ -31,7 +33,8 @@ them."""
 RETAINED, RETAINED_BYTES = 0.25, 100_000_000
 """What the C library keeps of freed memory: a part of what is held while a block is rounded and of what was held while
 scales were looked for, but so many bytes at most, since more goes back before a new peak (quantkit/memory.py). Under a
-limit it keeps next to nothing. The part stands for what torch keeps on a GPU as well, which was not measured."""
+limit, and where states are wide, it keeps next to nothing. The part stands for what torch keeps on a GPU as well, which
+was not measured."""
 
 GRAM_BYTES = 6.5
 """Of a Gram matrix that is solved, for each element: itself in float32, with its factor in one half of it, and products
@@ -44,11 +47,13 @@ ERROR = 0.15
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Bytes at the peak. host, device: the parts of each by name. scratch_bytes: of files that vanish with the run."""
+    """Bytes at the peak. host, device: the parts of each by name. scratch_bytes: of files that vanish with the run.
+    waiting: of the rows that wait inside a block, the part that there is room for; the others run again."""
 
     host: dict[str, int]
     device: dict[str, int]
     scratch_bytes: int
+    waiting: float = 1.0
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -60,9 +65,9 @@ class MemoryForecast:
 
 
 def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: bool = False) -> MemoryForecast:
-    """The peak of a run. room_bytes: what the run may take on the host as things stand; hidden states over a quarter of
-    it go to a scratch file, and waiting rows over what is left are run again instead. limited: whether the user said
-    how much it is."""
+    """The peak of a run. room_bytes: what the run may take on the host as things stand, or where that is `limited` by
+    the user, all that it may hold. Hidden states over a quarter of what is left beside the libraries go to a scratch
+    file, and waiting rows over what is left are run again instead."""
     host = {"libraries": LIBRARIES_BYTES[work.kind]}
     if device.type == "cuda":
         host["CUDA"] = CUDA_BYTES
@@ -70,12 +75,19 @@ def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: boo
         host["largest linear and its codes"] = int(LARGEST_LINEAR_BYTES[work.kind] * work.largest_linear_values)
         return MemoryForecast(host, {}, 0)
     states = work.tokens * work.hidden * work.state_bytes
-    spilled = states > room_bytes // 4
-    parts = _block_parts(work, device, room_bytes, limited)
+    room = max(0, room_bytes - host["libraries"]) if limited else room_bytes
+    spilled = states > room // 4
+    if limited:
+        room -= work.block_bytes + (0 if spilled else work.ways * states)
+    returned = limited or (device.type == "cpu" and work.hidden >= WIDE_COLUMNS)
+    parts = _block_parts(work, device, returned)
+    waiting = _waiting(work, room)
+    if work.propagates and waiting:
+        parts["rows that wait inside a block"] = int(waiting * _rows_bytes(work))
     looking = _looking_parts(work) if work.propagates else {}
-    if limited and sum(looking.values()) > sum(parts.values()):
+    if returned and sum(looking.values()) > sum(parts.values()):
         parts = looking
-    elif not limited:
+    elif not returned:
         kept = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
         parts["freed, not given back"] = min(RETAINED_BYTES, kept) if device.type == "cpu" else kept
     on_device: dict[str, int] = {}
@@ -85,7 +97,20 @@ def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: boo
     host |= parts
     if not spilled:
         host["hidden states"] = work.ways * states
-    return MemoryForecast(host, on_device, work.ways * states if spilled else 0)
+    return MemoryForecast(host, on_device, work.ways * states if spilled else 0, waiting)
+
+
+def _rows_bytes(work: Work) -> int:
+    """What all rows hold that wait inside a block."""
+    return work.ways * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
+
+
+def _waiting(work: Work, room: int) -> float:
+    """Of the rows, the part that waits where a run goes by the inputs behind what was rounded."""
+    if not work.propagates:
+        return 1.0
+    rounding = max(8 * group.columns * (group.columns + group.rows) for group in work.groups)
+    return waiting_share(_rows_bytes(work), rounding, room)
 
 
 def _looking_parts(work: Work) -> dict[str, int]:
@@ -98,10 +123,10 @@ def _looking_parts(work: Work) -> dict[str, int]:
     }
 
 
-def _block_parts(work: Work, device: torch.device, room_bytes: int, limited: bool) -> dict[str, int]:
-    """What is held while a block is rounded, on the device that computes.
+def _block_parts(work: Work, device: torch.device, returned: bool) -> dict[str, int]:
+    """What is held while a block is rounded, but for rows that wait, on the device that computes.
 
-    limited: what lies between linears is given back before their group is rounded, so the larger of both counts.
+    returned: what lies between linears is given back before their group is rounded, so the larger of both counts.
     """
     parts = {"block in the model": _in_model(work), "codes": work.block_values}
     stored, between = work.block_bytes / work.block_values, _activations(work)
@@ -111,11 +136,8 @@ def _block_parts(work: Work, device: torch.device, room_bytes: int, limited: boo
         weights, at = max(held, key=lambda pair: pair[0] + _solve_bytes(work.groups[pair[1]], work, device))
         solved = _solve_bytes(work.groups[at], work, device)
         parts |= {"weights to round": weights, "Gram matrix and weights at hand": solved}
-        if limited:
+        if returned:
             between = max(0, between - (solved - 4 * work.groups[at].columns ** 2))
-        rows = work.ways * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
-        if rows < room_bytes:
-            parts["rows that wait inside a block"] = rows
     else:
         parts |= {"block as stored": work.block_bytes}
         parts["Gram matrix and weights at hand"] = max(_solve_bytes(group, work, device) for group in work.groups)

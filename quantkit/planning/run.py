@@ -118,9 +118,10 @@ def _forecasts(
     count = sum(item.out_features * item.in_features for item in quantized)
     coded = sum(layout.tensor_bytes[f"{item.name}.weight"] for item in quantized)
     work = work_of(recipe, source, plans, device)
-    room = limit.room_bytes(torch.device("cpu"))
-    peak = memory_of(work, device, room, limited=limit.limit_bytes is not None)
-    took = time_of(work, plans, probe(device.type, again=probe_again), written)
+    limited = limit.limit_bytes is not None
+    room = limit.limit_bytes or limit.room_bytes(torch.device("cpu"))
+    peak = memory_of(work, device, room, limited=limited)
+    took = time_of(work, plans, probe(device.type, again=probe_again), written, peak.waiting)
     remote = isinstance(source, HeaderSource) and source.hub_id is not None
     return {
         "cautions": cautions_of(recipe, source, plans, work),

@@ -12,7 +12,7 @@ from quantkit.device import arithmetic
 from quantkit.formats.base import LinearPlan, calibrates
 from quantkit.maths.gram import Look
 from quantkit.maths.int_products import code_bytes
-from quantkit.model.blocks import architecture_of, blocks_of, group_shape, head_dim
+from quantkit.model.blocks import architecture_of, blocks_of, group_shape, head_dim, state_columns
 from quantkit.model.forward import tokens_apart
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
@@ -109,7 +109,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         blocks=len(blocks),
         groups=tuple(Group(columns, rows) for rows, columns in stacked),
         block_bytes=sum(sizes[name] for name in largest.tensors),
-        hidden=source.shape(embedding)[1],
+        hidden=state_columns(source),
         heads=heads,
         attention=heads * (head_dim(source.config) or 0),
         embedding_values=prod(source.shape(embedding)),

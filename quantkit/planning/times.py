@@ -9,6 +9,8 @@ Per block, on T tokens, for each input of n columns whose linears have m rows to
     solve       MOVE_SLOWDOWN m n^2 (1 + 2 sweeps + PAIR_FLOP pairs) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
     correction  2 T n^2 as Grams, then CORRECTION_FLOP m n^2 + FACTOR_FLOP n^3; the passes are two
 
+Rows that find no room to wait in (model/stages.py) start again for every group: they pass those before it once more.
+
 "Flop" of work that is no product says how many float32 operations of a product take as long, so that the forecast moves
 with the machine. Source of the constants: whole runs, see docs/plan.md.
 """
@@ -84,8 +86,11 @@ class TimeForecast:
         return sum(self.parts.values())
 
 
-def time_of(work: Work, plans: Sequence[LinearPlan], probe: Probe, artifact_bytes: int) -> TimeForecast:
-    """The seconds of a whole `quantize`. artifact_bytes: that will be written.
+def time_of(
+    work: Work, plans: Sequence[LinearPlan], probe: Probe, artifact_bytes: int, waiting: float = 1.0
+) -> TimeForecast:
+    """The seconds of a whole `quantize`. artifact_bytes: that will be written. waiting: of the rows, those that wait
+    inside a block.
 
     The embedding of a GGUF file counts as a linear of the type that most linears have.
     """
@@ -104,7 +109,7 @@ def time_of(work: Work, plans: Sequence[LinearPlan], probe: Probe, artifact_byte
             each.append(sum(each) / values * work.embedding_values)
         parts["rounding"] = slower * 1e-9 * sum(each)
     if work.calibrated:
-        parts |= _passes(work, probe)
+        parts |= _passes(work, probe, again=1 - waiting)
     solved = [plan for plan in quantized if _solved(plan)]
     if solved:
         parts["solving"] = work.blocks * _solve_flop(work, solved) / probe.float32_flop_s
@@ -123,15 +128,18 @@ def encode_ns(plan: LinearPlan) -> float:
     return ENCODE_NS[kind] * plan.out_features * plan.in_features
 
 
-def _passes(work: Work, probe: Probe) -> dict[str, float]:
-    """Running the model on the calibration set, and its statistics."""
+def _passes(work: Work, probe: Probe, again: float) -> dict[str, float]:
+    """Running the model on the calibration set, and its statistics. again: of the rows, those that start again for each
+    group of linears."""
     rate = probe.device_flop_s or (probe.bfloat16_flop_s if work.linear_bytes == 2 else probe.float32_flop_s)
     float32 = probe.float32_flop_s
     tokens, blocks = work.tokens, work.blocks
-    linears = sum(2 * tokens * group.values for group in work.groups)
-    attention = 2 * tokens * work.length * work.attention
+    passed = [1 + again * count for count in range(len(work.groups) - 1, -1, -1)]  # by those that come behind
+    linears = sum(2 * tokens * group.values * times for group, times in zip(work.groups, passed, strict=True))
+    attention = 2 * tokens * work.length * work.attention * passed[0]
     grams = sum(work.gram_tokens * group.columns * (group.columns + 1) for group in work.groups)
-    passing = ACTIVATION_FLOP * tokens * (4 * work.hidden + sum(group.rows for group in work.groups))
+    rows = sum(group.rows * times for group, times in zip(work.groups, passed, strict=True))
+    passing = ACTIVATION_FLOP * tokens * (4 * work.hidden * (1 + again) + rows)
     crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0
     gram_rate = probe.int8_op_s / GRAM_SLOWDOWN[work.code_bytes] if work.eight_bit_gram and probe.int8_op_s else float32
     linear_rate = probe.int8_op_s if work.eight_bit_linears and probe.int8_op_s else rate

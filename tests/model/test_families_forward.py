@@ -18,9 +18,10 @@ from quantkit.methods.awq import AWQ
 from quantkit.methods.base import BlockWeights
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim, linear_shape
 from quantkit.model.eight_bit import EightBitLinear
-from quantkit.model.forward import BlockRunner
+from quantkit.model.forward import BATCH_TOKENS, BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import load_transformers
+from quantkit.model.stages import Way, run_staged
 
 IDS = torch.arange(4 * 48).reshape(4, 48) % 380
 CPU = torch.device("cpu")
@@ -120,9 +121,10 @@ def test_what_outputs_are_added_to_is_what_the_table_says(source: MemorySource) 
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_rows_beside_bring_their_states(source: MemorySource, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_rows_beside_bring_their_states(source: MemorySource, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(correction, "FAR", float("inf"))
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 1)  # a sequence each
     runner = BlockRunner(source, CPU, arithmetic(CPU, torch.float32, exact=True))
     hidden = runner.embed(IDS)
     block = blocks_of(source)[0]
@@ -149,12 +151,14 @@ def test_rows_beside_bring_their_states(source: MemorySource, keep: bool, monkey
         if first is not None:
             linear = module.get_submodule(first.linears[0].removeprefix(block.prefix))
             linear.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
-        runner.staged(module, block, hidden, Rounder(), keep=keep, advance=False, beside=(twin, beside))
+        ways = Way(module, hidden), Way(twin, beside)
+        run_staged(runner, block, ways[0], Rounder(), share=share, advance=False, beside=ways[1])
     for group in block.groups:
         seen = found[group.linears[0]]
         assert seen is not None and len(seen.totals()) == (1 if group.added_to is None else 2)
     if first is not None:
         seen = found[first.linears[0]]
         assert seen is not None
-        expected = apart.flatten(0, 1).T @ inputs[0].flatten(0, 1)
+        rows = torch.cat(inputs[: len(IDS)])  # the first stop of each there is at this group
+        expected = apart.flatten(0, 1).T @ rows.flatten(0, 1)
         torch.testing.assert_close(seen.totals()[1], expected, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantkit.memory import WIDE_COLUMNS
 from quantkit.model.reader import open_source
 from quantkit.plan import plan_linears
 from quantkit.planning import memory, times
@@ -89,20 +90,44 @@ def test_wide_linears_are_rounded_in_bands_of_rows(tiny_llama: Path) -> None:
     assert found == int(memory.GRAM_BYTES * 4096**2) + 8 * 4096 * 2048
 
 
-def test_under_a_limit_a_batch_and_the_solver_take_turns(tiny_llama: Path) -> None:
+def test_where_freed_memory_goes_back_a_batch_and_the_solver_take_turns(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
-    free, held = (memory._block_parts(work, CPU, ROOM, limited) for limited in (False, True))
+    free, held = (memory._block_parts(work, CPU, returned) for returned in (False, True))
     solving = held["Gram matrix and weights at hand"] - 4 * 64**2
     assert 0 < held["activations of a batch"] == free["activations of a batch"] - solving
     much = replace(work, groups=(Group(4096, 2048),))
-    assert memory._block_parts(much, CPU, ROOM, True)["activations of a batch"] == 0
+    assert memory._block_parts(much, CPU, True)["activations of a batch"] == 0
 
 
 def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
     tight = memory_of(work, CPU, 1000)
     assert "rows that wait inside a block" not in tight.host and "hidden states" not in tight.host
-    assert tight.scratch_bytes == 128 * 64 * 4
+    assert tight.scratch_bytes == 128 * 64 * 4 and tight.waiting == 0
+
+
+def test_a_limit_leaves_room_for_some_of_the_rows(tiny_llama: Path) -> None:
+    work, plans = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    rows, rounding, states = 128 * (3 * 64 + 128) * 4, 8 * 128 * (128 + 64), 128 * 64 * 4
+    held = memory.LIBRARIES_BYTES["calibrated"] + work.block_bytes + states + rounding
+    found = memory_of(work, CPU, held + rows // 4, limited=True)
+    assert found.waiting == pytest.approx(0.25)
+    assert memory_of(work, CPU, rounding + rows // 4).host["rows that wait inside a block"] == rows // 4
+    work = replace(work, linear_bytes=4, eight_bit_gram=False, eight_bit_linears=False)
+    all_wait, few = (time_of(work, plans, UNIT, 0, waiting).parts for waiting in (1.0, 0.25))
+    # q, k and v are passed by those that start again for the other three groups, o by two, gate and up by one
+    again = 0.75 * (3 * 64 * 128 + 2 * 64 * 64 + 64 * 256) / work.block_values
+    assert few["linears"] == pytest.approx(all_wait["linears"] * (1 + again))
+    assert few["attention"] == pytest.approx(all_wait["attention"] * (1 + 3 * 0.75))
+    assert few["Gram matrices"] == all_wait["Gram matrices"] and few["solving"] == all_wait["solving"]
+
+
+def test_wide_states_leave_nothing_behind(tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    narrow, wide = (replace(work, hidden=hidden) for hidden in (WIDE_COLUMNS - 1, WIDE_COLUMNS))
+    assert "freed, not given back" in memory_of(narrow, CPU, ROOM).host
+    assert "freed, not given back" not in memory_of(wide, CPU, ROOM).host
+    assert "freed, not given back" in memory_of(wide, CUDA, ROOM).device
 
 
 def test_unquantized_inputs_hold_every_gram_and_no_rows(tiny_llama: Path) -> None:
