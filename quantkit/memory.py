@@ -16,12 +16,13 @@ from quantkit.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_BASES = (("B", 1000), ("IB", 1024))
+_UNITS = {"": 1} | {f"{letter}{unit}": base**power for power, letter in enumerate("KMGT", 1) for unit, base in _BASES}
 
 
 def parse_bytes(text: str, where: str = "--max-memory") -> int:
     """A size such as "3GB", "512 MiB" or "100000" in bytes. where: how the message begins. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, flags=re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)?\s*", text, flags=re.IGNORECASE)
     if not found:
         raise UsageError(f'{where}: found "{text}", expected a size', hint="such as 3GB, 1.5GB or 512MiB")
     return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
@@ -114,7 +115,8 @@ class MemoryLimit:
         import torch
 
         if device.type == "cuda":
-            return torch.cuda.mem_get_info(device)[0] // 2
+            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, but for torch alone
+            return (torch.cuda.mem_get_info(device)[0] + kept) // 2
         if self.limit_bytes is None:
             return int(psutil.virtual_memory().available) // 2
         return max(0, self.limit_bytes - rss_bytes())

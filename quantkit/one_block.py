@@ -19,7 +19,7 @@ from quantkit.maths.measure import energies, sqnr_db
 from quantkit.memory import MemoryLimit
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
 from quantkit.methods.calibrated import CalibratedBlock
-from quantkit.model.blocks import Block, LinearGroup
+from quantkit.model.blocks import Block, LinearGroup, group_shape
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.stages import Way, rounding_bytes, run_staged, waiting_bytes, waiting_share
@@ -121,7 +121,8 @@ def quantize_staged(
     results, works = _begin(state, run, module, block, tensors)
     needed = waiting_bytes(runner, block, hidden) * (1 if beside is None else 2)
     runner.expect(needed)
-    rounding = max(rounding_bytes(runner, group) for group in block.groups)
+    shapes = [group_shape(runner.source, group) for group in block.groups]
+    rounding = max(rounding_bytes(rows, columns, corrects=state.corrects) for rows, columns in shapes)
     share = waiting_share(needed, rounding, run.memory.room_bytes(runner.device))
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
     way, rounder = Way(module, hidden), _Rounder(block, works)

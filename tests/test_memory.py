@@ -15,7 +15,15 @@ from quantkit.memory import FreedMemory, MemoryLimit, memory_limit, parse_bytes,
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("3GB", 3 * 10**9), ("1.5 gb", 15 * 10**8), ("512MiB", 2**29), ("100000", 100000), (" 7kb ", 7000)],
+    [
+        ("3GB", 3 * 10**9),
+        ("1.5 gb", 15 * 10**8),
+        ("512MiB", 2**29),
+        ("2TB", 2 * 10**12),
+        ("1 TiB", 2**40),
+        ("100000", 100000),
+        (" 7kb ", 7000),
+    ],
 )
 def test_sizes(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
@@ -32,6 +40,13 @@ def test_room_is_what_the_limit_leaves() -> None:
     assert MemoryLimit(1).room_bytes(cpu) == 0
     assert 10**12 - 10**11 < MemoryLimit(10**12).room_bytes(cpu) < 10**12
     assert memory_limit(None).room_bytes(cpu) > 0
+
+
+def test_room_on_a_gpu_counts_what_torch_keeps_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 4000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 500)
+    assert MemoryLimit(1).room_bytes(torch.device("cuda")) == (1000 + 2000 - 500) // 2
 
 
 def test_freed_memory_goes_back_before_a_new_peak_and_as_often_as_its_cost_allows(

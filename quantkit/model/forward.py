@@ -248,8 +248,9 @@ class BlockRunner:
     def call(self, module: nn.Module, block: Block, rows: Tensor) -> Tensor:
         """A block's outputs on the CPU for a batch of its inputs."""
         args, kwargs = self._arguments[block.index]
+        rows = rows.to(self.device)  # the host's are not held while the block runs
         with torch.inference_mode(), self._mixed():
-            output = module(rows.to(self.device), *args, **kwargs)
+            output = module(rows, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result.cpu()
 

@@ -1,7 +1,7 @@
 """How much memory a run will take at most: the libraries, and what the pipeline holds at once, term by term.
 
-The terms follow quantkit/pipeline.py and model/forward.py; each is a named part of the answer, so that a forecast that
-is off shows which. What is not in the code is in three constants, measured on whole runs: see docs/plan.md.
+The terms follow quantkit/pipeline.py, one_block.py and model/stages.py; each is a named part of the answer, so that a
+forecast that is off shows which. What is not in the code is in three constants, measured on whole runs: see docs/plan.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from quantkit.maths.attention import CHUNK
 from quantkit.maths.products import BAND_VALUES
 from quantkit.memory import WIDE_COLUMNS
 from quantkit.model.forward import BATCH_TOKENS
-from quantkit.model.stages import waiting_share
+from quantkit.model.stages import rounding_bytes, waiting_share
 from quantkit.planning.shapes import Group, Work
 
 LIBRARIES_BYTES = {"plain": 290_000_000, "compiled": 395_000_000, "gguf": 438_000_000, "calibrated": 520_000_000}
@@ -64,10 +64,15 @@ class MemoryForecast:
         return sum(self.device.values())
 
 
-def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: bool = False) -> MemoryForecast:
-    """The peak of a run. room_bytes: what the run may take on the host as things stand, or where that is `limited` by
-    the user, all that it may hold. Hidden states over a quarter of what is left beside the libraries go to a scratch
-    file, and waiting rows over what is left are run again instead."""
+def memory_of(
+    work: Work, device: torch.device, room_bytes: int, *, limited: bool = False, device_room_bytes: int | None = None
+) -> MemoryForecast:
+    """The peak of a run.
+
+    room_bytes: half of what the host has free, or where that is `limited` by the user, all that the run may hold.
+    Hidden states over a quarter of what is left beside the libraries go to a scratch file. device_room_bytes: half of
+    what a GPU has free. Rows that find no room to wait where the blocks run are run again instead.
+    """
     host = {"libraries": LIBRARIES_BYTES[work.kind]}
     if device.type == "cuda":
         host["CUDA"] = CUDA_BYTES
@@ -75,25 +80,27 @@ def memory_of(work: Work, device: torch.device, room_bytes: int, *, limited: boo
         host["largest linear and its codes"] = int(LARGEST_LINEAR_BYTES[work.kind] * work.largest_linear_values)
         return MemoryForecast(host, {}, 0)
     states = work.tokens * work.hidden * work.state_bytes
-    room = max(0, room_bytes - host["libraries"]) if limited else room_bytes
+    share = 1.0 if limited else 0.5  # of what is taken, that is missing then
+    room = max(0, room_bytes - int(share * sum(host.values())))
     spilled = states > room // 4
-    if limited:
-        room -= work.block_bytes + (0 if spilled else work.ways * states)
-    returned = limited or (device.type == "cpu" and work.hidden >= WIDE_COLUMNS)
-    parts = _block_parts(work, device, returned)
-    waiting = _waiting(work, room)
+    room -= int(share * (work.block_bytes + (0 if spilled else work.ways * states)))
+    returned = limited or work.hidden >= WIDE_COLUMNS
+    parts = _block_parts(work, device, returned and device.type == "cpu")
+    waiting = _waiting(work, room if device_room_bytes is None else device_room_bytes)
     if work.propagates and waiting:
         parts["rows that wait inside a block"] = int(waiting * _rows_bytes(work))
     looking = _looking_parts(work) if work.propagates else {}
-    if returned and sum(looking.values()) > sum(parts.values()):
-        parts = looking
-    elif not returned:
+    if device.type == "cuda":
+        parts["freed, not given back"] = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
+    elif returned:
+        parts = max(parts, looking, key=lambda held: sum(held.values()))
+    else:
         kept = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
-        parts["freed, not given back"] = min(RETAINED_BYTES, kept) if device.type == "cpu" else kept
+        parts["freed, not given back"] = min(RETAINED_BYTES, kept)
     on_device: dict[str, int] = {}
     if device.type == "cuda":
         ahead = 2 * work.block_bytes
-        on_device, parts = parts, {"block, read ahead": ahead if limited else int((1 + RETAINED) * ahead)}
+        on_device, parts = parts, {"block, read ahead": ahead if returned else int((1 + RETAINED) * ahead)}
     host |= parts
     if not spilled:
         host["hidden states"] = work.ways * states
@@ -109,7 +116,7 @@ def _waiting(work: Work, room: int) -> float:
     """Of the rows, the part that waits where a run goes by the inputs behind what was rounded."""
     if not work.propagates:
         return 1.0
-    rounding = max(8 * group.columns * (group.columns + group.rows) for group in work.groups)
+    rounding = max(rounding_bytes(group.rows, group.columns, corrects=work.corrects) for group in work.groups)
     return waiting_share(_rows_bytes(work), rounding, room)
 
 

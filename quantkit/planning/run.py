@@ -120,7 +120,8 @@ def _forecasts(
     work = work_of(recipe, source, plans, device)
     limited = limit.limit_bytes is not None
     room = limit.limit_bytes or limit.room_bytes(torch.device("cpu"))
-    peak = memory_of(work, device, room, limited=limited)
+    device_room = limit.room_bytes(device) if device.type == "cuda" else None
+    peak = memory_of(work, device, room, limited=limited, device_room_bytes=device_room)
     took = time_of(work, plans, probe(device.type, again=probe_again), written, peak.waiting)
     remote = isinstance(source, HeaderSource) and source.hub_id is not None
     return {

@@ -139,7 +139,7 @@ def _passes(work: Work, probe: Probe, again: float) -> dict[str, float]:
     attention = 2 * tokens * work.length * work.attention * passed[0]
     grams = sum(work.gram_tokens * group.columns * (group.columns + 1) for group in work.groups)
     rows = sum(group.rows * times for group, times in zip(work.groups, passed, strict=True))
-    passing = ACTIVATION_FLOP * tokens * (4 * work.hidden * (1 + again) + rows)
+    passing = ACTIVATION_FLOP * tokens * (4 * work.hidden * (1 + 2 * again) + rows)
     crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0
     gram_rate = probe.int8_op_s / GRAM_SLOWDOWN[work.code_bytes] if work.eight_bit_gram and probe.int8_op_s else float32
     linear_rate = probe.int8_op_s if work.eight_bit_linears and probe.int8_op_s else rate

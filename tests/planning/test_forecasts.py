@@ -106,13 +106,25 @@ def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Pa
     assert tight.scratch_bytes == 128 * 64 * 4 and tight.waiting == 0
 
 
+def test_a_gpu_has_room_of_its_own_for_rows_that_wait(tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    rows, rounding = 128 * (3 * 64 + 128) * 4, 8 * 128 * (128 + 64)
+    found = memory_of(work, CUDA, 1000, limited=True, device_room_bytes=rounding + rows // 2)
+    assert found.waiting == pytest.approx(0.5) and found.device["rows that wait inside a block"] == rows // 2
+    assert found.scratch_bytes > 0, "the host's are another matter"
+
+
 def test_a_limit_leaves_room_for_some_of_the_rows(tiny_llama: Path) -> None:
     work, plans = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
     rows, rounding, states = 128 * (3 * 64 + 128) * 4, 8 * 128 * (128 + 64), 128 * 64 * 4
     held = memory.LIBRARIES_BYTES["calibrated"] + work.block_bytes + states + rounding
     found = memory_of(work, CPU, held + rows // 4, limited=True)
     assert found.waiting == pytest.approx(0.25)
-    assert memory_of(work, CPU, rounding + rows // 4).host["rows that wait inside a block"] == rows // 4
+    free = memory_of(work, CPU, held - (held - rounding) // 2 + rows // 4)  # of what is held half is missing then
+    assert free.host["rows that wait inside a block"] == pytest.approx(rows // 4, abs=2)
+    corrected = replace(work, corrects=True)
+    more = 20 * 128**2 + 24 * 128 * 64 + states  # of the unquantized model as well
+    assert memory_of(corrected, CPU, held + more + rows // 2, limited=True).waiting == pytest.approx(0.25)
     work = replace(work, linear_bytes=4, eight_bit_gram=False, eight_bit_linears=False)
     all_wait, few = (time_of(work, plans, UNIT, 0, waiting).parts for waiting in (1.0, 0.25))
     # q, k and v are passed by those that start again for the other three groups, o by two, gate and up by one

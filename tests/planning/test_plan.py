@@ -92,6 +92,11 @@ def test_hidden_states_go_to_scratch_when_memory_is_short(odd: Path) -> None:
     assert free.disk.scratch_bytes == 0
     assert held.disk.scratch_bytes == 512 * 256 * 192 * 4
     assert held.memory.peak_rss_bytes < free.memory.peak_rss_bytes
+    assert held.time and free.time
+    # no row waits: q, k and v are passed four times, o three times, gate and up twice
+    assert held.time.parts_s["linears"] > 2 * free.time.parts_s["linears"]
+    roomy = make("gptq-4bit-g64", odd, *settings, max_memory="1TB")
+    assert roomy.time and roomy.time.parts_s == free.time.parts_s
 
 
 def test_more_text_takes_longer_and_more_memory(odd: Path) -> None:
