@@ -22,7 +22,7 @@ from quantkit.methods.calibrated import CalibratedBlock
 from quantkit.model.blocks import Block, LinearGroup, group_shape
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
-from quantkit.model.stages import Way, rounding_bytes, run_staged, waiting_bytes, waiting_share
+from quantkit.model.stages import Way, beside_bytes, run_staged, waiting_bytes, waiting_share
 from quantkit.recipe import Recipe
 from quantkit.tensors import on_cpu
 
@@ -122,8 +122,8 @@ def quantize_staged(
     needed = waiting_bytes(runner, block, hidden) * (1 if beside is None else 2)
     runner.expect(needed)
     shapes = [group_shape(runner.source, group) for group in block.groups]
-    rounding = max(rounding_bytes(rows, columns, corrects=state.corrects) for rows, columns in shapes)
-    share = waiting_share(needed, rounding, run.memory.room_bytes(runner.device))
+    taken = beside_bytes(shapes, hidden.shape[2], runner.device.type, corrects=state.corrects)
+    share = waiting_share(needed, taken, run.memory.room_bytes(runner.device))
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
     way, rounder = Way(module, hidden), _Rounder(block, works)
     run_staged(runner, block, way, rounder, share=share, advance=not last, beside=beside, look=look)

@@ -224,6 +224,8 @@ def test_as_many_rows_wait_as_there_is_room_for(
     monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 64)  # each of the six sequences is a batch
     needed = (1 if correction == 0 else 2) * 6 * 64 * (3 * 64 + 128) * 4
     rounding = 8 * 128 * (128 + 64) + (0 if correction == 0 else 20 * 128**2 + 24 * 128 * 64)  # of down_proj, the most
+    running = 4 * 128**2 + 4 * 64 * (4 * 64 + 2 * 256)  # a batch, and the largest Gram matrix
+    beside = max(rounding, running)
     begun: list[int] = []
     begin = stages._Rows.begin
 
@@ -233,7 +235,7 @@ def test_as_many_rows_wait_as_there_is_room_for(
 
     monkeypatch.setattr(stages._Rows, "begin", note)
     settings = [f"method.correction={correction}"]
-    for waiting, room in ((6, rounding + needed), (4, rounding + needed * 4 // 6 + 1), (0, rounding)):
+    for waiting, room in ((6, beside + needed), (4, beside + needed * 4 // 6 + 1), (0, beside)):
         monkeypatch.setattr(MemoryLimit, "room_bytes", lambda *_, room=room: room)
         make("gptq-4bit-g64", tiny_llama, tmp_path / str(waiting), *settings)
         first, second = [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5][waiting:]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Accumulator, InputStatistics, Look
 from quantkit.model.blocks import Block, LinearGroup, group_shape
-from quantkit.model.forward import BlockRunner
+from quantkit.model.forward import BATCH_TOKENS, BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.watching import Arrived, watched_with_states
 
@@ -65,10 +65,25 @@ def rounding_bytes(rows: int, columns: int, *, corrects: bool) -> int:
     return 2 * 4 * columns * (columns + rows) + correction
 
 
-def waiting_share(needed: int, rounding: int, room: int) -> float:
-    """Of all rows, the part that waits. needed: bytes that all of them hold. rounding: bytes that are taken beside
-    them. room: bytes that there are."""
-    return min(1.0, max(0, room - rounding) / needed)
+def batch_bytes(hidden: int, rows: int, device: str) -> int:
+    """What lies between the linears of a batch that runs. hidden: columns of the states. rows: of the largest group's
+    stacked weights."""
+    return 4 * BATCH_TOKENS[device] * (4 * hidden + 2 * rows)
+
+
+def beside_bytes(shapes: Sequence[tuple[int, int]], hidden: int, device: str, *, corrects: bool) -> int:
+    """What is taken at most beside rows that wait: a batch that runs, with the Gram matrix it goes into, or the
+    rounding of a group. shapes: (rows, columns) of each group's stacked weights."""
+    batch = batch_bytes(hidden, max(rows for rows, _ in shapes), device)
+    return max(
+        max(rounding_bytes(rows, columns, corrects=corrects), 4 * columns**2 + batch) for rows, columns in shapes
+    )
+
+
+def waiting_share(needed: int, beside: int, room: int) -> float:
+    """Of all rows, the part that waits. needed: bytes that all of them hold. beside: bytes that are taken beside them.
+    room: bytes that there are."""
+    return min(1.0, max(0, room - beside) / needed)
 
 
 def run_staged(

@@ -1,7 +1,8 @@
 """How much memory a run will take at most: the libraries, and what the pipeline holds at once, term by term.
 
 The terms follow quantkit/pipeline.py, one_block.py and model/stages.py; each is a named part of the answer, so that a
-forecast that is off shows which. What is not in the code is in three constants, measured on whole runs: see docs/plan.md.
+forecast that is off shows which. What is not in the code is in three constants, measured on whole runs: see
+docs/plan.md.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from quantkit.maths.attention import CHUNK
 from quantkit.maths.products import BAND_VALUES
 from quantkit.memory import WIDE_COLUMNS
 from quantkit.model.forward import BATCH_TOKENS
-from quantkit.model.stages import rounding_bytes, waiting_share
+from quantkit.model.stages import batch_bytes, beside_bytes, waiting_share
 from quantkit.planning.shapes import Group, Work
 
 LIBRARIES_BYTES = {"plain": 290_000_000, "compiled": 395_000_000, "gguf": 438_000_000, "calibrated": 520_000_000}
@@ -86,7 +87,7 @@ def memory_of(
     room -= int(share * (work.block_bytes + (0 if spilled else work.ways * states)))
     returned = limited or work.hidden >= WIDE_COLUMNS
     parts = _block_parts(work, device, returned and device.type == "cpu")
-    waiting = _waiting(work, room if device_room_bytes is None else device_room_bytes)
+    waiting = _waiting(work, device, room if device_room_bytes is None else device_room_bytes)
     if work.propagates and waiting:
         parts["rows that wait inside a block"] = int(waiting * _rows_bytes(work))
     looking = _looking_parts(work) if work.propagates else {}
@@ -112,12 +113,14 @@ def _rows_bytes(work: Work) -> int:
     return work.ways * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
 
 
-def _waiting(work: Work, room: int) -> float:
+def _waiting(work: Work, device: torch.device, room: int) -> float:
     """Of the rows, the part that waits where a run goes by the inputs behind what was rounded."""
     if not work.propagates:
         return 1.0
-    rounding = max(rounding_bytes(group.rows, group.columns, corrects=work.corrects) for group in work.groups)
-    return waiting_share(_rows_bytes(work), rounding, room)
+    shapes = [(group.rows, group.columns) for group in work.groups]
+    return waiting_share(
+        _rows_bytes(work), beside_bytes(shapes, work.hidden, device.type, corrects=work.corrects), room
+    )
 
 
 def _looking_parts(work: Work) -> dict[str, int]:
@@ -159,9 +162,8 @@ def _in_model(work: Work) -> int:
 def _activations(work: Work) -> int:
     """What lies between the linears of a batch; of sequences longer than a batch, scores and weights of attention too.
     Those of shorter ones are in the constants, which were fitted to them."""
-    inner, tokens = max(group.rows for group in work.groups), BATCH_TOKENS["cpu"]
-    scores = max(0, work.length - tokens) * CHUNK * work.heads * (4 + work.linear_bytes)
-    return 4 * tokens * (4 * work.hidden + 2 * inner) + scores
+    scores = max(0, work.length - BATCH_TOKENS["cpu"]) * CHUNK * work.heads * (4 + work.linear_bytes)
+    return batch_bytes(work.hidden, max(group.rows for group in work.groups), "cpu") + scores
 
 
 def _solve_bytes(group: Group, work: Work, device: torch.device) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from quantkit.memory import WIDE_COLUMNS
 from quantkit.model.reader import open_source
+from quantkit.model.stages import beside_bytes
 from quantkit.plan import plan_linears
 from quantkit.planning import memory, times
 from quantkit.planning.memory import memory_of
@@ -106,25 +107,33 @@ def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Pa
     assert tight.scratch_bytes == 128 * 64 * 4 and tight.waiting == 0
 
 
+def test_beside_rows_that_wait_a_batch_runs_or_a_group_is_rounded() -> None:
+    small, large = (64, 32), (2000, 2048)
+    batch = 4 * 1024 * (4 * 16 + 2 * 64) + 4 * 32**2
+    assert beside_bytes([small], 16, "cpu", corrects=False) == batch
+    assert beside_bytes([small], 16, "cpu", corrects=True) == max(batch, 28 * 32**2 + 32 * 32 * 64)
+    rounding = 8 * 2048 * (2000 + 2048)
+    assert beside_bytes([small, large], 16, "cpu", corrects=False) == rounding
+    assert beside_bytes([large], 16, "cpu", corrects=True) == rounding + 20 * 2048**2 + 24 * 2000 * 2048
+
+
 def test_a_gpu_has_room_of_its_own_for_rows_that_wait(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
-    rows, rounding = 128 * (3 * 64 + 128) * 4, 8 * 128 * (128 + 64)
-    found = memory_of(work, CUDA, 1000, limited=True, device_room_bytes=rounding + rows // 2)
+    rows, beside = 128 * (3 * 64 + 128) * 4, 4 * 128**2 + 4 * 8192 * (4 * 64 + 2 * 256)  # a batch that runs
+    found = memory_of(work, CUDA, 1000, limited=True, device_room_bytes=beside + rows // 2)
     assert found.waiting == pytest.approx(0.5) and found.device["rows that wait inside a block"] == rows // 2
     assert found.scratch_bytes > 0, "the host's are another matter"
 
 
 def test_a_limit_leaves_room_for_some_of_the_rows(tiny_llama: Path) -> None:
     work, plans = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
-    rows, rounding, states = 128 * (3 * 64 + 128) * 4, 8 * 128 * (128 + 64), 128 * 64 * 4
-    held = memory.LIBRARIES_BYTES["calibrated"] + work.block_bytes + states + rounding
+    rows, states = 128 * (3 * 64 + 128) * 4, 128 * 64 * 4
+    beside = 4 * 128**2 + 4 * 1024 * (4 * 64 + 2 * 256)  # a batch that runs, and the largest Gram matrix
+    held = memory.LIBRARIES_BYTES["calibrated"] + work.block_bytes + states + beside
     found = memory_of(work, CPU, held + rows // 4, limited=True)
     assert found.waiting == pytest.approx(0.25)
-    free = memory_of(work, CPU, held - (held - rounding) // 2 + rows // 4)  # of what is held half is missing then
+    free = memory_of(work, CPU, held - (held - beside) // 2 + rows // 4)  # of what is held half is missing then
     assert free.host["rows that wait inside a block"] == pytest.approx(rows // 4, abs=2)
-    corrected = replace(work, corrects=True)
-    more = 20 * 128**2 + 24 * 128 * 64 + states  # of the unquantized model as well
-    assert memory_of(corrected, CPU, held + more + rows // 2, limited=True).waiting == pytest.approx(0.25)
     work = replace(work, linear_bytes=4, eight_bit_gram=False, eight_bit_linears=False)
     all_wait, few = (time_of(work, plans, UNIT, 0, waiting).parts for waiting in (1.0, 0.25))
     # q, k and v are passed by those that start again for the other three groups, o by two, gate and up by one
