@@ -96,7 +96,7 @@ import torch
 from quantkit.environment import rss_bytes
 from quantkit.memory import keep_freed_memory
 keep_freed_memory({columns})
-blocks = [torch.ones(2_000_000) for _ in range(10)]  # 8 MB each
+blocks = [torch.ones(2_500_000) for _ in range(10)]  # 10 MB each
 last, before = torch.ones(1000), rss_bytes()
 del blocks
 print(before - rss_bytes())
