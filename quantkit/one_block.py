@@ -15,14 +15,16 @@ from quantkit.formats.base import LinearPlan, Writer, calibrates
 from quantkit.manifest import TensorRecord
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Importance, InputStatistics, Look
+from quantkit.maths.int_products import code_bytes
 from quantkit.maths.measure import energies, sqnr_db
 from quantkit.memory import MemoryLimit
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
 from quantkit.methods.calibrated import CalibratedBlock
-from quantkit.model.blocks import Block, LinearGroup, group_shape
+from quantkit.model.blocks import Block, LinearGroup, group_shape, heads_of
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
-from quantkit.model.stages import Way, beside_bytes, run_staged, waiting_bytes, waiting_share
+from quantkit.model.room import BlockSizes
+from quantkit.model.stages import Way, run_staged
 from quantkit.recipe import Recipe
 from quantkit.tensors import on_cpu
 
@@ -119,17 +121,33 @@ def quantize_staged(
         state.beside = hidden.copy() if state.beside is None else state.beside  # they part behind the first block
         beside = Way(runner.twin(block, tensors), state.beside)
     results, works = _begin(state, run, module, block, tensors)
-    needed = waiting_bytes(runner, block, hidden) * (1 if beside is None else 2)
-    runner.expect(needed)
-    shapes = [group_shape(runner.source, group) for group in block.groups]
-    taken = beside_bytes(shapes, hidden.shape[2], runner.device.type, corrects=state.corrects)
-    share = waiting_share(needed, taken, run.memory.room_bytes(runner.device))
+    sizes = _sizes(state, run, block, tensors)
+    sequences = hidden.shape[0]
+    runner.expect(sequences * sizes.waiting_bytes)
+    waiting = sizes.waiting_sequences(sequences, run.memory.room_bytes(runner.device))
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
     way, rounder = Way(module, hidden), _Rounder(block, works)
-    run_staged(runner, block, way, rounder, share=share, advance=not last, beside=beside, look=look)
+    run_staged(runner, block, way, rounder, sizes=sizes, waiting=waiting, advance=not last, beside=beside, look=look)
     results += [work.result() for work in works]
     _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started
+
+
+def _sizes(state: JobState, run: ModelRun, block: Block, tensors: Mapping[str, Tensor]) -> BlockSizes:
+    runner, hidden, how = run.runner, state.hidden, run.runner.arithmetic
+    assert hidden is not None
+    return BlockSizes(
+        shapes=tuple(group_shape(runner.source, group) for group in block.groups),
+        hidden=hidden.shape[2],
+        length=hidden.shape[1],
+        heads=heads_of(runner.source.config),
+        state_bytes=how.states.itemsize,
+        linear_bytes=how.linears.itemsize,
+        model_bytes=code_bytes() if how.eight_bit_linears else how.linears.itemsize,
+        stored_bytes=tensors[f"{block.linears[0]}.weight"].dtype.itemsize,
+        ways=2 if state.corrects else 1,
+        device=runner.device.type,
+    )
 
 
 def _begin(

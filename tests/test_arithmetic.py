@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from conftest import write_tiny_llama
 from fakes.runs import same_but_for_the_manifest
 from quantkit import device as devices
-from quantkit import one_block
 from quantkit.device import Arithmetic, arithmetic
 from quantkit.formats import open_artifact
 from quantkit.jobs import quantize
@@ -20,6 +19,7 @@ from quantkit.manifest import Manifest
 from quantkit.maths.gram import GramAccumulator
 from quantkit.methods.calibrated import CalibratedBlock
 from quantkit.model.forward import BATCH_TOKENS
+from quantkit.model.room import BlockSizes
 from quantkit.progress import Progress
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -113,7 +113,7 @@ def test_a_memory_limit_changes_no_byte_of_a_mixed_run(
     make(half_llama, tmp_path / "free")
     make(half_llama, tmp_path / "tight", max_memory="1MB")
     same_but_for_the_manifest(tmp_path / "free", tmp_path / "tight")
-    monkeypatch.setattr(one_block, "waiting_share", lambda *_: 0.5)
+    monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: 2)
     make(half_llama, tmp_path / "half")
     same_but_for_the_manifest(tmp_path / "free", tmp_path / "half")
 

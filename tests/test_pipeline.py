@@ -181,19 +181,19 @@ def test_a_memory_limit_changes_no_byte(
 ) -> None:
     own = [f"method.correction={correction}", *(["method.propagate=quantized"] if correction else [])]
     make(name, tiny_llama, tmp_path / "free", *own)
-    spilled, shares = [], []
+    spilled, waiting = [], []
     states, staged = HiddenStates.__init__, one_block.run_staged
 
     def note_spill(self: Any, shape: Any, dtype: Any, spill: Path | None = None) -> None:
         spilled.append(spill is not None)
         states(self, shape, dtype, spill)
 
-    def note_share(*args: Any, share: float, **settings: Any) -> None:
-        shares.append(share)
-        staged(*args, share=share, **settings)
+    def note_waiting(*args: Any, **settings: Any) -> None:
+        waiting.append(settings["waiting"])
+        staged(*args, **settings)
 
     monkeypatch.setattr(HiddenStates, "__init__", note_spill)
-    monkeypatch.setattr(one_block, "run_staged", note_share)
+    monkeypatch.setattr(one_block, "run_staged", note_waiting)
     settings = [*SMALL, *own]
     quantize(
         name,
@@ -205,7 +205,7 @@ def test_a_memory_limit_changes_no_byte(
         progress=Progress(quiet=True),
         max_memory="1MB",
     )
-    assert spilled and all(spilled) and not any(shares) and (shares or name != "gptq-4bit-g64")
+    assert spilled and all(spilled) and not any(waiting) and (waiting or name != "gptq-4bit-g64")
     same_but_for_the_manifest(tmp_path / "free", tmp_path / "tight")
 
 

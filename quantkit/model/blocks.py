@@ -164,6 +164,11 @@ def linear_shape(source: Source, linear: str) -> tuple[int, int]:
     return (columns, rows) if architecture.transposed and linear != architecture.head else (rows, columns)
 
 
+def heads_of(config: dict[str, Any]) -> int:
+    """How many heads attention has."""
+    return int(config.get("num_attention_heads") or config.get("n_head") or 1)
+
+
 def state_columns(source: Source) -> int:
     """How many values a token has in the hidden states."""
     return source.shape(f"{architecture_of(source.config).embedding}.weight")[1]

@@ -2,7 +2,7 @@
 
 Rows of tokens run in greenlets. As many as there is room for wait inside the block where a group is to be rounded, and
 go on with its new weights, so that for them nothing runs twice; the others start again for every group, which gives the
-same numbers in less memory and about three times the work.
+same numbers in less memory and two to three times the work.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Accumulator, InputStatistics, Look
 from quantkit.model.blocks import Block, LinearGroup, group_shape
-from quantkit.model.forward import BATCH_TOKENS, BlockRunner
+from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
+from quantkit.model.room import BlockSizes
 from quantkit.model.watching import Arrived, watched_with_states
 
 if TYPE_CHECKING:
@@ -48,51 +49,14 @@ class Way:
     hidden: HiddenStates
 
 
-def waiting_bytes(runner: BlockRunner, block: Block, hidden: HiddenStates) -> int:
-    """What all rows hold at most while they wait: for each token its input, the states behind attention, the norm's
-    output and the widest input of a linear."""
-    widest = max(group_shape(runner.source, group)[1] for group in block.groups)
-    return hidden.nbytes // hidden.shape[2] * (3 * hidden.shape[2] + widest)
-
-
-def rounding_bytes(rows: int, columns: int, *, corrects: bool) -> int:
-    """What rounding a group takes: a Gram matrix and weights in float32, and as much to round by.
-
-    rows, columns: of its stacked weights. corrects: with the sums over two halves of the text, of tokens far out, what
-    they are together and a factor, and what is moved by how much.
-    """
-    correction = 20 * columns**2 + 24 * columns * rows if corrects else 0
-    return 2 * 4 * columns * (columns + rows) + correction
-
-
-def batch_bytes(hidden: int, rows: int, device: str) -> int:
-    """What lies between the linears of a batch that runs. hidden: columns of the states. rows: of the largest group's
-    stacked weights."""
-    return 4 * BATCH_TOKENS[device] * (4 * hidden + 2 * rows)
-
-
-def beside_bytes(shapes: Sequence[tuple[int, int]], hidden: int, device: str, *, corrects: bool) -> int:
-    """What is taken at most beside rows that wait: a batch that runs, with the Gram matrix it goes into, or the
-    rounding of a group. shapes: (rows, columns) of each group's stacked weights."""
-    batch = batch_bytes(hidden, max(rows for rows, _ in shapes), device)
-    return max(
-        max(rounding_bytes(rows, columns, corrects=corrects), 4 * columns**2 + batch) for rows, columns in shapes
-    )
-
-
-def waiting_share(needed: int, beside: int, room: int) -> float:
-    """Of all rows, the part that waits. needed: bytes that all of them hold. beside: bytes that are taken beside them.
-    room: bytes that there are."""
-    return min(1.0, max(0, room - beside) / needed)
-
-
 def run_staged(
     runner: BlockRunner,
     block: Block,
     way: Way,
     rounder: Rounder,
     *,
-    share: float,
+    sizes: BlockSizes,
+    waiting: int,
     advance: bool,
     beside: Way | None = None,
     look: Look = Look.WHOLE,
@@ -100,30 +64,30 @@ def run_staged(
     """For each group of a block in turn: statistics of its inputs over all rows, then `rounder`, whose weights take
     their place in the module of `way`.
 
-    share: of the rows, those that wait; the result is the same whatever it is. advance: write the outputs over the
-    hidden states. beside: the unquantized block and its own hidden states, which run along where `rounder` wants to
-    know how far the inputs have moved from theirs. look: what the statistics are to hold.
+    waiting: how many sequences wait, the first ones; the result is the same whatever it is. advance: write the outputs
+    over the hidden states. beside: the unquantized block and its own hidden states, which run along where `rounder`
+    wants to know how far the inputs have moved from theirs. look: what the statistics are to hold.
     """
     rows = _Rows(runner, block, [way] if beside is None else [way, beside])
     batches = list(runner.batches(way.hidden))
-    sequences = way.hidden.shape[0]
-    count = sum(min(batch.stop, sequences) <= share * sequences for batch in batches)  # the last may be a short one
+    stay = [batch for batch in batches if batch.start < waiting]
+    again = batches[len(stay) :]
     # one mode around all rows: each restores at its end what it found at its start, and they overlap
     unmixed = torch.autocast(runner.device.type, dtype=runner.arithmetic.linears, enabled=False)
     with torch.inference_mode(), unmixed, rows.stopped_at_groups():
-        waiting = [rows.begin(batch) for batch in batches[:count]]
+        under_way = [rows.begin(batch) for batch in stay]
         try:
             for position, group in enumerate(block.groups):
-                stay = ([task.switch() for task in tasks] for tasks in waiting)
-                again = (rows.arrived_at(position, batch) for batch in batches[count:])
-                _round_group(runner, way, block, group, rounder, look, chain(stay, again))
+                brought = ([task.switch() for task in tasks] for tasks in under_way)
+                anew = (rows.arrived_at(position, batch) for batch in again)
+                _round_group(runner, way, block, group, rounder, look, sizes, chain(brought, anew))
             if advance:
-                for batch, tasks in zip(batches[:count], waiting, strict=True):
+                for batch, tasks in zip(stay, under_way, strict=True):
                     rows.finish(batch, tasks)
-                for batch in batches[count:]:
+                for batch in again:
                     rows.finish_anew(batch)
         finally:
-            for tasks in waiting:
+            for tasks in under_way:
                 rows.drop(tasks)
 
 
@@ -198,12 +162,13 @@ def _round_group(
     group: LinearGroup,
     rounder: Rounder,
     look: Look,
+    sizes: BlockSizes,
     inputs: Iterator[Sequence[Arrived]],
 ) -> None:
     """inputs: batches of those behind what was rounded and, where it runs along, of the unquantized block's."""
     accumulator = runner.accumulator(group, look, way.hidden)
     correction = _add_inputs(runner, accumulator, inputs, rounder.input_scale(group))
-    runner.expect(rounding_bytes(*group_shape(runner.source, group), corrects=correction is not None))
+    runner.expect(sizes.rounding_bytes(*group_shape(runner.source, group)))
     rounded = rounder.round(group, accumulator.result(), correction)
     del accumulator, correction  # a Gram matrix is not held while weights are coded in 8 bits
     runner.assign(way.module, block, rounded)

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.maths.attention import CHUNK
 from quantkit.maths.products import BAND_VALUES
 from quantkit.memory import WIDE_COLUMNS
-from quantkit.model.forward import BATCH_TOKENS
-from quantkit.model.stages import batch_bytes, beside_bytes, waiting_share
+from quantkit.model.room import BlockSizes
 from quantkit.planning.shapes import Group, Work
 
 LIBRARIES_BYTES = {"plain": 290_000_000, "compiled": 395_000_000, "gguf": 438_000_000, "calibrated": 520_000_000}
@@ -49,7 +47,7 @@ ERROR = 0.15
 @dataclass(frozen=True)
 class MemoryForecast:
     """Bytes at the peak. host, device: the parts of each by name. scratch_bytes: of files that vanish with the run.
-    waiting: of the rows that wait inside a block, the part that there is room for; the others run again."""
+    waiting: of all rows, the part that waits inside a block, or 1 where none has to; the others run again."""
 
     host: dict[str, int]
     device: dict[str, int]
@@ -87,9 +85,16 @@ def memory_of(
     room -= int(share * (work.block_bytes + (0 if spilled else work.ways * states)))
     returned = limited or work.hidden >= WIDE_COLUMNS
     parts = _block_parts(work, device, returned and device.type == "cpu")
-    waiting = _waiting(work, device, room if device_room_bytes is None else device_room_bytes)
-    if work.propagates and waiting:
-        parts["rows that wait inside a block"] = int(waiting * _rows_bytes(work))
+    if device_room_bytes is not None:
+        room = device_room_bytes - work.block_bytes // 2
+    waiting = 1.0
+    if work.propagates:
+        sizes = _sizes(work, device)
+        sequences = work.tokens // work.length
+        held = sizes.waiting_sequences(sequences, room)
+        waiting = held / sequences
+        if held:
+            parts["rows that wait inside a block"] = held * sizes.waiting_bytes
     looking = _looking_parts(work) if work.propagates else {}
     if device.type == "cuda":
         parts["freed, not given back"] = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
@@ -108,18 +113,18 @@ def memory_of(
     return MemoryForecast(host, on_device, work.ways * states if spilled else 0, waiting)
 
 
-def _rows_bytes(work: Work) -> int:
-    """What all rows hold that wait inside a block."""
-    return work.ways * work.tokens * (3 * work.hidden + work.widest) * work.state_bytes
-
-
-def _waiting(work: Work, device: torch.device, room: int) -> float:
-    """Of the rows, the part that waits where a run goes by the inputs behind what was rounded."""
-    if not work.propagates:
-        return 1.0
-    shapes = [(group.rows, group.columns) for group in work.groups]
-    return waiting_share(
-        _rows_bytes(work), beside_bytes(shapes, work.hidden, device.type, corrects=work.corrects), room
+def _sizes(work: Work, device: torch.device) -> BlockSizes:
+    return BlockSizes(
+        shapes=tuple((group.rows, group.columns) for group in work.groups),
+        hidden=work.hidden,
+        length=work.length,
+        heads=work.heads,
+        state_bytes=work.state_bytes,
+        linear_bytes=work.linear_bytes,
+        model_bytes=work.model_bytes,
+        stored_bytes=work.block_bytes / work.block_values,
+        ways=work.ways,
+        device=device.type,
     )
 
 
@@ -129,7 +134,7 @@ def _looking_parts(work: Work) -> dict[str, int]:
         "block as stored": work.block_bytes,
         "block in the model": _in_model(work),
         "Gram matrices": sum(4 * group.columns**2 for group in work.groups),
-        "activations of a batch": _activations(work),
+        "activations of a batch": _sizes(work, torch.device("cpu")).batch_bytes,
     }
 
 
@@ -139,7 +144,7 @@ def _block_parts(work: Work, device: torch.device, returned: bool) -> dict[str, 
     returned: what lies between linears is given back before their group is rounded, so the larger of both counts.
     """
     parts = {"block in the model": _in_model(work), "codes": work.block_values}
-    stored, between = work.block_bytes / work.block_values, _activations(work)
+    stored, between = work.block_bytes / work.block_values, _sizes(work, torch.device("cpu")).batch_bytes
     if work.propagates:
         # weights as stored behind the group that is rounded; the heaviest one counts
         held = [(int(stored * sum(one.values for one in work.groups[at + 1 :])), at) for at in range(len(work.groups))]
@@ -155,15 +160,8 @@ def _block_parts(work: Work, device: torch.device, returned: bool) -> dict[str, 
 
 
 def _in_model(work: Work) -> int:
-    """Weights of a block that runs: in 8 bits, which stand for what they were made of, or in the dtype of linears."""
-    return work.ways * work.block_values * (work.code_bytes if work.eight_bit_linears else work.linear_bytes)
-
-
-def _activations(work: Work) -> int:
-    """What lies between the linears of a batch; of sequences longer than a batch, scores and weights of attention too.
-    Those of shorter ones are in the constants, which were fitted to them."""
-    scores = max(0, work.length - BATCH_TOKENS["cpu"]) * CHUNK * work.heads * (4 + work.linear_bytes)
-    return batch_bytes(work.hidden, max(group.rows for group in work.groups), "cpu") + scores
+    """Weights of a block that runs."""
+    return work.ways * work.block_values * work.model_bytes
 
 
 def _solve_bytes(group: Group, work: Work, device: torch.device) -> int:

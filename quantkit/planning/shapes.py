@@ -12,7 +12,7 @@ from quantkit.device import arithmetic
 from quantkit.formats.base import LinearPlan, calibrates
 from quantkit.maths.gram import Look
 from quantkit.maths.int_products import code_bytes
-from quantkit.model.blocks import architecture_of, blocks_of, group_shape, head_dim, state_columns
+from quantkit.model.blocks import architecture_of, blocks_of, group_shape, head_dim, heads_of, state_columns
 from quantkit.model.forward import tokens_apart
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
@@ -79,6 +79,12 @@ class Work:
         return 2 if self.corrects else 1
 
     @property
+    def model_bytes(self) -> int:
+        """Of a weight in a block that runs: in 8 bits, which stand for what they were made of, or in the dtype of
+        linears."""
+        return self.code_bytes if self.eight_bit_linears else self.linear_bytes
+
+    @property
     def block_values(self) -> int:
         return sum(group.values for group in self.groups)
 
@@ -104,7 +110,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
     stored = source.dtype(f"{blocks[0].linears[0]}.weight")
     how = arithmetic(device, stored, exact=section.precision == "float32")
     embedding = f"{architecture_of(source.config).embedding}.weight"
-    heads = int(source.config.get("num_attention_heads") or source.config.get("n_head") or 1)
+    heads = heads_of(source.config)
     return Work(
         blocks=len(blocks),
         groups=tuple(Group(columns, rows) for rows, columns in stacked),

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from quantkit.errors import RecipeError
 from quantkit.formats.base import LinearPlan
 from quantkit.formats.group import grid_of
-from quantkit.model.blocks import blocks_of
+from quantkit.model.blocks import blocks_of, heads_of
 from quantkit.model.source import Source
 from quantkit.planning.rules import VERDICTS, Engine, Verdict, When, engines
 from quantkit.recipe import Recipe
@@ -102,7 +102,7 @@ def facts_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan]) -> Fac
         for plan in plans
         if plan.method is not None
     )
-    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    heads = heads_of(config)
     gpus = recipe.target.tensor_parallel if recipe.target is not None else 1
     return Facts(recipe.resolved_format.name, _name(recipe.method), recipe.model.dtype, heads, gpus, linears)
 

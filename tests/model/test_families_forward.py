@@ -16,11 +16,12 @@ from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import InputStatistics, Look
 from quantkit.methods.awq import AWQ
 from quantkit.methods.base import BlockWeights
-from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim, linear_shape
+from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, group_shape, head_dim, linear_shape
 from quantkit.model.eight_bit import EightBitLinear
 from quantkit.model.forward import BATCH_TOKENS, BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import load_transformers
+from quantkit.model.room import BlockSizes
 from quantkit.model.stages import Way, run_staged
 
 IDS = torch.arange(4 * 48).reshape(4, 48) % 380
@@ -121,8 +122,8 @@ def test_what_outputs_are_added_to_is_what_the_table_says(source: MemorySource) 
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
-def test_rows_beside_bring_their_states(source: MemorySource, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("waiting", [4, 2, 0])
+def test_rows_beside_bring_their_states(source: MemorySource, waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(correction, "FAR", float("inf"))
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 1)  # a sequence each
     runner = BlockRunner(source, CPU, arithmetic(CPU, torch.float32, exact=True))
@@ -152,7 +153,9 @@ def test_rows_beside_bring_their_states(source: MemorySource, share: float, monk
             linear = module.get_submodule(first.linears[0].removeprefix(block.prefix))
             linear.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
         ways = Way(module, hidden), Way(twin, beside)
-        run_staged(runner, block, ways[0], Rounder(), share=share, advance=False, beside=ways[1])
+        shapes = tuple(group_shape(source, group) for group in block.groups)
+        sizes = BlockSizes(shapes, hidden.shape[2], 48, 4, 4, 4, 4, 4, 2, "cpu")
+        run_staged(runner, block, ways[0], Rounder(), sizes=sizes, waiting=waiting, advance=False, beside=ways[1])
     for group in block.groups:
         seen = found[group.linears[0]]
         assert seen is not None and len(seen.totals()) == (1 if group.added_to is None else 2)

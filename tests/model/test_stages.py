@@ -13,10 +13,11 @@ from quantkit import one_block
 from quantkit.errors import ModelError
 from quantkit.memory import MemoryLimit
 from quantkit.model import forward, stages
+from quantkit.model.room import BlockSizes
 
 
-def make(model: Path, out: Path, *settings: str) -> None:
-    quietly("gptq-4bit-g64", model, out, ["calibration.sequences=6", "calibration.length=64", *settings])
+def make(model: Path, out: Path, *settings: str, force: bool = False) -> None:
+    quietly("gptq-4bit-g64", model, out, ["calibration.sequences=6", "calibration.length=64", *settings], force=force)
 
 
 def begun_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -37,15 +38,26 @@ def test_as_many_rows_wait_as_there_is_room_for(
     correction: float, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 64)  # each of the six sequences is a batch
-    needed = (1 if correction == 0 else 2) * 6 * 64 * (3 * 64 + 128) * 4
-    rounding = 8 * 128 * (128 + 64) + (0 if correction == 0 else 20 * 128**2 + 24 * 128 * 64)  # of down_proj, the most
-    running = 4 * 128**2 + 4 * 64 * (4 * 64 + 2 * 256)  # a batch, and the largest Gram matrix
-    beside = max(rounding, running)
+    made: list[BlockSizes] = []
+    sizes = one_block._sizes
+
+    def note_sizes(*args: Any) -> BlockSizes:
+        made.append(sizes(*args))
+        return made[-1]
+
+    monkeypatch.setattr(one_block, "_sizes", note_sizes)
+    monkeypatch.setattr(MemoryLimit, "room_bytes", lambda *_: 10**9)
     begun = begun_batches(monkeypatch)
     settings = [f"method.correction={correction}"]
-    for waiting, room in ((6, beside + needed), (4, beside + needed * 4 // 6 + 1), (0, beside)):
+    make(tiny_llama, tmp_path / "6", *settings)
+    begun.clear()
+    assert made[0].shapes == ((128, 64), (64, 64), (256, 64), (64, 128))
+    assert made[0].ways == (1 if correction == 0 else 2)
+    assert (made[0].hidden, made[0].length, made[0].heads, made[0].stored_bytes) == (64, 64, 4, 4)
+    for waiting in (6, 4, 0):
+        room = made[0].taken_bytes + waiting * made[0].waiting_bytes
         monkeypatch.setattr(MemoryLimit, "room_bytes", lambda *_, room=room: room)
-        make(tiny_llama, tmp_path / str(waiting), *settings)
+        make(tiny_llama, tmp_path / str(waiting), *settings, force=True)
         first, second = [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5][waiting:]
         # the first block starts the others for its four groups and for its outputs, the second has none to write
         assert begun == first[:waiting] + 5 * second + first[:waiting] + 4 * second
@@ -53,24 +65,24 @@ def test_as_many_rows_wait_as_there_is_room_for(
         same_but_for_the_manifest(tmp_path / "6", tmp_path / str(waiting))
 
 
-@pytest.mark.parametrize(("share", "waiting"), [(1.0, [0, 4]), (0.9, [0]), (0.5, [])])
+@pytest.mark.parametrize(("sequences", "waiting"), [(6, [0, 4]), (4, [0]), (0, [])])
 def test_a_short_last_batch_waits_only_with_all_others(
-    share: float, waiting: list[int], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sequences: int, waiting: list[int], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 256)  # four of six sequences, then two
-    monkeypatch.setattr(one_block, "waiting_share", lambda *_: share)
+    monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: sequences)
     begun = begun_batches(monkeypatch)
     make(tiny_llama, tmp_path / "out")
     again = [start for start in (0, 4) if start not in waiting]
     assert begun == waiting + 5 * again + waiting + 4 * again
 
 
-@pytest.mark.parametrize("share", [1.0, 0.0])
+@pytest.mark.parametrize("sequences", [6, 0])
 def test_a_run_that_fails_while_rows_are_under_way_leaves_torch_as_it_was(
-    share: float, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sequences: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 64)
-    monkeypatch.setattr(one_block, "waiting_share", lambda *_: share)
+    monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: sequences)
     before = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
     make(tiny_llama, tmp_path / "whole")
     assert (torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")) == before

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantkit.maths.attention import CHUNK
 from quantkit.memory import WIDE_COLUMNS
 from quantkit.model.reader import open_source
-from quantkit.model.stages import beside_bytes
 from quantkit.plan import plan_linears
 from quantkit.planning import memory, times
 from quantkit.planning.memory import memory_of
@@ -76,9 +76,9 @@ def test_the_peak_of_a_calibrated_run(tiny_llama: Path) -> None:
 
 
 def test_scores_of_long_sequences_count(tiny_llama: Path) -> None:
-    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 1, "length": 1024})
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 1024})
     short, long = (memory_of(replace(work, length=length), CPU, ROOM) for length in (1024, 4096))
-    more = memory.CHUNK * 3072 * work.heads * (4 + work.linear_bytes)
+    more = CHUNK * 3072 * work.heads * (4 + work.linear_bytes) + 4 * 3072 * (4 * 64 + 2 * 256)
     apart = long.host["activations of a batch"] - short.host["activations of a batch"]
     assert apart == pytest.approx(more, abs=2)
 
@@ -107,33 +107,24 @@ def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Pa
     assert tight.scratch_bytes == 128 * 64 * 4 and tight.waiting == 0
 
 
-def test_beside_rows_that_wait_a_batch_runs_or_a_group_is_rounded() -> None:
-    small, large = (64, 32), (2000, 2048)
-    batch = 4 * 1024 * (4 * 16 + 2 * 64) + 4 * 32**2
-    assert beside_bytes([small], 16, "cpu", corrects=False) == batch
-    assert beside_bytes([small], 16, "cpu", corrects=True) == max(batch, 28 * 32**2 + 32 * 32 * 64)
-    rounding = 8 * 2048 * (2000 + 2048)
-    assert beside_bytes([small, large], 16, "cpu", corrects=False) == rounding
-    assert beside_bytes([large], 16, "cpu", corrects=True) == rounding + 20 * 2048**2 + 24 * 2000 * 2048
-
-
 def test_a_gpu_has_room_of_its_own_for_rows_that_wait(tiny_llama: Path) -> None:
-    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
-    rows, beside = 128 * (3 * 64 + 128) * 4, 4 * 128**2 + 4 * 8192 * (4 * 64 + 2 * 256)  # a batch that runs
-    found = memory_of(work, CUDA, 1000, limited=True, device_room_bytes=beside + rows // 2)
-    assert found.waiting == pytest.approx(0.5) and found.device["rows that wait inside a block"] == rows // 2
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 512, "length": 32})
+    sizes = memory._sizes(work, CUDA)
+    room = sizes.taken_bytes + 256 * sizes.waiting_bytes + work.block_bytes // 2  # half of what it takes is missing
+    found = memory_of(work, CUDA, 1000, limited=True, device_room_bytes=room)
+    assert found.waiting == 0.5 and found.device["rows that wait inside a block"] == 256 * sizes.waiting_bytes
     assert found.scratch_bytes > 0, "the host's are another matter"
 
 
 def test_a_limit_leaves_room_for_some_of_the_rows(tiny_llama: Path) -> None:
-    work, plans = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
-    rows, states = 128 * (3 * 64 + 128) * 4, 128 * 64 * 4
-    beside = 4 * 128**2 + 4 * 1024 * (4 * 64 + 2 * 256)  # a batch that runs, and the largest Gram matrix
-    held = memory.LIBRARIES_BYTES["calibrated"] + work.block_bytes + states + beside
-    found = memory_of(work, CPU, held + rows // 4, limited=True)
-    assert found.waiting == pytest.approx(0.25)
-    free = memory_of(work, CPU, held - (held - beside) // 2 + rows // 4)  # of what is held half is missing then
-    assert free.host["rows that wait inside a block"] == pytest.approx(rows // 4, abs=2)
+    work, plans = planned(tiny_llama, GPTQ, calibration={"sequences": 128, "length": 32})
+    sizes = memory._sizes(work, CPU)
+    assert sizes.shapes == ((128, 64), (64, 64), (256, 64), (64, 128)) and sizes.batch == 32
+    held = memory.LIBRARIES_BYTES["calibrated"] + work.block_bytes + work.tokens * 64 * 4 + sizes.taken_bytes
+    found = memory_of(work, CPU, held + 33 * sizes.waiting_bytes, limited=True)
+    assert found.waiting == 0.25 and found.host["rows that wait inside a block"] == 32 * sizes.waiting_bytes
+    half = held - (held - sizes.taken_bytes) // 2  # without a limit, of what is held half is missing then
+    assert memory_of(work, CPU, half + 65 * sizes.waiting_bytes).waiting == 0.5
     work = replace(work, linear_bytes=4, eight_bit_gram=False, eight_bit_linears=False)
     all_wait, few = (time_of(work, plans, UNIT, 0, waiting).parts for waiting in (1.0, 0.25))
     # q, k and v are passed by those that start again for the other three groups, o by two, gate and up by one

@@ -1,0 +1,82 @@
+"""How many rows of tokens may wait inside a block (model/stages.py): what the run and its forecast both reckon by.
+
+Bytes are those held where the blocks run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quantkit.maths.attention import CHUNK
+from quantkit.model.forward import BATCH_TOKENS
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """What a block and its rows are made of, in numbers.
+
+    shapes: (rows, columns) of the stacked weights of each group of linears. hidden: columns of the states. length: of a
+    sequence. heads: how many. state_bytes, linear_bytes: of a value in the states, and in what linears multiply.
+    model_bytes, stored_bytes: of a weight in the module that runs, and as it is stored. ways: how many models run; the
+    unquantized one goes along where there is a correction. device: "cpu" or "cuda".
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    hidden: int
+    length: int
+    heads: int
+    state_bytes: int
+    linear_bytes: int
+    model_bytes: int
+    stored_bytes: float
+    ways: int
+    device: str
+
+    @property
+    def batch(self) -> int:
+        """Sequences that go through the block at once."""
+        return max(1, BATCH_TOKENS[self.device] // self.length)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What a sequence holds at most while it waits: for each token its input, the states behind attention, the
+        norm's output and the widest input of a linear."""
+        widest = max(columns for _, columns in self.shapes)
+        return self.ways * self.length * (3 * self.hidden + widest) * self.state_bytes
+
+    @property
+    def batch_bytes(self) -> int:
+        """What lies between the linears of a batch that runs, and of sequences longer than a batch the scores and
+        weights of attention; those of shorter ones are small beside the rest."""
+        tokens = max(BATCH_TOKENS[self.device], self.length)
+        scores = max(0, self.length - BATCH_TOKENS[self.device]) * CHUNK * self.heads * (4 + self.linear_bytes)
+        return 4 * tokens * (4 * self.hidden + 2 * max(rows for rows, _ in self.shapes)) + scores
+
+    def rounding_bytes(self, rows: int, columns: int) -> int:
+        """What rounding a group takes: a Gram matrix and weights in float32, and as much to round by; for a correction
+        the sums over two halves of the text, of tokens far out, what they are together and a factor, and what is moved
+        by how much."""
+        correction = 20 * columns**2 + 24 * columns * rows if self.ways > 1 else 0
+        return 8 * columns * (columns + rows) + correction
+
+    @property
+    def grown_bytes(self) -> int:
+        """What a block takes more once it is rounded: codes and weights that run, for those that were stored."""
+        values = sum(rows * columns for rows, columns in self.shapes)
+        return int(values * max(0.0, 1 + self.ways * self.model_bytes - self.stored_bytes))
+
+    @property
+    def taken_bytes(self) -> int:
+        """What is taken at most beside rows that wait: a batch that runs, with the sums it goes into, or the rounding
+        of a group; and what the block grows by."""
+        sums = 24 if self.ways > 1 else 4
+        at_once = [
+            max(self.rounding_bytes(rows, columns), self.ways * self.batch_bytes + sums * columns**2)
+            for rows, columns in self.shapes
+        ]
+        return max(at_once) + self.grown_bytes
+
+    def waiting_sequences(self, sequences: int, room: int) -> int:
+        """Of so many sequences, those that wait where there are `room` bytes: whole batches, the first ones."""
+        fit = max(0, room - self.taken_bytes) // self.waiting_bytes
+        return sequences if fit >= sequences else fit // self.batch * self.batch

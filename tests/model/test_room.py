@@ -1,0 +1,62 @@
+"""How many rows may wait, against counts by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from quantkit.maths.attention import CHUNK
+from quantkit.model.room import BlockSizes
+
+SMALL = BlockSizes(
+    shapes=((64, 32), (32, 48)),
+    hidden=16,
+    length=512,
+    heads=2,
+    state_bytes=4,
+    linear_bytes=4,
+    model_bytes=2,
+    stored_bytes=2,
+    ways=1,
+    device="cpu",
+)
+
+
+def test_a_batch_lies_beside_rows_that_wait() -> None:
+    batch = 4 * 1024 * (4 * 16 + 2 * 64)
+    assert SMALL.batch == 2 and SMALL.batch_bytes == batch
+    assert SMALL.taken_bytes == batch + 4 * 48**2 + SMALL.grown_bytes
+    corrected = replace(SMALL, ways=2)
+    assert corrected.taken_bytes == 2 * batch + 24 * 48**2 + corrected.grown_bytes
+    assert replace(SMALL, device="cuda").batch_bytes == 8 * batch
+
+
+def test_a_sequence_longer_than_a_batch_is_one() -> None:
+    long = replace(SMALL, length=4096)
+    assert long.batch == 1
+    assert long.batch_bytes == 4 * 4096 * (4 * 16 + 2 * 64) + 3072 * CHUNK * 2 * (4 + 4)
+
+
+def test_rounding_a_wide_group_takes_more_than_a_batch() -> None:
+    wide = replace(SMALL, shapes=((64, 32), (2000, 2048)))
+    rounding = 8 * 2048 * (2000 + 2048)
+    assert wide.taken_bytes == rounding + wide.grown_bytes
+    assert replace(wide, ways=2).rounding_bytes(2000, 2048) == rounding + 20 * 2048**2 + 24 * 2000 * 2048
+
+
+@pytest.mark.parametrize(("model", "stored", "ways", "grown"), [(2, 2, 1, 1), (4, 2, 1, 3), (2, 2, 2, 3), (1, 4, 1, 0)])
+def test_codes_and_weights_that_run_come_for_those_that_were_stored(
+    model: int, stored: int, ways: int, grown: int
+) -> None:
+    values = 64 * 32 + 32 * 48
+    assert replace(SMALL, model_bytes=model, stored_bytes=stored, ways=ways).grown_bytes == grown * values
+
+
+def test_whole_batches_wait_the_first_ones() -> None:
+    each = 512 * (3 * 16 + 48) * 4
+    assert SMALL.waiting_bytes == each and replace(SMALL, ways=2).waiting_bytes == 2 * each
+    for room, waiting in ((7 * each, 7), (7 * each - 1, 6), (6 * each - 1, 4), (2 * each - 1, 0), (0, 0)):
+        assert SMALL.waiting_sequences(7, SMALL.taken_bytes + room) == waiting
+    assert SMALL.waiting_sequences(7, 0) == 0
+    assert SMALL.waiting_sequences(7, 10**12) == 7
