@@ -138,6 +138,7 @@ def _passes(work: Work, probe: Probe, again: float) -> dict[str, float]:
     linears = sum(2 * tokens * group.values * times for group, times in zip(work.groups, passed, strict=True))
     attention = 2 * tokens * work.length * work.attention * passed[0]
     grams = sum(work.gram_tokens * group.columns * (group.columns + 1) for group in work.groups)
+    # of norms and copies, those at the start of a block are passed five times then, those in its middle three times
     rows = sum(group.rows * times for group, times in zip(work.groups, passed, strict=True))
     passing = ACTIVATION_FLOP * tokens * (4 * work.hidden * (1 + 2 * again) + rows)
     crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0
