@@ -96,12 +96,12 @@ def memory_of(
         if held:
             parts["rows that wait inside a block"] = held * sizes.waiting_bytes
     looking = _looking_parts(work) if work.propagates else {}
+    kept = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
     if device.type == "cuda":
-        parts["freed, not given back"] = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
+        parts["freed, not given back"] = kept
     elif returned:
         parts = max(parts, looking, key=lambda held: sum(held.values()))
     else:
-        kept = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
         parts["freed, not given back"] = min(RETAINED_BYTES, kept)
     on_device: dict[str, int] = {}
     if device.type == "cuda":
