@@ -14,8 +14,8 @@ from quantkit.errors import ModelError
 from quantkit.formats.base import LinearPlan, Writer, calibrates
 from quantkit.manifest import TensorRecord
 from quantkit.maths.correction import CorrectionAccumulator
+from quantkit.maths.four_bit import shortest_run
 from quantkit.maths.gram import Importance, InputStatistics, Look
-from quantkit.maths.int_products import code_bytes
 from quantkit.maths.measure import energies, sqnr_db
 from quantkit.memory import MemoryLimit
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
@@ -23,10 +23,10 @@ from quantkit.methods.calibrated import CalibratedBlock
 from quantkit.model.blocks import Block, LinearGroup, group_shape, heads_of
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
-from quantkit.model.room import BlockSizes
+from quantkit.model.room import BlockSizes, weight_bytes
 from quantkit.model.stages import Way, run_staged
 from quantkit.recipe import Recipe
-from quantkit.tensors import on_cpu
+from quantkit.tensors import QuantizedTensor, on_cpu
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def quantize_staged(
     runner.expect(sequences * sizes.waiting_bytes)
     waiting = sizes.waiting_sequences(sequences, run.memory.room_bytes(runner.device))
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
-    way, rounder = Way(module, hidden), _Rounder(block, works)
+    way, rounder = Way(module, hidden), _Rounder(works)
     run_staged(runner, block, way, rounder, sizes=sizes, waiting=waiting, advance=not last, beside=beside, look=look)
     results += [work.result() for work in works]
     _finish_block(state, block, tensors, merge(results))
@@ -136,14 +136,18 @@ def quantize_staged(
 def _sizes(state: JobState, run: ModelRun, block: Block, tensors: Mapping[str, Tensor]) -> BlockSizes:
     runner, hidden, how = run.runner, state.hidden, run.runner.arithmetic
     assert hidden is not None
+    shapes = tuple(group_shape(runner.source, group) for group in block.groups)
+    grids = {getattr(method, "grid", None) for method in state.methods.values() if method.calibrated}
+    together = shortest_run(grids, {columns for _, columns in shapes})
     return BlockSizes(
-        shapes=tuple(group_shape(runner.source, group) for group in block.groups),
+        shapes=shapes,
         hidden=hidden.shape[2],
         length=hidden.shape[1],
         heads=heads_of(runner.source.config),
         state_bytes=how.states.itemsize,
         linear_bytes=how.linears.itemsize,
-        model_bytes=code_bytes() if how.eight_bit_linears else how.linears.itemsize,
+        model_bytes=weight_bytes(how.eight_bit_linears, how.linears.itemsize),
+        rounded_bytes=weight_bytes(how.eight_bit_linears, how.linears.itemsize, together),
         stored_bytes=tensors[f"{block.linears[0]}.weight"].dtype.itemsize,
         ways=2 if state.corrects else 1,
         device=runner.device.type,
@@ -199,17 +203,16 @@ def _shared_out(
 class _Rounder:
     """Gives each group of linears to the methods that quantize some of it."""
 
-    block: Block
     works: list[CalibratedBlock]
 
     def round(
         self, group: LinearGroup, seen: InputStatistics, correction: CorrectionAccumulator | None
-    ) -> dict[str, Tensor]:
-        done: dict[str, Tensor] = {}
+    ) -> dict[str, QuantizedTensor]:
+        done: dict[str, QuantizedTensor] = {}
         for work in self.works:
             if work.ours(group):
                 done |= work.round(group, seen.gram, correction)
-        return {f"{name}.weight": self.block.oriented(weight) for name, weight in done.items()}
+        return done
 
     def input_scale(self, group: LinearGroup) -> Tensor | None:
         scales = [work.input_scale(group) for work in self.works if work.ours(group)]

@@ -14,15 +14,18 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fakes.runs import quietly
+from quantkit import device as devices
 from quantkit import memory, one_block, pipeline
 from quantkit.device import Arithmetic
 from quantkit.manifest import Manifest
+from quantkit.maths import four_bit
 from quantkit.methods.calibrated import CalibratedBlock
 from quantkit.model import eight_bit
 from quantkit.model.blocks import LinearGroup
 from quantkit.model.eight_bit import EightBitLinear
 from quantkit.model.forward import BlockRunner
 from quantkit.model.stages import Way
+from quantkit.tensors import GroupTensor
 
 
 def make(recipe: str, model: Path, out: Path, *settings: str) -> Manifest:
@@ -115,6 +118,43 @@ def test_weights_are_coded_in_eight_bits_as_they_are_stored(
     monkeypatch.setattr(eight_bit, "eight_bit_weight", note)
     make("gptq-4bit-g64-plain", model, tmp_path / "out", "method.propagate=unquantized")
     assert seen == [torch.bfloat16] * 13, "not widened for it: all but the last down_proj, which need not run"
+
+
+@pytest.mark.skipif(not devices.has_avx2(), reason="the loops are AVX2's")
+@pytest.mark.parametrize("recipe", ["gptq-4bit-g64", "awq-4bit-g64-nearest"])
+def test_rounded_weights_are_multiplied_by_the_codes_that_are_written(
+    recipe: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, coded, round_group = [], [], CalibratedBlock.round
+    four_bits = four_bit.four_bit_weight
+
+    def note_round(self: CalibratedBlock, *args: Any) -> Any:
+        found = round_group(self, *args)
+        made.extend(found.values())
+        return found
+
+    def note(weight: GroupTensor, *rest: Any) -> Any:
+        coded.append(weight)
+        return four_bits(weight, *rest)
+
+    monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: Arithmetic(torch.float32, torch.float32, False, True))
+    monkeypatch.setattr(four_bit, "by_own_loops", lambda: True)
+    monkeypatch.setattr(eight_bit, "four_bit_weight", note)
+    monkeypatch.setattr(CalibratedBlock, "round", note_round)
+    make(recipe, tiny_llama, tmp_path / "near", "method.group_size=32")
+    # all of both blocks but the last down_proj, behind which nothing is looked at, in the order they were rounded in
+    assert len(coded) == 13 and [id(weight) for weight in coded] == [id(tensor) for tensor in made[:13]]
+    monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: Arithmetic(torch.float32, torch.float32, False, False))
+    make(recipe, tiny_llama, tmp_path / "exact", "method.group_size=32")
+    assert len(coded) == 13, "not where linears multiply in float32"
+    near, exact = (load_file(tmp_path / folder / "model.safetensors") for folder in ("near", "exact"))
+    codes = [name for name in exact if name.endswith("qweight")]
+    same = [
+        float(((near[name] >> bit & 15) == (exact[name] >> bit & 15)).float().mean())
+        for name in codes
+        for bit in range(0, 32, 4)
+    ]
+    assert sum(same) / len(same) > 0.8, "few codes fall otherwise, of 16 that there are"
 
 
 def test_no_gram_matrix_is_held_while_rounded_weights_are_assigned(

@@ -174,12 +174,12 @@ class CalibratedBlock:
 
     def round(
         self, group: LinearGroup, gram: Tensor, correction: CorrectionAccumulator | None = None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, QuantizedTensor]:
         """Round the linears of one input.
 
         gram: float32 [in, in] of the inputs behind the folded scale. correction: what was seen of the unquantized
-        model's inputs beside them. Returns the rounded weights, {linear: float32
-        [out, in]}. Raises ModelError when the Gram matrix is not finite.
+        model's inputs beside them. Returns the rounded weights by linear. Raises ModelError when the Gram matrix is
+        not finite.
         """
         ours = self.ours(group)
         require_finite(f"inputs of {', '.join(ours)}", gram)
@@ -188,15 +188,12 @@ class CalibratedBlock:
             after = correction.corrected(before, gram, self.steps.damp, self.steps.correction)
             self.weights.update(zip(ours, after, strict=True))
             del before, after
-        self._quantized |= self._round(ours, gram)
-        return {name: self._decode_and_let_go(name) for name in ours}
-
-    def _decode_and_let_go(self, name: str) -> Tensor:
-        """What the codes of a linear stand for, float32 [out, in]; how far that is from the weight that they were made
-        of is noted, and the weight is not held any longer."""
-        decoded = self._quantized[name].dequantize()
-        self._sqnr[name] = sqnr_db(*energies(self.weights.pop(name), [decoded.flatten()]))
-        return decoded
+        rounded = self._round(ours, gram)
+        for name, tensor in rounded.items():
+            # how far it is from the weight that it was made of, which is not held any longer
+            self._sqnr[name] = sqnr_db(*energies(self.weights.pop(name), tensor.pieces()))
+        self._quantized |= rounded
+        return dict(rounded)
 
     def _round(self, ours: list[str], gram: Tensor) -> Mapping[str, QuantizedTensor]:
         """Linears of one input, stacked by rows so that each matrix is factored once."""

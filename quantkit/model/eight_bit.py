@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.maths.eight_bit import TRIED, EightBitWeight, eight_bit_weight
+from quantkit.maths.four_bit import FourBitWeight, four_bit_weight
+from quantkit.tensors import GroupTensor
 
 
 class EightBitLinear(nn.Linear):
@@ -18,20 +20,30 @@ class EightBitLinear(nn.Linear):
     The weight is coded when the first inputs behind its assignment come, which tell how to balance its columns: later
     batches take it as it is, so the same inputs in the same order give the same outputs. What was assigned is then not
     held beside its codes; it may be bfloat16 where the run multiplies in float32. A handful of tokens, such as an
-    expert may get, tells too little of the columns, and goes without.
+    expert may get, tells too little of the columns, and goes without. A weight that was rounded to few bits can be
+    given as its codes, and is multiplied by these (maths/four_bit.py), or again as any other one.
     """
 
     wide = False
     """Whether 8-bit products come out as float32 even where the run multiplies in less: those that are added to hidden
     states would be widened for that at once."""
 
-    _coded: tuple[Tensor, EightBitWeight | None] | None = None
+    _coded: tuple[Tensor, EightBitWeight | FourBitWeight | None] | None = None
+
+    _rounded: tuple[Tensor, GroupTensor] | None = None
+    """What stands for the weight, and the empty one that is in its place."""
+
+    def take(self, rounded: GroupTensor) -> None:
+        """Have a weight that was rounded, which `run_length` knows, as its codes."""
+        self.weight = nn.Parameter(torch.empty(rounded.shape, device="meta"), requires_grad=False)
+        self._rounded = (self.weight, rounded)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self._coded is None or self._coded[0] is not self.weight:
             if inputs.numel() < TRIED * self.in_features:
+                self._unpack()
                 return self._as_it_is(inputs)
-            coded = eight_bit_weight(self.weight, self.bias, inputs)
+            coded = self._code(inputs)
             if coded is not None:
                 self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
             self._coded = (self.weight, coded)
@@ -43,6 +55,21 @@ class EightBitLinear(nn.Linear):
         mixed = torch.is_autocast_enabled("cpu")
         return coded(inputs, torch.get_autocast_dtype("cpu") if mixed else inputs.dtype)
 
+    def _code(self, inputs: Tensor) -> EightBitWeight | FourBitWeight | None:
+        if self._rounded is not None and self._rounded[0] is self.weight:
+            coded = four_bit_weight(self._rounded[1], self.bias, inputs)
+            if coded is not None:
+                self._rounded = None
+                return coded
+        self._unpack()
+        return eight_bit_weight(self.weight, self.bias, inputs)
+
+    def _unpack(self) -> None:
+        """Hold a weight that was given as its codes itself."""
+        if self._rounded is not None and self._rounded[0] is self.weight:
+            self.weight = nn.Parameter(self._rounded[1].dequantize(), requires_grad=False)
+        self._rounded = None
+
     def _as_it_is(self, inputs: Tensor) -> Tensor:
         """The outputs without 8 bits; a weight that came narrower than the run multiplies in is widened once."""
         if self.weight.dtype != inputs.dtype and not torch.is_autocast_enabled("cpu"):
@@ -53,7 +80,7 @@ class EightBitLinear(nn.Linear):
         return super().forward(inputs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> EightBitLinear:
-        self._coded = None  # other tensors take the place of these
+        self._coded = self._rounded = None  # other tensors take the place of these
         return super()._apply(fn, recurse)
 
 

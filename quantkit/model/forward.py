@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
+from quantkit.maths.four_bit import run_length
 from quantkit.maths.gram import Accumulator, GramAccumulator, InputStatistics, Look, SquaresAccumulator
 from quantkit.memory import FreedMemory
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, group_shape
@@ -29,6 +30,7 @@ from quantkit.model.norms import use_compiled_norms
 from quantkit.model.rotary import use_compiled_rotation
 from quantkit.model.source import Source
 from quantkit.model.watching import watched
+from quantkit.tensors import GroupTensor, QuantizedTensor
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens that go through a block at once: enough rows for a matrix product to run at full rate, few enough that what
@@ -169,6 +171,19 @@ class BlockRunner:
                     hint="config.json belongs to another model, or was changed",
                 )
         module.load_state_dict(state, strict=False, assign=True)
+
+    def assign_rounded(self, module: nn.Module, block: Block, rounded: Mapping[str, QuantizedTensor]) -> None:
+        """Give linears of a block's module what they were rounded to, by full name: as codes where it multiplies by
+        these, else as the weights that they stand for."""
+        weights: dict[str, Tensor] = {}
+        for linear, tensor in rounded.items():
+            owner = module.get_submodule(linear.removeprefix(block.prefix))
+            if isinstance(owner, EightBitLinear) and isinstance(tensor, GroupTensor) and run_length(tensor):
+                owner.take(tensor)
+            else:
+                weights[f"{linear}.weight"] = block.oriented(tensor.dequantize())
+        if weights:
+            self.assign(module, block, weights)
 
     def release(self, module: nn.Module, block: Block, linears: Iterable[str]) -> None:
         """Let go of the weights of some linears of a block's module, by full name. They cannot run until others are

@@ -8,7 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantkit.maths.attention import CHUNK
+from quantkit.maths.four_bit import held_bytes
+from quantkit.maths.int_products import code_bytes
 from quantkit.model.forward import BATCH_TOKENS
+
+
+def weight_bytes(eight_bit_linears: bool, linear_bytes: int, run: int | None = None) -> float:
+    """Of a weight in a block that runs: in 8 bits, which stand for what they were made of, or in the dtype of linears.
+
+    run: of one that was rounded and is multiplied by its codes (`maths/four_bit.py`), if it is.
+    """
+    if not eight_bit_linears:
+        return linear_bytes
+    return code_bytes() if run is None else held_bytes(run)
 
 
 @dataclass(frozen=True)
@@ -17,8 +29,9 @@ class BlockSizes:
 
     shapes: (rows, columns) of the stacked weights of each group of linears. hidden: columns of the states. length: of a
     sequence. heads: how many. state_bytes, linear_bytes: of a value in the states, and in what linears multiply.
-    model_bytes, stored_bytes: of a weight in the module that runs, and as it is stored. ways: how many models run; the
-    unquantized one goes along where there is a correction. device: "cpu" or "cuda".
+    model_bytes, rounded_bytes, stored_bytes: of a weight in the module that runs, before and behind its rounding, and
+    as it is stored. ways: how many models run; the unquantized one goes along where there is a correction. device:
+    "cpu" or "cuda".
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -27,7 +40,8 @@ class BlockSizes:
     heads: int
     state_bytes: int
     linear_bytes: int
-    model_bytes: int
+    model_bytes: float
+    rounded_bytes: float
     stored_bytes: float
     ways: int
     device: str
@@ -63,7 +77,8 @@ class BlockSizes:
     def grown_bytes(self) -> int:
         """What a block takes more once it is rounded: codes and weights that run, for those that were stored."""
         values = sum(rows * columns for rows, columns in self.shapes)
-        return int(values * max(0.0, 1 + self.ways * self.model_bytes - self.stored_bytes))
+        run = self.rounded_bytes + (self.ways - 1) * self.model_bytes
+        return int(values * max(0.0, 1 + run - self.stored_bytes))
 
     @property
     def taken_bytes(self) -> int:

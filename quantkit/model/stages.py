@@ -24,6 +24,7 @@ from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.room import BlockSizes
 from quantkit.model.watching import Arrived, watched_with_states
+from quantkit.tensors import QuantizedTensor
 
 if TYPE_CHECKING:
     from greenlet import greenlet
@@ -34,8 +35,8 @@ class Rounder(Protocol):
 
     def round(
         self, group: LinearGroup, seen: InputStatistics, correction: CorrectionAccumulator | None
-    ) -> Mapping[str, Tensor]:
-        """The group's new weights by tensor name."""
+    ) -> Mapping[str, QuantizedTensor]:
+        """What the linears of the group are rounded to, by full name."""
 
     def input_scale(self, group: LinearGroup) -> Tensor | None:
         """float32 [in], what was divided out of the group's inputs; None when nothing was."""
@@ -171,7 +172,7 @@ def _round_group(
     runner.expect(sizes.rounding_bytes(*group_shape(runner.source, group)))
     rounded = rounder.round(group, accumulator.result(), correction)
     del accumulator, correction  # a Gram matrix is not held while weights are coded in 8 bits
-    runner.assign(way.module, block, rounded)
+    runner.assign_rounded(way.module, block, rounded)
 
 
 def _add_inputs(

@@ -122,6 +122,7 @@ def _sizes(work: Work, device: torch.device) -> BlockSizes:
         state_bytes=work.state_bytes,
         linear_bytes=work.linear_bytes,
         model_bytes=work.model_bytes,
+        rounded_bytes=work.rounded_bytes,
         stored_bytes=work.block_bytes / work.block_values,
         ways=work.ways,
         device=device.type,
@@ -132,7 +133,7 @@ def _looking_parts(work: Work) -> dict[str, int]:
     """What is held while scales are looked for, before weights are let go as they are rounded."""
     return {
         "block as stored": work.block_bytes,
-        "block in the model": _in_model(work),
+        "block in the model": int(work.ways * work.block_values * work.model_bytes),
         "Gram matrices": sum(4 * group.columns**2 for group in work.groups),
         "activations of a batch": _sizes(work, torch.device("cpu")).batch_bytes,
     }
@@ -143,7 +144,8 @@ def _block_parts(work: Work, device: torch.device, returned: bool) -> dict[str, 
 
     returned: what lies between linears is given back before their group is rounded, so the larger of both counts.
     """
-    parts = {"block in the model": _in_model(work), "codes": work.block_values}
+    run = (work.rounded_bytes if work.propagates else work.model_bytes) + (work.ways - 1) * work.model_bytes
+    parts = {"block in the model": int(work.block_values * run), "codes": work.block_values}
     stored, between = work.block_bytes / work.block_values, _sizes(work, torch.device("cpu")).batch_bytes
     if work.propagates:
         # weights as stored behind the group that is rounded; the heaviest one counts
@@ -157,11 +159,6 @@ def _block_parts(work: Work, device: torch.device, returned: bool) -> dict[str, 
         parts |= {"block as stored": work.block_bytes}
         parts["Gram matrix and weights at hand"] = max(_solve_bytes(group, work, device) for group in work.groups)
     return parts | {"activations of a batch": between}
-
-
-def _in_model(work: Work) -> int:
-    """Weights of a block that runs."""
-    return work.ways * work.block_values * work.model_bytes
 
 
 def _solve_bytes(group: Group, work: Work, device: torch.device) -> int:

@@ -10,10 +10,12 @@ import torch
 
 from quantkit.device import arithmetic
 from quantkit.formats.base import LinearPlan, calibrates
+from quantkit.maths.four_bit import shortest_run
 from quantkit.maths.gram import Look
 from quantkit.maths.int_products import code_bytes
 from quantkit.model.blocks import architecture_of, blocks_of, group_shape, head_dim, heads_of, state_columns
 from quantkit.model.forward import tokens_apart
+from quantkit.model.room import weight_bytes
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
 
@@ -39,7 +41,8 @@ class Work:
     calibration set, 0 without. gram_tokens: of them, those that go into Gram matrices.
     largest_linear_values: of the largest linear that is quantized, but for the head where it goes through in parts.
     source_bytes: of all stored tensors. linear_bytes, state_bytes: of a value in the linears and in the hidden states
-    while calibrating. code_bytes: of a weight in 8 bits, as it is multiplied.
+    while calibrating. code_bytes: of a weight in 8 bits, as it is multiplied. run: columns that share a scale where
+    weights that were rounded are multiplied by their codes, else None.
     """
 
     blocks: int
@@ -60,6 +63,7 @@ class Work:
     eight_bit_gram: bool
     eight_bit_linears: bool
     code_bytes: int
+    run: int | None
     propagates: bool
     corrects: bool
     calibrated: bool
@@ -79,10 +83,14 @@ class Work:
         return 2 if self.corrects else 1
 
     @property
-    def model_bytes(self) -> int:
-        """Of a weight in a block that runs: in 8 bits, which stand for what they were made of, or in the dtype of
-        linears."""
-        return self.code_bytes if self.eight_bit_linears else self.linear_bytes
+    def model_bytes(self) -> float:
+        """Of a weight in a block that runs."""
+        return weight_bytes(self.eight_bit_linears, self.linear_bytes)
+
+    @property
+    def rounded_bytes(self) -> float:
+        """Of one that was rounded, in a block that runs."""
+        return weight_bytes(self.eight_bit_linears, self.linear_bytes, self.run)
 
     @property
     def block_values(self) -> int:
@@ -107,6 +115,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
     section = recipe.calibration
     tokens = section.sequences * section.length if calibrated else 0
     looks = {method.look for method in methods if method.calibrated}
+    grids = {getattr(method, "grid", None) for method in methods if method.calibrated}
     stored = source.dtype(f"{blocks[0].linears[0]}.weight")
     how = arithmetic(device, stored, exact=section.precision == "float32")
     embedding = f"{architecture_of(source.config).embedding}.weight"
@@ -130,6 +139,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         eight_bit_gram=how.eight_bit_gram,
         eight_bit_linears=how.eight_bit_linears,
         code_bytes=code_bytes(),
+        run=shortest_run(grids, {columns for _, columns in stacked}),
         propagates=any(getattr(method, "propagate", None) == "quantized" for method in methods),
         corrects=any(getattr(method, "correction", 0) > 0 for method in methods),
         calibrated=calibrated,

@@ -43,6 +43,9 @@ GRAM_SLOWDOWN = {1: 2.75, 2: 1.9}
 """8-bit Gram matrices against such products: rounding, and, where codes take a byte, the strips' shape. Our own loops,
 which have codes of two bytes, leave out all of the lower triangle."""
 
+FOUR_BIT_SPEEDUP = 1.35
+"""Products with weights of at most 4 bits (`maths/four_bit.py`) against those of 8, rounding of inputs included."""
+
 ACTIVATION_FLOP = 140
 MOVE_SLOWDOWN = 1.7  # products of what is passed on and of gradients, a block of columns at a time
 FACTOR_FLOP = 1
@@ -144,6 +147,8 @@ def _passes(work: Work, probe: Probe, again: float) -> dict[str, float]:
     crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0
     gram_rate = probe.int8_op_s / GRAM_SLOWDOWN[work.code_bytes] if work.eight_bit_gram and probe.int8_op_s else float32
     linear_rate = probe.int8_op_s if work.eight_bit_linears and probe.int8_op_s else rate
+    if work.eight_bit_linears and work.propagates and work.run:
+        linear_rate *= FOUR_BIT_SPEEDUP
     return {
         "linears": work.ways * blocks * linears * LINEAR_SLOWDOWN / linear_rate,
         "attention": work.ways * blocks * attention * ATTENTION_SLOWDOWN / rate,

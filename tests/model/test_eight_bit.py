@@ -8,9 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from quantkit.maths.eight_bit import TRIED
+from quantkit import device as devices
+from quantkit.maths import four_bit
+from quantkit.maths.affine import quantize_nearest
+from quantkit.maths.eight_bit import TRIED, EightBitWeight
+from quantkit.maths.four_bit import FourBitWeight
 from quantkit.model import eight_bit
 from quantkit.model.eight_bit import EightBitLinear, use_eight_bits
+from quantkit.tensors import Grid, GroupTensor
 
 
 def linear() -> nn.Linear:
@@ -108,3 +113,61 @@ def test_a_weight_in_bfloat16_is_the_same_in_float32(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(eight_bit, "eight_bit_weight", lambda *_: None)
     assert torch.equal(narrow(INPUTS), wide(INPUTS))
     assert narrow._coded is not None and narrow._coded[0] is narrow.weight, "not tried again"
+
+
+def rounded(symmetric: bool = True) -> GroupTensor:
+    return quantize_nearest(torch.randn(64, 256, generator=torch.Generator().manual_seed(2)), Grid(4, 64, symmetric))
+
+
+@pytest.fixture
+def own_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not devices.has_avx2():
+        pytest.skip("the loops are AVX2's")
+    monkeypatch.setattr(four_bit, "by_own_loops", lambda: True)
+
+
+@pytest.mark.usefixtures("own_loops")
+@torch.inference_mode()
+def test_a_rounded_weight_is_multiplied_by_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eight_bit, "eight_bit_weight", lambda *_: pytest.fail("codes are there"))
+    module, weight = linear(), rounded()
+    module.take(weight)
+    assert module.weight.is_meta and module.weight.shape == (64, 256)
+    exact = INPUTS @ weight.dequantize().T + module.bias
+    found = module(INPUTS)
+    assert 0 < float((found - exact).norm() / exact.norm()) < 0.01
+    assert isinstance(module._coded[1], FourBitWeight) and module._rounded is None and module.weight.is_meta
+    assert torch.equal(module(INPUTS), found)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(INPUTS), found.bfloat16())
+    again = rounded(symmetric=False)
+    module.take(again)
+    assert torch.equal(module(INPUTS), four_bit.four_bit_weight(again, module.bias, INPUTS)(INPUTS))
+    module.to_empty(device="meta")
+    assert module._coded is None
+
+
+@pytest.mark.usefixtures("own_loops")
+@torch.inference_mode()
+def test_where_codes_do_not_do_the_weight_is_multiplied_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eight_bit, "four_bit_weight", lambda *_: None)
+    module, other, weight = linear(), linear(), rounded()
+    module.take(weight)
+    other.load_state_dict({"weight": weight.dequantize(), "bias": module.bias}, assign=True)
+    assert torch.equal(module(INPUTS), other(INPUTS))
+    assert isinstance(module._coded[1], EightBitWeight) and module._rounded is None
+    module.take(weight)
+    few = INPUTS[:-1]
+    assert torch.equal(module(few), nn.functional.linear(few, weight.dequantize(), module.bias)), "too few to try"
+
+
+@pytest.mark.usefixtures("own_loops")
+@torch.inference_mode()
+def test_what_is_assigned_behind_codes_counts() -> None:
+    module, other = linear(), linear()
+    module.take(rounded())
+    module.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(module(INPUTS), other(INPUTS))
+    module.take(rounded())
+    module.to_empty(device="meta")
+    assert module._rounded is None

@@ -154,7 +154,7 @@ def test_rows_beside_bring_their_states(source: MemorySource, waiting: int, monk
             linear.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
         ways = Way(module, hidden), Way(twin, beside)
         shapes = tuple(group_shape(source, group) for group in block.groups)
-        sizes = BlockSizes(shapes, hidden.shape[2], 48, 4, 4, 4, 4, 4, 2, "cpu")
+        sizes = BlockSizes(shapes, hidden.shape[2], 48, 4, 4, 4, 4, 4, 4, 2, "cpu")
         run_staged(runner, block, ways[0], Rounder(), sizes=sizes, waiting=waiting, advance=False, beside=ways[1])
     for group in block.groups:
         seen = found[group.linears[0]]

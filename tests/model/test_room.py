@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from quantkit.maths.attention import CHUNK
-from quantkit.model.room import BlockSizes
+from quantkit.maths.int_products import code_bytes
+from quantkit.model.room import BlockSizes, weight_bytes
 
 SMALL = BlockSizes(
     shapes=((64, 32), (32, 48)),
@@ -17,6 +18,7 @@ SMALL = BlockSizes(
     state_bytes=4,
     linear_bytes=4,
     model_bytes=2,
+    rounded_bytes=2,
     stored_bytes=2,
     ways=1,
     device="cpu",
@@ -45,12 +47,22 @@ def test_rounding_a_wide_group_takes_more_than_a_batch() -> None:
     assert replace(wide, ways=2).rounding_bytes(2000, 2048) == rounding + 20 * 2048**2 + 24 * 2000 * 2048
 
 
-@pytest.mark.parametrize(("model", "stored", "ways", "grown"), [(2, 2, 1, 1), (4, 2, 1, 3), (2, 2, 2, 3), (1, 4, 1, 0)])
+@pytest.mark.parametrize(
+    ("model", "rounded", "stored", "ways", "grown"),
+    [(2, 2, 2, 1, 1), (4, 4, 2, 1, 3), (2, 2, 2, 2, 3), (1, 1, 4, 1, 0), (2, 1.25, 2, 1, 0.25), (2, 1.25, 2, 2, 2.25)],
+)
 def test_codes_and_weights_that_run_come_for_those_that_were_stored(
-    model: int, stored: int, ways: int, grown: int
+    model: int, rounded: float, stored: int, ways: int, grown: float
 ) -> None:
     values = 64 * 32 + 32 * 48
-    assert replace(SMALL, model_bytes=model, stored_bytes=stored, ways=ways).grown_bytes == grown * values
+    sizes = replace(SMALL, model_bytes=model, rounded_bytes=rounded, stored_bytes=stored, ways=ways)
+    assert sizes.grown_bytes == grown * values
+
+
+def test_what_a_weight_takes_that_runs() -> None:
+    assert weight_bytes(False, 4, run=64) == weight_bytes(False, 4) == 4
+    assert weight_bytes(True, 4) == code_bytes()
+    assert weight_bytes(True, 4, run=64) == 1 + 8 / 64 and weight_bytes(True, 4, run=32) == 1.25
 
 
 def test_whole_batches_wait_the_first_ones() -> None:

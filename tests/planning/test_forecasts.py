@@ -218,8 +218,12 @@ def test_faster_products_count_where_they_are_used(tiny_llama: Path) -> None:
     before, after = time_of(plain, plans, fast, 0).parts, time_of(mixed, plans, fast, 0).parts
     assert after["linears"] == pytest.approx(before["linears"] / 2)
     assert after["Gram matrices"] == pytest.approx(before["Gram matrices"] * times.GRAM_SLOWDOWN[mixed.code_bytes] / 4)
-    eighth = time_of(replace(mixed, eight_bit_linears=True), plans, fast, 0).parts
-    assert eighth["linears"] == pytest.approx(before["linears"] / 4)
+    eighth = replace(mixed, eight_bit_linears=True, run=None)
+    assert time_of(eighth, plans, fast, 0).parts["linears"] == pytest.approx(before["linears"] / 4)
+    few = time_of(replace(eighth, run=64), plans, fast, 0).parts["linears"]
+    assert few == pytest.approx(before["linears"] / 4 / times.FOUR_BIT_SPEEDUP)
+    apart = replace(eighth, run=64, propagates=False)  # what runs is then not rounded
+    assert time_of(apart, plans, fast, 0).parts["linears"] == pytest.approx(before["linears"] / 4)
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k_m", "iq4_xs", "q2_k"])
