@@ -34,12 +34,15 @@ class Arithmetic:
     states: dtype of the hidden states and norms. linears: dtype that the linears multiply in, and the attention its
     weights and values. eight_bit_gram: whether Gram matrices are summed from 8-bit integers (maths/gram.py) instead of
     float32. eight_bit_linears: whether linears multiply 8-bit integers (maths/eight_bit.py) where that is near enough.
+    four_bit_linears: whether those that were rounded to at most 4 bits multiply by their codes (maths/four_bit.py), as
+    far as that is.
     """
 
     states: torch.dtype
     linears: torch.dtype
     eight_bit_gram: bool
     eight_bit_linears: bool
+    four_bit_linears: bool = False
 
     @property
     def rounded(self) -> bool:
@@ -48,7 +51,8 @@ class Arithmetic:
 
     def label(self) -> str:
         """A short text for a manifest, such as "linears int8 or bfloat16, Gram int8"."""
-        linears = ("int8 or " if self.eight_bit_linears else "") + str(self.linears).removeprefix("torch.")
+        integers = "int4, int8 or " if self.four_bit_linears else "int8 or " if self.eight_bit_linears else ""
+        linears = integers + str(self.linears).removeprefix("torch.")
         return f"linears {linears}, Gram {'int8' if self.eight_bit_gram else 'float32'}"
 
 
@@ -68,7 +72,8 @@ def arithmetic(device: torch.device, source_dtype: torch.dtype, *, exact: bool =
         return Arithmetic(dtype, dtype, False, False)
     linears = torch.bfloat16 if half and multiplies_bfloat16() else torch.float32
     integers = multiplies_integers()
-    return Arithmetic(torch.float32, linears, integers, half and integers)
+    eight_bit_linears = half and integers
+    return Arithmetic(torch.float32, linears, integers, eight_bit_linears, eight_bit_linears and not has_int8_units())
 
 
 def multiplies_bfloat16() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,14 +20,14 @@ from quantkit.maths.gram import Importance, InputStatistics, Look
 from quantkit.maths.measure import energies, sqnr_db
 from quantkit.memory import MemoryLimit
 from quantkit.methods.base import BlockResult, BlockWeights, Method, check_finite, merge
-from quantkit.methods.calibrated import CalibratedBlock
+from quantkit.methods.calibrated import CalibratedBlock, grid_of
 from quantkit.model.blocks import Block, LinearGroup, group_shape, heads_of
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
-from quantkit.model.room import BlockSizes, weight_bytes
+from quantkit.model.room import BlockSizes, running_bytes
 from quantkit.model.stages import Way, run_staged
 from quantkit.recipe import Recipe
-from quantkit.tensors import QuantizedTensor, on_cpu
+from quantkit.tensors import GroupTensor, on_cpu
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def quantize_staged(
     runner.expect(sequences * sizes.waiting_bytes)
     waiting = sizes.waiting_sequences(sequences, run.memory.room_bytes(runner.device))
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
-    way, rounder = Way(module, hidden), _Rounder(works)
+    way, rounder = Way(module, hidden), _Rounder(runner.by_codes, works)
     run_staged(runner, block, way, rounder, sizes=sizes, waiting=waiting, advance=not last, beside=beside, look=look)
     results += [work.result() for work in works]
     _finish_block(state, block, tensors, merge(results))
@@ -137,8 +138,9 @@ def _sizes(state: JobState, run: ModelRun, block: Block, tensors: Mapping[str, T
     runner, hidden, how = run.runner, state.hidden, run.runner.arithmetic
     assert hidden is not None
     shapes = tuple(group_shape(runner.source, group) for group in block.groups)
-    grids = {getattr(method, "grid", None) for method in state.methods.values() if method.calibrated}
-    together = shortest_run(grids, {columns for _, columns in shapes})
+    grids = (grid_of(state.methods.get(linear)) for linear in block.linears)
+    run_columns = shortest_run(set(grids), {columns for _, columns in shapes}) if runner.by_codes else None
+    running = partial(running_bytes, how, transposed=runner.architecture.transposed)
     return BlockSizes(
         shapes=shapes,
         hidden=hidden.shape[2],
@@ -146,8 +148,8 @@ def _sizes(state: JobState, run: ModelRun, block: Block, tensors: Mapping[str, T
         heads=heads_of(runner.source.config),
         state_bytes=how.states.itemsize,
         linear_bytes=how.linears.itemsize,
-        model_bytes=weight_bytes(how.eight_bit_linears, how.linears.itemsize),
-        rounded_bytes=weight_bytes(how.eight_bit_linears, how.linears.itemsize, together),
+        model_bytes=running(),
+        rounded_bytes=running(run=run_columns),
         stored_bytes=tensors[f"{block.linears[0]}.weight"].dtype.itemsize,
         ways=2 if state.corrects else 1,
         device=runner.device.type,
@@ -201,17 +203,18 @@ def _shared_out(
 
 @dataclass(frozen=True)
 class _Rounder:
-    """Gives each group of linears to the methods that quantize some of it."""
+    """Gives each group of linears to the methods that quantize some of it. by_codes: as the runner has it."""
 
+    by_codes: bool
     works: list[CalibratedBlock]
 
     def round(
         self, group: LinearGroup, seen: InputStatistics, correction: CorrectionAccumulator | None
-    ) -> dict[str, QuantizedTensor]:
-        done: dict[str, QuantizedTensor] = {}
+    ) -> dict[str, Tensor | GroupTensor]:
+        done: dict[str, Tensor | GroupTensor] = {}
         for work in self.works:
             if work.ours(group):
-                done |= work.round(group, seen.gram, correction)
+                done |= work.round(group, seen.gram, correction, self.by_codes)
         return done
 
     def input_scale(self, group: LinearGroup) -> Tensor | None:

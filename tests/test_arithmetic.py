@@ -52,6 +52,7 @@ def test_products_take_the_units_that_are_there(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     chosen = arithmetic(device, source)
     assert (chosen.linears, chosen.eight_bit_gram, chosen.eight_bit_linears) == (linears, gram_in_8, linears_in_8)
+    assert chosen.four_bit_linears == (capabilities == {"avx2": True}), "units for 8 bits are as fast at them"
     assert arithmetic(device, source, exact=True) == Arithmetic(torch.float32, torch.float32, False, False)
 
 
@@ -124,7 +125,9 @@ def test_without_units_for_bfloat16_linears_multiply_in_8_bits_or_float32(
 ) -> None:
     monkeypatch.setattr(devices, "_can", lambda *names: units in names)
     made = make(half_llama, tmp_path / "made")
-    assert made.calibration is not None and made.calibration["arithmetic"] == "linears int8 or float32, Gram int8"
+    assert made.calibration is not None
+    integers = "int4, int8" if units == "avx2" else "int8"
+    assert made.calibration["arithmetic"] == f"linears {integers} or float32, Gram int8"
     exact = make(half_llama, tmp_path / "exact", "calibration.precision=float32")
     for ours, theirs in zip(made.tensors, exact.tensors, strict=True):
         assert ours.sqnr_db == pytest.approx(theirs.sqnr_db, abs=0.2), ours.name

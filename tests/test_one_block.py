@@ -137,8 +137,8 @@ def test_rounded_weights_are_multiplied_by_the_codes_that_are_written(
         coded.append(weight)
         return four_bits(weight, *rest)
 
-    monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: Arithmetic(torch.float32, torch.float32, False, True))
-    monkeypatch.setattr(four_bit, "by_own_loops", lambda: True)
+    by_codes = Arithmetic(torch.float32, torch.float32, False, True, True)
+    monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: by_codes)
     monkeypatch.setattr(eight_bit, "four_bit_weight", note)
     monkeypatch.setattr(CalibratedBlock, "round", note_round)
     make(recipe, tiny_llama, tmp_path / "near", "method.group_size=32")
@@ -146,7 +146,7 @@ def test_rounded_weights_are_multiplied_by_the_codes_that_are_written(
     assert len(coded) == 13 and [id(weight) for weight in coded] == [id(tensor) for tensor in made[:13]]
     monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: Arithmetic(torch.float32, torch.float32, False, False))
     make(recipe, tiny_llama, tmp_path / "exact", "method.group_size=32")
-    assert len(coded) == 13, "not where linears multiply in float32"
+    assert len(coded) == 13 and all(isinstance(weight, Tensor) for weight in made[14:]), "not in float32"
     near, exact = (load_file(tmp_path / folder / "model.safetensors") for folder in ("near", "exact"))
     codes = [name for name in exact if name.endswith("qweight")]
     same = [
@@ -160,7 +160,7 @@ def test_rounded_weights_are_multiplied_by_the_codes_that_are_written(
 def test_no_gram_matrix_is_held_while_rounded_weights_are_assigned(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounded, assign, behind = [], BlockRunner.assign, 0
+    rounded, assign, behind = [], BlockRunner.assign_rounded, 0
     round_group = CalibratedBlock.round
 
     def note_round(self: CalibratedBlock, group: LinearGroup, gram: Tensor, *rest: Any) -> Any:
@@ -169,13 +169,12 @@ def test_no_gram_matrix_is_held_while_rounded_weights_are_assigned(
 
     def note_assign(self: BlockRunner, *args: Any) -> None:
         nonlocal behind
-        if rounded:
-            assert rounded.pop().expired()
-            behind += 1
+        assert rounded.pop().expired()
+        behind += 1
         assign(self, *args)
 
     monkeypatch.setattr(CalibratedBlock, "round", note_round)
-    monkeypatch.setattr(BlockRunner, "assign", note_assign)
+    monkeypatch.setattr(BlockRunner, "assign_rounded", note_assign)
     make("gptq-4bit-g64", tiny_llama, tmp_path / "out")
     assert behind == 8, "two blocks of four groups"
 

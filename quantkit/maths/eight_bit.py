@@ -41,7 +41,7 @@ class EightBitWeight:
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
         codes, steps = _rounded(rows, self.factors)
         outputs = self.codes.scaled_products(codes, steps, self.steps, self.bias, dtype)
-        return outputs.view(*inputs.shape[:-1], -1)
+        return outputs.view(*inputs.shape[:-1], len(self.bias))
 
 
 def eight_bit_weight(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> EightBitWeight | None:

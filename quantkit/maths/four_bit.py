@@ -1,4 +1,5 @@
-"""Products of inputs in 8 bits and weights that were rounded to at most 4, where the processor has AVX2 and no units.
+"""Products of inputs in 8 bits and weights that were rounded to at most 4, for processors with AVX2 and without units
+for 8-bit integers.
 
 There are twice as many of them in an instruction as of what `maths/eight_bit.py` multiplies, and the weights are the
 very ones of the artifact. Scales of groups of columns have to be told apart, so inputs may have steps of their own
@@ -17,13 +18,13 @@ from torch import Tensor
 
 from quantkit.maths.compiled import readable, writable
 from quantkit.maths.eight_bit import TRIED
-from quantkit.maths.int_products import by_own_loops
 from quantkit.maths.products import times_transposed
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
 
 LARGEST_ERROR = 0.025
-"""What the products may be off by, as a share of their root mean square. Those of trained models are off by 0.003 to
-0.02; where large columns leave their neighbours with too few steps, balanced columns in 8 bits are nearer."""
+"""What the products of a token may be off by, as a share of their root mean square, taken over tokens. Those of trained
+models are off by 0.003 to 0.02; where large columns leave their neighbours with too few steps, balanced columns in 8
+bits are nearer."""
 
 LARGEST_BITS = 4
 
@@ -31,7 +32,7 @@ RUNS = (64, 32)
 """Columns that may share a step, the first of these that groups are made of."""
 
 TRIED_ROWS = 256
-"""Rows of the weight whose products are looked at."""
+"""Rows of the weight whose products are looked at, from so many to twice as many where there are more."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,11 @@ class FourBitWeight:
         multiply_runs(
             blocks_of(count) * tasks, codes.view(torch.int32).numpy(), *coded[1:], *weight, writable(outputs), tasks
         )
-        return outputs.view(*inputs.shape[:-1], -1)
+        return outputs.view(*inputs.shape[:-1], len(self.bias))
 
 
 def run_length(weight: QuantizedTensor) -> int | None:
-    """How many columns of a quantized weight go together; None where such products are not for it, or not for this
-    processor."""
+    """How many columns of a quantized weight go together; None where such products are not for it."""
     if not isinstance(weight, GroupTensor) or weight.group_of is not None:
         return None
     return run_of(weight.grid, weight.shape[1])
@@ -80,7 +80,7 @@ def run_length(weight: QuantizedTensor) -> int | None:
 
 def run_of(grid: Grid, columns: int) -> int | None:
     """`run_length` of weights [out, columns] on a grid, with groups of columns in order."""
-    if not by_own_loops() or grid.bits > LARGEST_BITS:
+    if grid.bits > LARGEST_BITS:
         return None
     size = grid.group_size or columns
     return next((length for length in RUNS if size % length == 0 == columns % size), None)
@@ -134,5 +134,7 @@ def _near_enough(made: FourBitWeight, weight: GroupTensor, inputs: Tensor) -> bo
     zero = None if weight.zero is None else weight.zero[some]
     part = GroupTensor(weight.codes[some].contiguous(), weight.scale[some], zero, weight.grid)
     exact = times_transposed(tried, part.dequantize())
-    error = (made(tried) - made.bias)[:, some] - exact
-    return bool(error.square().mean() <= LARGEST_ERROR**2 * exact.square().mean())
+    error = ((made(tried) - made.bias)[:, some] - exact).square().mean(1)
+    # by tokens: a huge one would be all that there is in a mean over them
+    each = torch.where(error == 0, 0.0, error / exact.square().mean(1))
+    return bool(each.mean() <= LARGEST_ERROR**2)

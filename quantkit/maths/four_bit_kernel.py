@@ -24,11 +24,9 @@ from quantkit.maths.parallel import parallel
 LARGEST_CODE = 15
 """Of a weight."""
 
-FOUR = 4
-"""Columns side by side in 32 bits: two go into each of two 16-bit lanes."""
-
 LANE_SUM = (2**15 - 1) // LARGEST_CODE
-"""What the magnitudes of the input codes that come to one lane may add up to."""
+"""What the magnitudes of the input codes that come to one 16-bit lane may add up to: of four columns side by side, two
+go to one lane and two to its neighbour."""
 
 _LANES = 8
 _INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -181,14 +179,15 @@ def multiply_runs(
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def _code_run(row: NDArray[Any], inverse: np.float32, code: NDArray[np.int8]) -> Any:
     """Codes of a run; their sum, and what the magnitudes of one lane add up to, the larger one of both."""
-    total = everywhere = even = np.int32(0)
+    total = everywhere = even = np.int32(0)  # numba would add 32 bits up in 64, half as many at a time
     for j in range(len(row)):
         found = np.int32(np.rint(value_of(row[j]) * inverse))
         code[j] = np.int8(found)
-        total += found
-        everywhere += abs(found)
-        even += abs(found) if j & 2 == 0 else np.int32(0)
-    return total, max(even, everywhere - even)
+        size = np.int32(abs(found))
+        total = np.int32(total + found)
+        everywhere = np.int32(everywhere + size)
+        even = np.int32(even + (size if np.int32(j) & np.int32(2) == 0 else np.int32(0)))
+    return total, max(even, np.int32(everywhere - even))
 
 
 @parallel()

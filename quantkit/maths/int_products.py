@@ -18,12 +18,11 @@ from quantkit.maths.products import strips
 
 def code_bytes() -> int:
     """Bytes that a code of a right factor takes."""
-    return 2 if by_own_loops() else 1
+    return 2 if _by_own_loops() else 1
 
 
-def by_own_loops() -> bool:
-    """Whether loops of our own multiply. Where there are neither units nor AVX2, torch's way is what runs anywhere,
-    though nothing asks for it."""
+def _by_own_loops() -> bool:
+    """Where there are neither units nor AVX2, torch's way is what runs anywhere, though nothing asks for it."""
     return has_avx2() and not has_int8_units()
 
 
@@ -62,7 +61,7 @@ class RightFactor:
 
 def right_factor(codes: Tensor) -> RightFactor:
     """Codes int8 [n, k] as the right factor of products."""
-    if not by_own_loops():
+    if not _by_own_loops():
         return RightFactor(codes.T, len(codes))
     from quantkit.maths.int_kernel import TILE_COLUMNS, lay_rows
 
@@ -89,7 +88,7 @@ def add_products(left: Tensor, across: Tensor, right: Tensor, along: Tensor, tot
 def _add(
     left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
 ) -> None:
-    if by_own_loops():
+    if _by_own_loops():
         from quantkit.maths.int_kernel import (
             TILE_COLUMNS,
             TILE_ROWS,

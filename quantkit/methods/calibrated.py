@@ -23,6 +23,7 @@ from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, sea
 from quantkit.maths.balance import ROWS, balanced_scale
 from quantkit.maths.compensate import round_compensated
 from quantkit.maths.correction import CorrectionAccumulator
+from quantkit.maths.four_bit import run_length
 from quantkit.maths.gram import InputStatistics, Look
 from quantkit.maths.gram_factor import GramFactor, factored
 from quantkit.maths.measure import energies, sqnr_db
@@ -116,6 +117,11 @@ class CalibratedMethod(Method):
         return self.begin(given).quantize(statistics)
 
 
+def grid_of(method: Method | None) -> Grid | None:
+    """The grid that a linear is rounded onto by its inputs, None where it is not."""
+    return method.steps.grid if isinstance(method, CalibratedMethod) else None
+
+
 class CalibratedBlock:
     """One block under one method's steps: first `fold`, then `round` for each group of linears in the order they run.
 
@@ -173,13 +179,18 @@ class CalibratedBlock:
         return self._input_scale.get(self.ours(group)[0])
 
     def round(
-        self, group: LinearGroup, gram: Tensor, correction: CorrectionAccumulator | None = None
-    ) -> dict[str, QuantizedTensor]:
+        self,
+        group: LinearGroup,
+        gram: Tensor,
+        correction: CorrectionAccumulator | None = None,
+        by_codes: bool = False,
+    ) -> dict[str, Tensor | GroupTensor]:
         """Round the linears of one input.
 
         gram: float32 [in, in] of the inputs behind the folded scale. correction: what was seen of the unquantized
-        model's inputs beside them. Returns the rounded weights by linear. Raises ModelError when the Gram matrix is
-        not finite.
+        model's inputs beside them. by_codes: whether linears can multiply by their codes. Returns the rounded weights
+        by linear: float32 [out, in], or the codes where products with these are for them. Raises ModelError when the
+        Gram matrix is not finite.
         """
         ours = self.ours(group)
         require_finite(f"inputs of {', '.join(ours)}", gram)
@@ -188,12 +199,19 @@ class CalibratedBlock:
             after = correction.corrected(before, gram, self.steps.damp, self.steps.correction)
             self.weights.update(zip(ours, after, strict=True))
             del before, after
-        rounded = self._round(ours, gram)
-        for name, tensor in rounded.items():
-            # how far it is from the weight that it was made of, which is not held any longer
+        self._quantized |= self._round(ours, gram)
+        return {name: self._to_run(name, by_codes=by_codes) for name in ours}
+
+    def _to_run(self, name: str, *, by_codes: bool) -> Tensor | GroupTensor:
+        """A rounded linear as it is to run. How far it is from the weight that it was made of is noted, and that is not
+        held any longer."""
+        tensor = self._quantized[name]
+        if by_codes and isinstance(tensor, GroupTensor) and run_length(tensor):
             self._sqnr[name] = sqnr_db(*energies(self.weights.pop(name), tensor.pieces()))
-        self._quantized |= rounded
-        return dict(rounded)
+            return tensor
+        decoded = tensor.dequantize()
+        self._sqnr[name] = sqnr_db(*energies(self.weights.pop(name), [decoded.flatten()]))
+        return decoded
 
     def _round(self, ours: list[str], gram: Tensor) -> Mapping[str, QuantizedTensor]:
         """Linears of one input, stacked by rows so that each matrix is factored once."""

@@ -31,12 +31,12 @@ class EightBitLinear(nn.Linear):
     _coded: tuple[Tensor, EightBitWeight | FourBitWeight | None] | None = None
 
     _rounded: tuple[Tensor, GroupTensor] | None = None
-    """What stands for the weight, and the empty one that is in its place."""
+    """The empty weight that is in its place, and what stands for it."""
 
     def take(self, rounded: GroupTensor) -> None:
         """Have a weight that was rounded, which `run_length` knows, as its codes."""
         self.weight = nn.Parameter(torch.empty(rounded.shape, device="meta"), requires_grad=False)
-        self._rounded = (self.weight, rounded)
+        self._coded, self._rounded = None, (self.weight, rounded)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self._coded is None or self._coded[0] is not self.weight:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
-from quantkit.maths.four_bit import run_length
 from quantkit.maths.gram import Accumulator, GramAccumulator, InputStatistics, Look, SquaresAccumulator
 from quantkit.memory import FreedMemory
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, group_shape
@@ -30,7 +29,7 @@ from quantkit.model.norms import use_compiled_norms
 from quantkit.model.rotary import use_compiled_rotation
 from quantkit.model.source import Source
 from quantkit.model.watching import watched
-from quantkit.tensors import GroupTensor, QuantizedTensor
+from quantkit.tensors import GroupTensor
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens that go through a block at once: enough rows for a matrix product to run at full rate, few enough that what
@@ -172,13 +171,20 @@ class BlockRunner:
                 )
         module.load_state_dict(state, strict=False, assign=True)
 
-    def assign_rounded(self, module: nn.Module, block: Block, rounded: Mapping[str, QuantizedTensor]) -> None:
-        """Give linears of a block's module what they were rounded to, by full name: as codes where it multiplies by
-        these, else as the weights that they stand for."""
+    @property
+    def by_codes(self) -> bool:
+        """Whether linears that were rounded can multiply by their codes."""
+        return self.arithmetic.four_bit_linears and not self.architecture.transposed
+
+    def assign_rounded(self, module: nn.Module, block: Block, rounded: Mapping[str, Tensor | GroupTensor]) -> None:
+        """Give linears of a block's module what they were rounded to, by full name: weights [out, in], or codes for
+        those that multiply by them."""
         weights: dict[str, Tensor] = {}
         for linear, tensor in rounded.items():
             owner = module.get_submodule(linear.removeprefix(block.prefix))
-            if isinstance(owner, EightBitLinear) and isinstance(tensor, GroupTensor) and run_length(tensor):
+            if isinstance(tensor, Tensor):
+                weights[f"{linear}.weight"] = block.oriented(tensor)
+            elif isinstance(owner, EightBitLinear):
                 owner.take(tensor)
             else:
                 weights[f"{linear}.weight"] = block.oriented(tensor.dequantize())

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quantkit.device import Arithmetic
 from quantkit.maths.attention import CHUNK
 from quantkit.maths.four_bit import held_bytes
 from quantkit.maths.int_products import code_bytes
 from quantkit.model.forward import BATCH_TOKENS
 
 
-def weight_bytes(eight_bit_linears: bool, linear_bytes: int, run: int | None = None) -> float:
+def running_bytes(how: Arithmetic, *, transposed: bool, run: int | None = None) -> float:
     """Of a weight in a block that runs: in 8 bits, which stand for what they were made of, or in the dtype of linears.
+    What is left to others there since it is too far off takes more.
 
-    run: of one that was rounded and is multiplied by its codes (`maths/four_bit.py`), if it is.
+    transposed: whether linears are Conv1D, which stay as they are. run: columns of a run, for a weight that was rounded
+    and is multiplied by its codes (`maths/four_bit.py`).
     """
-    if not eight_bit_linears:
-        return linear_bytes
+    if transposed or not how.eight_bit_linears:
+        return how.linears.itemsize
     return code_bytes() if run is None else held_bytes(run)
 
 
@@ -77,8 +80,8 @@ class BlockSizes:
     def grown_bytes(self) -> int:
         """What a block takes more once it is rounded: codes and weights that run, for those that were stored."""
         values = sum(rows * columns for rows, columns in self.shapes)
-        run = self.rounded_bytes + (self.ways - 1) * self.model_bytes
-        return int(values * max(0.0, 1 + run - self.stored_bytes))
+        running = self.rounded_bytes + (self.ways - 1) * self.model_bytes
+        return int(values * max(0.0, 1 + running - self.stored_bytes))
 
     @property
     def taken_bytes(self) -> int:

@@ -24,7 +24,7 @@ from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.room import BlockSizes
 from quantkit.model.watching import Arrived, watched_with_states
-from quantkit.tensors import QuantizedTensor
+from quantkit.tensors import GroupTensor
 
 if TYPE_CHECKING:
     from greenlet import greenlet
@@ -35,8 +35,8 @@ class Rounder(Protocol):
 
     def round(
         self, group: LinearGroup, seen: InputStatistics, correction: CorrectionAccumulator | None
-    ) -> Mapping[str, QuantizedTensor]:
-        """What the linears of the group are rounded to, by full name."""
+    ) -> Mapping[str, Tensor | GroupTensor]:
+        """What the linears of the group are rounded to, by full name: weights float32 [out, in], or codes of them."""
 
     def input_scale(self, group: LinearGroup) -> Tensor | None:
         """float32 [in], what was divided out of the group's inputs; None when nothing was."""
@@ -171,7 +171,7 @@ def _round_group(
     correction = _add_inputs(runner, accumulator, inputs, rounder.input_scale(group))
     runner.expect(sizes.rounding_bytes(*group_shape(runner.source, group)))
     rounded = rounder.round(group, accumulator.result(), correction)
-    del accumulator, correction  # a Gram matrix is not held while weights are coded in 8 bits
+    del accumulator, correction  # a Gram matrix is not held while weights are laid out to run
     runner.assign_rounded(way.module, block, rounded)
 
 

@@ -78,7 +78,7 @@ def memory_of(
     if not work.calibrated:
         host["largest linear and its codes"] = int(LARGEST_LINEAR_BYTES[work.kind] * work.largest_linear_values)
         return MemoryForecast(host, {}, 0)
-    states = work.tokens * work.hidden * work.state_bytes
+    states = work.tokens * work.hidden * work.how.states.itemsize
     share = 1.0 if limited else 0.5  # of what is taken, that is missing then
     room = max(0, room_bytes - int(share * sum(host.values())))
     spilled = states > room // 4
@@ -119,8 +119,8 @@ def _sizes(work: Work, device: torch.device) -> BlockSizes:
         hidden=work.hidden,
         length=work.length,
         heads=work.heads,
-        state_bytes=work.state_bytes,
-        linear_bytes=work.linear_bytes,
+        state_bytes=work.how.states.itemsize,
+        linear_bytes=work.how.linears.itemsize,
         model_bytes=work.model_bytes,
         rounded_bytes=work.rounded_bytes,
         stored_bytes=work.block_bytes / work.block_values,
@@ -144,8 +144,8 @@ def _block_parts(work: Work, device: torch.device, returned: bool) -> dict[str, 
 
     returned: what lies between linears is given back before their group is rounded, so the larger of both counts.
     """
-    run = (work.rounded_bytes if work.propagates else work.model_bytes) + (work.ways - 1) * work.model_bytes
-    parts = {"block in the model": int(work.block_values * run), "codes": work.block_values}
+    running = (work.rounded_bytes if work.propagates else work.model_bytes) + (work.ways - 1) * work.model_bytes
+    parts = {"block in the model": int(work.block_values * running), "codes": work.block_values}
     stored, between = work.block_bytes / work.block_values, _sizes(work, torch.device("cpu")).batch_bytes
     if work.propagates:
         # weights as stored behind the group that is rounded; the heaviest one counts

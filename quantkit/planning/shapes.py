@@ -8,14 +8,15 @@ from math import prod
 
 import torch
 
-from quantkit.device import arithmetic
+from quantkit.device import Arithmetic, arithmetic
 from quantkit.formats.base import LinearPlan, calibrates
 from quantkit.maths.four_bit import shortest_run
 from quantkit.maths.gram import Look
 from quantkit.maths.int_products import code_bytes
+from quantkit.methods.calibrated import grid_of
 from quantkit.model.blocks import architecture_of, blocks_of, group_shape, head_dim, heads_of, state_columns
 from quantkit.model.forward import tokens_apart
-from quantkit.model.room import weight_bytes
+from quantkit.model.room import running_bytes
 from quantkit.model.source import Source
 from quantkit.recipe import Recipe
 
@@ -40,9 +41,9 @@ class Work:
     hidden: width of the states. heads: how many. attention: width of all of them together. tokens, length: of the
     calibration set, 0 without. gram_tokens: of them, those that go into Gram matrices.
     largest_linear_values: of the largest linear that is quantized, but for the head where it goes through in parts.
-    source_bytes: of all stored tensors. linear_bytes, state_bytes: of a value in the linears and in the hidden states
-    while calibrating. code_bytes: of a weight in 8 bits, as it is multiplied. run: columns that share a scale where
-    weights that were rounded are multiplied by their codes, else None.
+    source_bytes: of all stored tensors. how: what is multiplied in while calibrating. transposed: whether linears are
+    Conv1D. code_bytes: of a weight in 8 bits, as it is multiplied. run_columns: that share a step of the inputs where
+    all weights that are rounded are multiplied by their codes, else None.
     """
 
     blocks: int
@@ -58,12 +59,10 @@ class Work:
     tokens: int
     length: int
     gram_tokens: int
-    linear_bytes: int
-    state_bytes: int
-    eight_bit_gram: bool
-    eight_bit_linears: bool
+    how: Arithmetic
+    transposed: bool
     code_bytes: int
-    run: int | None
+    run_columns: int | None
     propagates: bool
     corrects: bool
     calibrated: bool
@@ -85,12 +84,16 @@ class Work:
     @property
     def model_bytes(self) -> float:
         """Of a weight in a block that runs."""
-        return weight_bytes(self.eight_bit_linears, self.linear_bytes)
+        return running_bytes(self.how, transposed=self.transposed)
 
     @property
     def rounded_bytes(self) -> float:
         """Of one that was rounded, in a block that runs."""
-        return weight_bytes(self.eight_bit_linears, self.linear_bytes, self.run)
+        return running_bytes(self.how, transposed=self.transposed, run=self.run_columns)
+
+    @property
+    def eight_bit_linears(self) -> bool:
+        return self.how.eight_bit_linears and not self.transposed
 
     @property
     def block_values(self) -> int:
@@ -115,9 +118,12 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
     section = recipe.calibration
     tokens = section.sequences * section.length if calibrated else 0
     looks = {method.look for method in methods if method.calibrated}
-    grids = {getattr(method, "grid", None) for method in methods if method.calibrated}
     stored = source.dtype(f"{blocks[0].linears[0]}.weight")
     how = arithmetic(device, stored, exact=section.precision == "float32")
+    transposed = architecture_of(source.config).transposed
+    chosen = {plan.name: plan.method for plan in plans}
+    grids = {grid_of(chosen.get(linear)) for block in blocks for linear in block.linears}
+    by_codes = how.four_bit_linears and not transposed
     embedding = f"{architecture_of(source.config).embedding}.weight"
     heads = heads_of(source.config)
     return Work(
@@ -134,12 +140,10 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         tokens=tokens,
         length=section.length,
         gram_tokens=max((tokens // tokens_apart(look, tokens) for look in looks - {Look.SQUARES}), default=0),
-        linear_bytes=how.linears.itemsize,
-        state_bytes=how.states.itemsize,
-        eight_bit_gram=how.eight_bit_gram,
-        eight_bit_linears=how.eight_bit_linears,
+        how=how,
+        transposed=transposed,
         code_bytes=code_bytes(),
-        run=shortest_run(grids, {columns for _, columns in stacked}),
+        run_columns=shortest_run(grids, {columns for _, columns in stacked}) if by_codes else None,
         propagates=any(getattr(method, "propagate", None) == "quantized" for method in methods),
         corrects=any(getattr(method, "correction", 0) > 0 for method in methods),
         calibrated=calibrated,

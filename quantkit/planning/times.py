@@ -134,7 +134,7 @@ def encode_ns(plan: LinearPlan) -> float:
 def _passes(work: Work, probe: Probe, again: float) -> dict[str, float]:
     """Running the model on the calibration set, and its statistics. again: of the rows, those that start again for each
     group of linears."""
-    rate = probe.device_flop_s or (probe.bfloat16_flop_s if work.linear_bytes == 2 else probe.float32_flop_s)
+    rate = probe.device_flop_s or (probe.bfloat16_flop_s if work.how.linears.itemsize == 2 else probe.float32_flop_s)
     float32 = probe.float32_flop_s
     tokens, blocks = work.tokens, work.blocks
     passed = [1 + again * count for count in range(len(work.groups) - 1, -1, -1)]  # by those that come behind
@@ -145,12 +145,14 @@ def _passes(work: Work, probe: Probe, again: float) -> dict[str, float]:
     rows = sum(group.rows * times for group, times in zip(work.groups, passed, strict=True))
     passing = ACTIVATION_FLOP * tokens * (4 * work.hidden * (1 + 2 * again) + rows)
     crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0
-    gram_rate = probe.int8_op_s / GRAM_SLOWDOWN[work.code_bytes] if work.eight_bit_gram and probe.int8_op_s else float32
+    gram_rate = (
+        probe.int8_op_s / GRAM_SLOWDOWN[work.code_bytes] if work.how.eight_bit_gram and probe.int8_op_s else float32
+    )
     linear_rate = probe.int8_op_s if work.eight_bit_linears and probe.int8_op_s else rate
-    if work.eight_bit_linears and work.propagates and work.run:
-        linear_rate *= FOUR_BIT_SPEEDUP
+    by_codes = work.eight_bit_linears and work.propagates and work.run_columns is not None
+    ways = (1 / FOUR_BIT_SPEEDUP if by_codes else 1) + work.ways - 1  # what goes along is not rounded
     return {
-        "linears": work.ways * blocks * linears * LINEAR_SLOWDOWN / linear_rate,
+        "linears": ways * blocks * linears * LINEAR_SLOWDOWN / linear_rate,
         "attention": work.ways * blocks * attention * ATTENTION_SLOWDOWN / rate,
         "Gram matrices": blocks * grams / (probe.device_flop_s or gram_rate),
         "norms, activations, copies": work.ways * blocks * passing / (probe.device_flop_s or float32),

@@ -15,7 +15,7 @@ has_avx2 = pytest.mark.skipif(not devices.has_avx2(), reason="the loops are AVX2
 
 @pytest.fixture(params=["torch", pytest.param("own", marks=has_avx2)], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int_products, "by_own_loops", lambda: request.param == "own")
+    monkeypatch.setattr(int_products, "_by_own_loops", lambda: request.param == "own")
 
 
 def _codes(*shape: int) -> Tensor:
@@ -77,7 +77,7 @@ def test_both_ways_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, others, scale = _codes(130, 200), _codes(130, 90), torch.logspace(-1, 1, 200)
     found = []
     for own in (True, False):
-        monkeypatch.setattr(int_products, "by_own_loops", lambda own=own: own)
+        monkeypatch.setattr(int_products, "_by_own_loops", lambda own=own: own)
         gram, total = torch.linspace(-1, 1, 200 * 200).view(200, 200), torch.linspace(-3, 3, 200 * 90).view(200, 90)
         add_gram(codes, scale, gram, fresh=False)
         add_products(codes, scale, others, scale[:90], total)
@@ -90,7 +90,7 @@ def test_both_ways_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_columns_divided_among_tasks_are_all_there(tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantkit.maths import int_kernel
 
-    monkeypatch.setattr(int_products, "by_own_loops", lambda: True)
+    monkeypatch.setattr(int_products, "_by_own_loops", lambda: True)
     codes, right, ones = _codes(100, 33), _codes(50, 33), torch.ones(100)
     grams, products = [], []
     for each in (1, tasks):

@@ -119,14 +119,10 @@ def rounded(symmetric: bool = True) -> GroupTensor:
     return quantize_nearest(torch.randn(64, 256, generator=torch.Generator().manual_seed(2)), Grid(4, 64, symmetric))
 
 
-@pytest.fixture
-def own_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not devices.has_avx2():
-        pytest.skip("the loops are AVX2's")
-    monkeypatch.setattr(four_bit, "by_own_loops", lambda: True)
+has_avx2 = pytest.mark.skipif(not devices.has_avx2(), reason="the loops are AVX2's")
 
 
-@pytest.mark.usefixtures("own_loops")
+@has_avx2
 @torch.inference_mode()
 def test_a_rounded_weight_is_multiplied_by_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eight_bit, "eight_bit_weight", lambda *_: pytest.fail("codes are there"))
@@ -147,7 +143,7 @@ def test_a_rounded_weight_is_multiplied_by_its_codes(monkeypatch: pytest.MonkeyP
     assert module._coded is None
 
 
-@pytest.mark.usefixtures("own_loops")
+@has_avx2
 @torch.inference_mode()
 def test_where_codes_do_not_do_the_weight_is_multiplied_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eight_bit, "four_bit_weight", lambda *_: None)
@@ -161,7 +157,7 @@ def test_where_codes_do_not_do_the_weight_is_multiplied_as_any_other(monkeypatch
     assert torch.equal(module(few), nn.functional.linear(few, weight.dequantize(), module.bias)), "too few to try"
 
 
-@pytest.mark.usefixtures("own_loops")
+@has_avx2
 @torch.inference_mode()
 def test_what_is_assigned_behind_codes_counts() -> None:
     module, other = linear(), linear()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
+from quantkit.device import Arithmetic
 from quantkit.maths.attention import CHUNK
 from quantkit.maths.int_products import code_bytes
-from quantkit.model.room import BlockSizes, weight_bytes
+from quantkit.model.room import BlockSizes, running_bytes
 
 SMALL = BlockSizes(
     shapes=((64, 32), (32, 48)),
@@ -60,9 +62,11 @@ def test_codes_and_weights_that_run_come_for_those_that_were_stored(
 
 
 def test_what_a_weight_takes_that_runs() -> None:
-    assert weight_bytes(False, 4, run=64) == weight_bytes(False, 4) == 4
-    assert weight_bytes(True, 4) == code_bytes()
-    assert weight_bytes(True, 4, run=64) == 1 + 8 / 64 and weight_bytes(True, 4, run=32) == 1.25
+    half, eighth = (Arithmetic(torch.float32, torch.bfloat16, False, in_eight) for in_eight in (False, True))
+    assert running_bytes(half, transposed=False, run=64) == running_bytes(half, transposed=False) == 2
+    assert running_bytes(eighth, transposed=True, run=64) == 2, "Conv1D stays as it is"
+    assert running_bytes(eighth, transposed=False) == code_bytes()
+    assert [running_bytes(eighth, transposed=False, run=run) for run in (64, 32)] == [1 + 8 / 64, 1.25]
 
 
 def test_whole_batches_wait_the_first_ones() -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantkit.device import Arithmetic
 from quantkit.maths.attention import CHUNK
 from quantkit.memory import WIDE_COLUMNS
 from quantkit.model.reader import open_source
 from quantkit.plan import plan_linears
-from quantkit.planning import memory, times
+from quantkit.planning import memory, shapes, times
 from quantkit.planning.memory import memory_of
 from quantkit.planning.probe import Probe
 from quantkit.planning.shapes import Group, Work, work_of
@@ -21,6 +22,8 @@ from quantkit.recipe import Recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOM = 10**12
+EXACT = Arithmetic(torch.float32, torch.float32, False, False)
+EIGHT_BITS = Arithmetic(torch.float32, torch.float32, True, True)
 UNIT = Probe(
     identity={},
     measured="",
@@ -66,7 +69,7 @@ def test_the_peak_of_a_calibrated_run(tiny_llama: Path) -> None:
     stored = work.block_bytes / work.block_values
     assert found["weights to round"] == int(stored * 128 * 64)
     # the block as it is stored and in the model, every Gram matrix
-    looked = work.block_bytes + 4 * (3 * 64**2 + 128**2) + work.linear_bytes * work.block_values
+    looked = work.block_bytes + 4 * (3 * 64**2 + 128**2) + work.how.linears.itemsize * work.block_values
     looked += found["activations of a batch"]
     kept = found.pop("freed, not given back")
     rounding = sum(found.values()) - found["libraries"] - found["hidden states"]
@@ -78,7 +81,7 @@ def test_the_peak_of_a_calibrated_run(tiny_llama: Path) -> None:
 def test_scores_of_long_sequences_count(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 1024})
     short, long = (memory_of(replace(work, length=length), CPU, ROOM) for length in (1024, 4096))
-    more = CHUNK * 3072 * work.heads * (4 + work.linear_bytes) + 4 * 3072 * (4 * 64 + 2 * 256)
+    more = CHUNK * 3072 * work.heads * (4 + work.how.linears.itemsize) + 4 * 3072 * (4 * 64 + 2 * 256)
     apart = long.host["activations of a batch"] - short.host["activations of a batch"]
     assert apart == pytest.approx(more, abs=2)
 
@@ -125,7 +128,7 @@ def test_a_limit_leaves_room_for_some_of_the_rows(tiny_llama: Path) -> None:
     assert found.waiting == 0.25 and found.host["rows that wait inside a block"] == 32 * sizes.waiting_bytes
     half = held - (held - sizes.taken_bytes) // 2  # without a limit, of what is held half is missing then
     assert memory_of(work, CPU, half + 65 * sizes.waiting_bytes).waiting == 0.5
-    work = replace(work, linear_bytes=4, eight_bit_gram=False, eight_bit_linears=False)
+    work = replace(work, how=EXACT)
     all_wait, few = (time_of(work, plans, UNIT, 0, waiting).parts for waiting in (1.0, 0.25))
     # q, k and v are passed by those that start again for the other three groups, o by two, gate and up by one
     again = 0.75 * (3 * 64 * 128 + 2 * 64 * 64 + 64 * 256) / work.block_values
@@ -192,7 +195,7 @@ def test_the_head_of_a_gguf_file_goes_through_in_parts(tiny_llama: Path) -> None
 
 def test_the_seconds_of_a_calibrated_run(tiny_llama: Path) -> None:
     work, plans = planned(tiny_llama, GPTQ | {"refine": 1}, calibration={"sequences": 4, "length": 32})
-    work = replace(work, linear_bytes=4, eight_bit_gram=False, eight_bit_linears=False)
+    work = replace(work, how=EXACT)
     parts = time_of(work, plans, UNIT, 10**9).parts
     rate, blocks, tokens = times.REFERENCE_FLOP_S, 2, 128
     assert parts["writing"] == 1.0 and parts["reading"] == pytest.approx(work.source_bytes / 1e9)
@@ -213,17 +216,45 @@ def test_the_seconds_of_a_calibrated_run(tiny_llama: Path) -> None:
 def test_faster_products_count_where_they_are_used(tiny_llama: Path) -> None:
     work, plans = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
     fast = UNIT.model_copy(update={"int8_op_s": 4 * times.REFERENCE_FLOP_S})
-    plain = replace(work, linear_bytes=4, eight_bit_gram=False, eight_bit_linears=False)
-    mixed = replace(work, linear_bytes=2, eight_bit_gram=True, eight_bit_linears=False)
+    plain = replace(work, how=EXACT)
+    mixed = replace(work, how=Arithmetic(torch.float32, torch.bfloat16, True, False))
     before, after = time_of(plain, plans, fast, 0).parts, time_of(mixed, plans, fast, 0).parts
     assert after["linears"] == pytest.approx(before["linears"] / 2)
     assert after["Gram matrices"] == pytest.approx(before["Gram matrices"] * times.GRAM_SLOWDOWN[mixed.code_bytes] / 4)
-    eighth = replace(mixed, eight_bit_linears=True, run=None)
-    assert time_of(eighth, plans, fast, 0).parts["linears"] == pytest.approx(before["linears"] / 4)
-    few = time_of(replace(eighth, run=64), plans, fast, 0).parts["linears"]
-    assert few == pytest.approx(before["linears"] / 4 / times.FOUR_BIT_SPEEDUP)
-    apart = replace(eighth, run=64, propagates=False)  # what runs is then not rounded
-    assert time_of(apart, plans, fast, 0).parts["linears"] == pytest.approx(before["linears"] / 4)
+    eighth = replace(work, how=EIGHT_BITS, run_columns=None)
+    in_eight = before["linears"] / 4
+
+    def linears(work: Work) -> float:
+        return time_of(work, plans, fast, 0).parts["linears"]
+
+    assert linears(eighth) == pytest.approx(in_eight)
+    assert linears(replace(eighth, transposed=True)) == pytest.approx(before["linears"]), "Conv1D stays as it is"
+    few = replace(eighth, run_columns=64)
+    assert linears(few) == pytest.approx(in_eight / times.FOUR_BIT_SPEEDUP)
+    assert linears(replace(few, propagates=False)) == pytest.approx(in_eight), "what runs is then not rounded"
+    twice = in_eight / times.FOUR_BIT_SPEEDUP + in_eight
+    assert linears(replace(few, corrects=True)) == pytest.approx(twice), "nor is what goes along"
+
+
+def test_rounded_weights_that_are_multiplied_by_their_codes(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "arithmetic", lambda *_, **__: EIGHT_BITS)
+    small = {"sequences": 4, "length": 32}
+    narrow = planned(tiny_llama, GPTQ | {"group_size": 32}, calibration=small)[0]
+    assert narrow.run_columns is None, "not without the arithmetic"
+    monkeypatch.setattr(shapes, "arithmetic", lambda *_, **__: replace(EIGHT_BITS, four_bit_linears=True))
+    narrow, wide, fine = (
+        planned(tiny_llama, GPTQ | {"group_size": size}, calibration=small)[0] for size in (32, 64, 16)
+    )
+    assert (narrow.run_columns, wide.run_columns, fine.run_columns) == (32, 64, None)
+    assert (narrow.rounded_bytes, wide.rounded_bytes) == (1.25, 1.125) and fine.rounded_bytes == fine.model_bytes
+    skipped = planned(tiny_llama, GPTQ | {"group_size": 32}, calibration=small, skip=["lm_head", "k_proj"])[0]
+    assert skipped.run_columns is None, "what stays is multiplied in 8 bits"
+    for work in (narrow, wide, fine):
+        running = memory_of(work, CPU, ROOM).host["block in the model"]
+        assert running == int(work.block_values * work.rounded_bytes)
+    corrected = replace(wide, corrects=True)
+    both = memory_of(corrected, CPU, ROOM).host["block in the model"]
+    assert both == int(wide.block_values * (1.125 + wide.model_bytes))
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k_m", "iq4_xs", "q2_k"])
