@@ -2,7 +2,8 @@
 
 Per block, on T tokens, for each input of n columns whose linears have m rows together:
 
-    linears     2 T n m                  8-bit products where they are faster, else their dtype's
+    linears     2 T n m                  8-bit products where they are faster, by codes of 4 bits still more so where
+                                         linears were rounded before (FOUR_BIT_SPEEDUP), else their dtype's
     attention   2 T L d                  at the rate of that dtype; d: all heads together, L: the length of a sequence
     Grams       G n (n + 1)              of G tokens; 8-bit products where they are faster
     passing     ACTIVATION_FLOP T (4 d + 3 m)   norms, activations, rotary positions, copies
