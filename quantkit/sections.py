@@ -50,7 +50,8 @@ class CalibrationSection(Frozen):
     length: int = Field(512, ge=8, description="tokens a sequence")
     seed: int = Field(0, description="of the order in which texts are packed")
     precision: Literal["auto", "float32"] = Field(
-        "auto", description="of the products; auto: bfloat16 and 8-bit ones where the processor is faster at them"
+        "auto",
+        description="of the products; auto: bfloat16 and integers of 8 or 4 bits where the processor is faster at them",
     )
 
 

@@ -35,6 +35,7 @@ EVERYTHING = {"amx_bf16": True, "avx512_vnni": True}
         ({"avx512_vnni": True}, CPU, torch.float16, torch.float32, True, True),
         ({}, CPU, torch.float16, torch.float32, False, False),
         ({"avx2": True}, CPU, torch.bfloat16, torch.float32, True, True),  # pairs of 16-bit integers
+        ({"avx2": True}, CPU, torch.float32, torch.float32, True, False),
         ({"avx2": True, "avx512_f": True}, CPU, torch.bfloat16, torch.float32, False, False),
         (EVERYTHING, GPU, torch.float16, torch.float16, False, False),
         (EVERYTHING, GPU, torch.float32, torch.float32, False, False),
@@ -52,7 +53,7 @@ def test_products_take_the_units_that_are_there(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     chosen = arithmetic(device, source)
     assert (chosen.linears, chosen.eight_bit_gram, chosen.eight_bit_linears) == (linears, gram_in_8, linears_in_8)
-    assert chosen.four_bit_linears == (capabilities == {"avx2": True}), "units for 8 bits are as fast at them"
+    assert chosen.four_bit_linears == (linears_in_8 and "avx2" in capabilities), "units for 8 bits are as fast at them"
     assert arithmetic(device, source, exact=True) == Arithmetic(torch.float32, torch.float32, False, False)
 
 

@@ -64,8 +64,7 @@ def plain_run(recipe: Recipe, model: Path) -> dict[str, torch.Tensor]:
             for group in block.groups:
                 seen = inputs_of(whole, [group], ids)
                 rounded = work.round(group, seen[group.linears[0]].gram)
-                weights = {f"{name}.weight": tensor.dequantize() for name, tensor in rounded.items()}
-                whole.load_state_dict(weights, strict=False)
+                whole.load_state_dict({f"{name}.weight": weight for name, weight in rounded.items()}, strict=False)
         result = work.result()
         made.update({f"{name}.weight": tensor.dequantize() for name, tensor in result.quantized.items()})
         made.update(result.replaced)

@@ -22,9 +22,9 @@ from quantkit.maths.products import times_transposed
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
 
 LARGEST_ERROR = 0.025
-"""What the products of a token may be off by, as a share of their root mean square, taken over tokens. Those of trained
-models are off by 0.003 to 0.02; where large columns leave their neighbours with too few steps, balanced columns in 8
-bits are nearer."""
+"""What the products of a token may be off by, as a share of their root mean square, taken over tokens. SmolLM2's are
+off by 0.006 to 0.009 on average, by up to 0.034 where large columns leave their neighbours with too few steps: there
+balanced columns in 8 bits are nearer."""
 
 LARGEST_BITS = 4
 
@@ -72,7 +72,7 @@ class FourBitWeight:
 
 
 def run_length(weight: QuantizedTensor) -> int | None:
-    """How many columns of a quantized weight go together; None where such products are not for it."""
+    """How many columns of a quantized weight go together; None where it cannot be multiplied by its codes."""
     if not isinstance(weight, GroupTensor) or weight.group_of is not None:
         return None
     return run_of(weight.grid, weight.shape[1])

@@ -41,7 +41,6 @@ class EightBitLinear(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         if self._coded is None or self._coded[0] is not self.weight:
             if inputs.numel() < TRIED * self.in_features:
-                self._unpack()
                 return self._as_it_is(inputs)
             coded = self._code(inputs)
             if coded is not None:
@@ -71,7 +70,10 @@ class EightBitLinear(nn.Linear):
         self._rounded = None
 
     def _as_it_is(self, inputs: Tensor) -> Tensor:
-        """The outputs without 8 bits; a weight that came narrower than the run multiplies in is widened once."""
+        """The outputs without 8 bits; a weight that came narrower than the run multiplies in is widened once, codes
+        stay for more inputs."""
+        if self._rounded is not None and self._rounded[0] is self.weight:
+            return nn.functional.linear(inputs, self._rounded[1].dequantize().to(inputs.dtype), self.bias)
         if self.weight.dtype != inputs.dtype and not torch.is_autocast_enabled("cpu"):
             tried = self._coded is not None and self._coded[0] is self.weight
             self.weight = nn.Parameter(self.weight.to(inputs.dtype), requires_grad=False)

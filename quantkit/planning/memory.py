@@ -163,12 +163,14 @@ def _block_parts(work: Work, device: torch.device, returned: bool) -> dict[str, 
 
 def _solve_bytes(group: Group, work: Work, device: torch.device) -> int:
     """Of one group: the Gram matrix with its factor; the stacked weights and, of a band of rows, what is owed to them
-    or their error, and products, or the rounded weights behind that. Without propagation every group's Gram is there,
-    and this one's with its scale divided out; with the correction its own: sums over two halves of the text and of
-    tokens far out, what they are together, a factor, and what is moved by how much."""
+    or their error, and products, or the rounded weights behind that where these do not run as codes. Without
+    propagation every group's Gram is there, and this one's with its scale divided out; with the correction its own:
+    sums over two halves of the text and of tokens far out, what they are together, a factor, and what is moved by how
+    much."""
     columns = group.columns
     others = 0 if work.propagates else sum(4 * other.columns**2 for other in work.groups)
     correction = 20 * columns**2 + 24 * group.values if work.corrects else 0
     band = min(group.values, BAND_VALUES) if device.type == "cpu" else group.values
-    rounding = 4 * group.values + max(4 * group.values, 8 * band)
+    behind = 0 if work.propagates and work.run_columns else 4 * group.values
+    rounding = 4 * group.values + max(behind, 8 * band)
     return int(GRAM_BYTES * columns**2) + correction + rounding + others

@@ -12,7 +12,6 @@ from quantkit.device import Arithmetic, arithmetic
 from quantkit.formats.base import LinearPlan, calibrates
 from quantkit.maths.four_bit import shortest_run
 from quantkit.maths.gram import Look
-from quantkit.maths.int_products import code_bytes
 from quantkit.methods.calibrated import grid_of
 from quantkit.model.blocks import architecture_of, blocks_of, group_shape, head_dim, heads_of, state_columns
 from quantkit.model.forward import tokens_apart
@@ -42,8 +41,8 @@ class Work:
     calibration set, 0 without. gram_tokens: of them, those that go into Gram matrices.
     largest_linear_values: of the largest linear that is quantized, but for the head where it goes through in parts.
     source_bytes: of all stored tensors. how: what is multiplied in while calibrating. transposed: whether linears are
-    Conv1D. code_bytes: of a weight in 8 bits, as it is multiplied. run_columns: that share a step of the inputs where
-    all weights that are rounded are multiplied by their codes, else None.
+    Conv1D. run_columns: that share a step of the inputs where every linear of every block is rounded and multiplied by
+    its codes, else None, though a block of such linears alone multiplies by codes all the same.
     """
 
     blocks: int
@@ -61,7 +60,6 @@ class Work:
     gram_tokens: int
     how: Arithmetic
     transposed: bool
-    code_bytes: int
     run_columns: int | None
     propagates: bool
     corrects: bool
@@ -142,7 +140,6 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         gram_tokens=max((tokens // tokens_apart(look, tokens) for look in looks - {Look.SQUARES}), default=0),
         how=how,
         transposed=transposed,
-        code_bytes=code_bytes(),
         run_columns=shortest_run(grids, {columns for _, columns in stacked}) if by_codes else None,
         propagates=any(getattr(method, "propagate", None) == "quantized" for method in methods),
         corrects=any(getattr(method, "correction", 0) > 0 for method in methods),

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.formats.base import LinearPlan
+from quantkit.maths.int_products import code_bytes
 from quantkit.planning.probe import Probe
 from quantkit.planning.shapes import Work
 
@@ -147,7 +148,7 @@ def _passes(work: Work, probe: Probe, again: float) -> dict[str, float]:
     passing = ACTIVATION_FLOP * tokens * (4 * work.hidden * (1 + 2 * again) + rows)
     crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0
     gram_rate = (
-        probe.int8_op_s / GRAM_SLOWDOWN[work.code_bytes] if work.how.eight_bit_gram and probe.int8_op_s else float32
+        probe.int8_op_s / GRAM_SLOWDOWN[code_bytes()] if work.how.eight_bit_gram and probe.int8_op_s else float32
     )
     linear_rate = probe.int8_op_s if work.eight_bit_linears and probe.int8_op_s else rate
     by_codes = work.eight_bit_linears and work.propagates and work.run_columns is not None

@@ -155,6 +155,9 @@ def test_where_codes_do_not_do_the_weight_is_multiplied_as_any_other(monkeypatch
     module.take(weight)
     few = INPUTS[:-1]
     assert torch.equal(module(few), nn.functional.linear(few, weight.dequantize(), module.bias)), "too few to try"
+    monkeypatch.undo()
+    module(INPUTS)
+    assert isinstance(module._coded[1], FourBitWeight), "the codes stay until there are enough"
 
 
 @has_avx2
