@@ -55,25 +55,24 @@ class EightBitLinear(nn.Linear):
         return coded(inputs, torch.get_autocast_dtype("cpu") if mixed else inputs.dtype)
 
     def _code(self, inputs: Tensor) -> EightBitWeight | FourBitWeight | None:
-        if self._rounded is not None and self._rounded[0] is self.weight:
-            coded = four_bit_weight(self._rounded[1], self.bias, inputs)
+        rounded, self._rounded = self._taken(), None
+        if rounded is not None:
+            coded = four_bit_weight(rounded, self.bias, inputs)
             if coded is not None:
-                self._rounded = None
                 return coded
-        self._unpack()
+            self.weight = nn.Parameter(rounded.dequantize(), requires_grad=False)
         return eight_bit_weight(self.weight, self.bias, inputs)
 
-    def _unpack(self) -> None:
-        """Hold a weight that was given as its codes itself."""
-        if self._rounded is not None and self._rounded[0] is self.weight:
-            self.weight = nn.Parameter(self._rounded[1].dequantize(), requires_grad=False)
-        self._rounded = None
+    def _taken(self) -> GroupTensor | None:
+        """What stands for the weight, unless another one was assigned behind it."""
+        return self._rounded[1] if self._rounded is not None and self._rounded[0] is self.weight else None
 
     def _as_it_is(self, inputs: Tensor) -> Tensor:
         """The outputs without 8 bits; a weight that came narrower than the run multiplies in is widened once, codes
         stay for more inputs."""
-        if self._rounded is not None and self._rounded[0] is self.weight:
-            return nn.functional.linear(inputs, self._rounded[1].dequantize().to(inputs.dtype), self.bias)
+        rounded = self._taken()
+        if rounded is not None:
+            return nn.functional.linear(inputs, rounded.dequantize().to(inputs.dtype), self.bias)
         if self.weight.dtype != inputs.dtype and not torch.is_autocast_enabled("cpu"):
             tried = self._coded is not None and self._coded[0] is self.weight
             self.weight = nn.Parameter(self.weight.to(inputs.dtype), requires_grad=False)
