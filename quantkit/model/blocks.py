@@ -14,7 +14,7 @@ from quantkit.model.source import Source
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears of a block that read the same input.
+    """Linears of a block that read the same input, which nothing else reads.
 
     linears: module names inside the block. producer: the module inside the block whose output channels are that input,
     so that a scale of the input can be folded into it; None when nothing linear stands before. producer_kind: "norm"

@@ -56,10 +56,13 @@ class BlockSizes:
 
     @property
     def waiting_bytes(self) -> int:
-        """What a sequence holds at most while it waits: for each token its input, the states behind attention, the
-        norm's output and the widest input of a linear."""
-        widest = max(columns for _, columns in self.shapes)
-        return self.ways * self.length * (3 * self.hidden + widest) * self.state_bytes
+        """What a sequence holds at most while it waits: for each token its input; then queries, keys and values with what
+        attention made of them, or the states behind it with a norm's output or the widest input of a linear. Other
+        inputs of linears are let go once they have been read."""
+        queries, gathered = self.shapes[0][0], self.shapes[1][1]
+        attended = (self.hidden + queries) * self.state_bytes + gathered * self.linear_bytes
+        widest = max(self.hidden * self.state_bytes, max(columns for _, columns in self.shapes) * self.linear_bytes)
+        return self.ways * self.length * max(attended, 2 * self.hidden * self.state_bytes + widest)
 
     @property
     def batch_bytes(self) -> int:

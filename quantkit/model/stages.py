@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -92,6 +93,19 @@ def run_staged(
                 rows.drop(tasks)
 
 
+_READ: ContextVar[Tensor | None] = ContextVar("_READ", default=None)
+"""The inputs that the last group of linears has read; each row that waits has its own."""
+
+
+def _let_go_of_read(inputs: Tensor) -> None:
+    """Empty what the group before this one has read, now that `inputs` have come to this one: nothing else reads it,
+    but functions of the model that are under way still hold it, in as many rows as wait."""
+    read = _READ.get()
+    if read is not None:
+        read.set_()
+    _READ.set(inputs)
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Batches of rows on their way through a block: a greenlet for each way, which stops at every group of linears."""
@@ -105,6 +119,7 @@ class _Rows:
         from greenlet import getcurrent
 
         def wait(arrived: Arrived) -> None:
+            _let_go_of_read(arrived.inputs)
             getcurrent().parent.switch(arrived)  # type: ignore[union-attr]
 
         hooks = ExitStack()

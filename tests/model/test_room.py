@@ -69,9 +69,20 @@ def test_what_a_weight_takes_that_runs() -> None:
     assert [running_bytes(eighth, transposed=False, run=run) for run in (64, 32)] == [1 + 8 / 64, 1.25]
 
 
+def test_rows_wait_behind_attention_or_inside_an_mlp() -> None:
+    # the input, queries, keys and values and what attention made of them
+    assert SMALL.waiting_bytes == 512 * 4 * (16 + 64 + 48)
+    # few of these: the input, the states behind attention and the widest input, in what linears multiply
+    few = replace(SMALL, shapes=((24, 16), (16, 16), (96, 16), (16, 48)))
+    assert few.waiting_bytes == 512 * 4 * (2 * 16 + 48)
+    assert replace(few, linear_bytes=2).waiting_bytes == 512 * (4 * 2 * 16 + 2 * 48)
+    narrow = replace(few, shapes=((24, 16), (16, 16), (40, 16), (16, 20)), linear_bytes=2)
+    assert narrow.waiting_bytes == 512 * 4 * (2 * 16 + 16), "a norm's output is as wide as the states are"
+
+
 def test_whole_batches_wait_the_first_ones() -> None:
-    each = 512 * (3 * 16 + 48) * 4
-    assert SMALL.waiting_bytes == each and replace(SMALL, ways=2).waiting_bytes == 2 * each
+    each = SMALL.waiting_bytes
+    assert replace(SMALL, ways=2).waiting_bytes == 2 * each
     for room, waiting in ((7 * each, 7), (7 * each - 1, 6), (6 * each - 1, 4), (2 * each - 1, 0), (0, 0)):
         assert SMALL.waiting_sequences(7, SMALL.taken_bytes + room) == waiting
     assert SMALL.waiting_sequences(7, 0) == 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fakes.runs import quietly, same_but_for_the_manifest
 from quantkit import one_block
@@ -75,6 +76,30 @@ def test_a_short_last_batch_waits_only_with_all_others(
     make(tiny_llama, tmp_path / "out")
     again = [start for start in (0, 4) if start not in waiting]
     assert begun == waiting + 5 * again + waiting + 4 * again
+
+
+def test_rows_that_wait_hold_no_input_that_was_read(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 64)
+    monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: 6)
+    brought: list[Tensor] = []
+    held: list[list[int]] = []
+    add, round_group = stages._add_batch, stages._round_group
+
+    def note(*args: Any) -> Any:
+        brought.append(args[4].inputs)
+        return add(*args)
+
+    def count(*args: Any) -> None:
+        round_group(*args)
+        held.append([tensor.numel() for tensor in brought])
+
+    monkeypatch.setattr(stages, "_add_batch", note)
+    monkeypatch.setattr(stages, "_round_group", count)
+    make(tiny_llama, tmp_path / "out")
+    each = [64 * columns for columns in (64, 64, 64, 128)]  # tokens of a batch times columns, one group after another
+    assert held[:4] == [6 * at * [0] + 6 * [each[at]] for at in range(4)]
 
 
 @pytest.mark.parametrize("sequences", [6, 0])

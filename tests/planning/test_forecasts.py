@@ -63,7 +63,7 @@ def test_the_peak_of_a_calibrated_run(tiny_llama: Path) -> None:
     found = memory_of(work, CPU, ROOM).host
     assert found["libraries"] == memory.LIBRARIES_BYTES["calibrated"]
     assert found["hidden states"] == 128 * 64 * 4
-    assert found["rows that wait inside a block"] == 128 * (3 * 64 + 128) * 4
+    assert found["rows that wait inside a block"] == 128 * memory._sizes(work, CPU).waiting_bytes // work.length
     # gate and up on 64 columns: their Gram matrix, their weights and two like them, those of down still to come
     solved = int(memory.GRAM_BYTES * 64**2) + 12 * 64 * 256
     assert found["Gram matrix and weights at hand"] == solved
@@ -75,7 +75,7 @@ def test_the_peak_of_a_calibrated_run(tiny_llama: Path) -> None:
     kept = found.pop("freed, not given back")
     rounding = sum(found.values()) - found["libraries"] - found["hidden states"]
     assert kept == pytest.approx(memory.RETAINED * (rounding + looked), abs=2)
-    wide = memory_of(replace(work, groups=(Group(16384, 4096),)), CPU, ROOM).host
+    wide = memory_of(replace(work, groups=(*work.groups, Group(16384, 4096))), CPU, ROOM).host
     assert wide["freed, not given back"] == memory.RETAINED_BYTES, "more goes back"
 
 
@@ -89,7 +89,7 @@ def test_scores_of_long_sequences_count(tiny_llama: Path) -> None:
 
 def test_wide_linears_are_rounded_in_bands_of_rows(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
-    wide = replace(work, groups=(Group(4096, 2048),), block_bytes=2 * 4096 * 2048)
+    wide = replace(work, groups=(*work.groups, Group(4096, 2048)), block_bytes=2 * 4096 * 2048)
     found = memory_of(wide, CPU, ROOM, limited=True).host["Gram matrix and weights at hand"]
     # the stacked weights and the rounded ones; what is owed to a band and its product are less
     assert found == int(memory.GRAM_BYTES * 4096**2) + 8 * 4096 * 2048
@@ -100,7 +100,7 @@ def test_where_freed_memory_goes_back_a_batch_and_the_solver_take_turns(tiny_lla
     free, held = (memory._block_parts(work, CPU, returned) for returned in (False, True))
     solving = held["Gram matrix and weights at hand"] - 4 * 64**2
     assert 0 < held["activations of a batch"] == free["activations of a batch"] - solving
-    much = replace(work, groups=(Group(4096, 2048),))
+    much = replace(work, groups=(*work.groups, Group(4096, 2048)))
     assert memory._block_parts(much, CPU, True)["activations of a batch"] == 0
 
 
