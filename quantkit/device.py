@@ -49,6 +49,10 @@ class Arithmetic:
         """Whether linears multiply in less than the hidden states have."""
         return self.linears != self.states or self.eight_bit_linears
 
+    def compiled_on(self, device: torch.device) -> bool:
+        """Whether a model attends, normalizes, gates and turns positions by compiled loops of our own."""
+        return self.rounded and device.type == "cpu"
+
     def label(self) -> str:
         """A short text for a manifest, such as "linears int8 or bfloat16, Gram int8"."""
         integers = "int4, int8 or " if self.four_bit_linears else "int8 or " if self.eight_bit_linears else ""

@@ -24,8 +24,10 @@ from quantkit.methods.calibrated import CalibratedBlock, grid_of
 from quantkit.model.blocks import Block, LinearGroup, group_shape, heads_of
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
-from quantkit.model.room import BlockSizes, running_bytes
-from quantkit.model.stages import Way, run_staged
+from quantkit.model.room import BlockSizes, left_by_attention, running_bytes
+from quantkit.model.scratch import file_if_room
+from quantkit.model.stages import run_staged
+from quantkit.model.waiting import Rows, Way, placed
 from quantkit.recipe import Recipe
 from quantkit.tensors import GroupTensor, on_cpu
 
@@ -128,7 +130,10 @@ def quantize_staged(
     waiting = sizes.waiting_sequences(sequences, run.memory.room_bytes(runner.device))
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
     way, rounder = Way(module, hidden), _Rounder(runner.by_codes, works)
-    run_staged(runner, block, way, rounder, sizes=sizes, waiting=waiting, advance=not last, beside=beside, look=look)
+    file = file_if_room(state.folder, sizes.file_bytes(sequences - waiting))
+    rows = Rows(runner, block, [way] if beside is None else [way, beside])
+    batches = placed(rows, sizes, waiting, file)
+    run_staged(rows, batches, rounder, sizes=sizes, advance=not last, look=look)
     results += [work.result() for work in works]
     _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started
@@ -153,6 +158,7 @@ def _sizes(state: JobState, run: ModelRun, block: Block, tensors: Mapping[str, T
         stored_bytes=tensors[f"{block.linears[0]}.weight"].dtype.itemsize,
         ways=2 if state.corrects else 1,
         device=runner.device.type,
+        attention=left_by_attention(how, runner.device, shapes),
     )
 
 

@@ -247,5 +247,10 @@ def on_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
     return replace(tensor, **moved)
 
 
+def let_go(tensor: Tensor) -> None:
+    """Empty a tensor that others still hold, so that its memory goes back; reading it is an error from then on."""
+    tensor.set_()  # type: ignore[call-overload]  # what it holds by default is nothing
+
+
 StoredTensors = Mapping[str, Tensor]
 """What a format writes for one weight: full tensor names to tensors."""

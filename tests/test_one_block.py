@@ -24,7 +24,7 @@ from quantkit.model import eight_bit
 from quantkit.model.blocks import LinearGroup
 from quantkit.model.eight_bit import EightBitLinear
 from quantkit.model.forward import BlockRunner
-from quantkit.model.stages import Way
+from quantkit.model.waiting import Rows
 from quantkit.tensors import GroupTensor
 
 
@@ -51,10 +51,11 @@ def test_stored_weights_are_let_go_as_they_are_rounded(
             del weights
             yield block, tensors
 
-    def note_staged(runner: BlockRunner, block: Any, way: Way, *args: Any, **settings: Any) -> None:
-        linears = [way.module.get_submodule(linear.removeprefix(block.prefix)) for linear in block.linears]
+    def note_staged(rows: Rows, *args: Any, **settings: Any) -> None:
+        block, module = rows.block, rows.ways[0].module
+        linears = [module.get_submodule(linear.removeprefix(block.prefix)) for linear in block.linears]
         assert all(linear.weight.is_meta for linear in linears), "none is to run before it is rounded"
-        staged(runner, block, way, *args, **settings)
+        staged(rows, *args, **settings)
 
     def note_round(self: CalibratedBlock, group: LinearGroup, *args: Any) -> Any:
         asked.extend(group.linears)
@@ -83,12 +84,12 @@ def test_linears_that_stay_are_coded_by_the_inputs_of_the_whole_run(
 ) -> None:
     staged, stay = one_block.run_staged, []
 
-    def note_staged(runner: BlockRunner, block: Any, way: Way, *args: Any, **settings: Any) -> None:
-        linear = way.module.self_attn.k_proj
+    def note_staged(rows: Rows, *args: Any, **settings: Any) -> None:
+        linear = rows.ways[0].module.self_attn.k_proj
         assert isinstance(linear, EightBitLinear) and not linear.weight.is_meta and linear._coded is not None
         assert linear._coded[0] is not linear.weight, "what was coded while scales were looked for is of no use now"
         stay.append(linear)
-        staged(runner, block, way, *args, **settings)
+        staged(rows, *args, **settings)
 
     monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: Arithmetic(torch.float32, torch.bfloat16, False, True))
     monkeypatch.setattr(one_block, "run_staged", note_staged)

@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantkit.maths.attention import causal_attention
+from quantkit.tensors import let_go
 
 NAME = "quantkit_causal"
 """What config._attn_implementation calls it."""
@@ -39,13 +40,23 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """query [batch, heads, length, width], key and value [batch, key heads, length, width] to [batch, length, heads,
-    width] and no weights."""
+    width] and no weights. The three are emptied: the model still holds them, in as many rows as wait for what comes
+    next, and reads them no more."""
+    attended = _attended(module, query, key, value, attention_mask, **settings)
+    for read in (query, key, value):
+        let_go(read)
+    return attended, None
+
+
+def _attended(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> Tensor:
     scale = settings.get("scaling") or query.shape[-1] ** -0.5
     if attention_mask is None and query.shape[2] == key.shape[2] and _only_causal(module, settings):
         narrow = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
         with torch.autocast("cpu", enabled=False):  # scores keep float32, whatever the linears multiply in
-            return causal_attention(query, key, value.to(narrow), scale), None
-    attended: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS[LIKE](module, query, key, value, attention_mask, **settings)
+            return causal_attention(query, key, value.to(narrow), scale)
+    attended: Tensor = ALL_ATTENTION_FUNCTIONS[LIKE](module, query, key, value, attention_mask, **settings)[0]
     return attended
 
 

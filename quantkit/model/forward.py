@@ -74,7 +74,7 @@ class BlockRunner:
         self.architecture = architecture_of(source.config)
         self.model = without_weights(source, self.dtype)
         self.model.config.use_cache = False
-        if device.type == "cpu" and arithmetic.rounded:
+        if arithmetic.compiled_on(device):
             from quantkit.model.attention import use_causal_attention
 
             use_causal_attention(self.model)

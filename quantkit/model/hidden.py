@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -12,13 +10,13 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from quantkit.model.scratch import ScratchFile
+
 
 class HiddenStates:
     """A tensor [sequences, length, hidden] that is read and written by whole sequences.
 
-    spill: a folder for the scratch file; None keeps the states in memory. The file has no name once it is open, so
-    that nothing is left behind however the process ends; it is read and written without mapping, so that its pages
-    are never this process's own.
+    spill: a folder for the scratch file; None keeps the states in memory.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, spill: Path | None = None):
@@ -28,8 +26,7 @@ class HiddenStates:
         if spill is None:
             self._tensor = torch.empty(self.shape, dtype=dtype)
         else:
-            self._file = tempfile.TemporaryFile(dir=spill, buffering=0)  # noqa: SIM115 - it lives as long as this
-            os.posix_fallocate(self._file.fileno(), 0, self.nbytes)  # a full disk is found now, not in an hour
+            self._file = ScratchFile(spill, self.nbytes)
 
     @property
     def nbytes(self) -> int:
@@ -40,21 +37,14 @@ class HiddenStates:
         if self._tensor is not None:
             return self._tensor[rows]
         start, stop, _ = rows.indices(self.shape[0])
-        buffer = bytearray((stop - start) * self._sequence_bytes)
-        view, done = memoryview(buffer), 0
-        while done < len(buffer):
-            done += os.preadv(self._file.fileno(), [view[done:]], start * self._sequence_bytes + done)
-        return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, *self.shape[1:])
+        return self._file.read(start * self._sequence_bytes, (stop - start, *self.shape[1:]), self.dtype)
 
     def __setitem__(self, rows: slice, values: Tensor) -> None:
         if self._tensor is not None:
             self._tensor[rows] = values
             return
         start, _, _ = rows.indices(self.shape[0])
-        raw = values.detach().cpu().to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
-        done = 0
-        while done < len(raw):
-            done += os.pwrite(self._file.fileno(), memoryview(raw)[done:], start * self._sequence_bytes + done)
+        self._file.write(start * self._sequence_bytes, values.detach().cpu().to(self.dtype))
 
     def write_to(self, stream: IO[bytes]) -> None:
         """The states as bytes, sequence after sequence."""

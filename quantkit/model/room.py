@@ -5,7 +5,10 @@ Bytes are those held where the blocks run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from quantkit.device import Arithmetic
 from quantkit.maths.attention import CHUNK
@@ -26,6 +29,13 @@ def running_bytes(how: Arithmetic, *, transposed: bool, run: int | None = None) 
     return code_bytes() if run is None else held_bytes(run)
 
 
+def left_by_attention(how: Arithmetic, device: torch.device, shapes: Sequence[tuple[int, int]]) -> int:
+    """Values of a token that a row holds behind attention: queries, keys and values, and what these were made into.
+    Our own attention lets go of the three, so that there is nothing wider than inputs of linears: 0."""
+    (queries, _), (_, gathered), *_ = shapes
+    return 0 if how.compiled_on(device) else queries + gathered
+
+
 @dataclass(frozen=True)
 class BlockSizes:
     """What a block and its rows are made of, in numbers.
@@ -34,7 +44,7 @@ class BlockSizes:
     sequence. heads: how many. state_bytes, linear_bytes: of a value in the states, and in what linears multiply.
     model_bytes, rounded_bytes, stored_bytes: of a weight in the module that runs, before and behind its rounding, and
     as it is stored. ways: how many models run; the unquantized one goes along where there is a correction. device:
-    "cpu" or "cuda".
+    "cpu" or "cuda". attention: as `left_by_attention` gives it.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -48,6 +58,7 @@ class BlockSizes:
     stored_bytes: float
     ways: int
     device: str
+    attention: int
 
     @property
     def batch(self) -> int:
@@ -56,13 +67,16 @@ class BlockSizes:
 
     @property
     def waiting_bytes(self) -> int:
-        """What a sequence holds at most while it waits: for each token its input; then queries, keys and values with what
-        attention made of them, or the states behind it with a norm's output or the widest input of a linear. Other
-        inputs of linears are let go once they have been read."""
-        queries, gathered = self.shapes[0][0], self.shapes[1][1]
-        attended = (self.hidden + queries) * self.state_bytes + gathered * self.linear_bytes
-        widest = max(self.hidden * self.state_bytes, max(columns for _, columns in self.shapes) * self.linear_bytes)
-        return self.ways * self.length * max(attended, 2 * self.hidden * self.state_bytes + widest)
+        """What a sequence holds at most while it waits: for each token hidden states and the widest input of a linear,
+        or what attention leaves. What else has been read is let go (model/waiting.py)."""
+        widest = max(columns for _, columns in self.shapes) * self.linear_bytes
+        beside = max(widest, max(self.hidden, self.attention) * self.state_bytes)
+        return self.ways * self.length * (self.hidden * self.state_bytes + beside)
+
+    def file_bytes(self, sequences: int) -> int:
+        """What so many sequences take of a scratch file while they wait; 0 where they cannot wait in one, since they
+        would hold in memory what attention leaves, or what is on another device."""
+        return 0 if self.attention or self.device != "cpu" else sequences * self.waiting_bytes
 
     @property
     def batch_bytes(self) -> int:

@@ -15,16 +15,22 @@ from quantkit.model.blocks import Block, LinearGroup
 
 @dataclass(frozen=True)
 class Arrived:
-    """What has come to a group of linears: its inputs, and where it is asked for the hidden states that its outputs
-    will be added to."""
+    """What has come to a group of linears: its inputs, the hidden states that it will be `added` to or else reads
+    normalized; None where neither is told of it."""
 
     inputs: Tensor
-    states: Tensor | None
+    entered: Tensor | None
+    added: bool
+
+    @property
+    def states(self) -> Tensor | None:
+        """The hidden states that its outputs will be added to as they are; None where they go elsewhere."""
+        return self.entered if self.added else None
 
 
 _STATES: ContextVar[Tensor | None] = ContextVar("_STATES", default=None)
-"""The hidden states that entered the last module that some group's outputs are added behind; each row that waits in a
-greenlet has a context, and so states, of its own."""
+"""The hidden states that entered the last norm; each row that waits in a greenlet has a context, and so states, of its
+own."""
 
 
 @contextmanager
@@ -48,17 +54,18 @@ def watched(module: nn.Module, block: Block, group: LinearGroup, see: Callable[[
 def watched_with_states(
     module: nn.Module, block: Block, group: LinearGroup, see: Callable[[Arrived], None]
 ) -> Iterator[None]:
-    """`watched`, with the hidden states that the group's outputs will be added to."""
+    """`watched`, with the hidden states that entered the norm before the group."""
+    norm = group.added_to or (group.producer if group.producer_kind == "norm" else None)
 
     def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         _STATES.set(inputs[0])
 
     def arrive(inputs: Tensor) -> None:
-        see(Arrived(inputs, _STATES.get() if group.added_to else None))
+        see(Arrived(inputs, _STATES.get(), group.added_to is not None))
 
     with ExitStack() as hooks:
-        if group.added_to:
-            before = module.get_submodule(group.added_to.removeprefix(block.prefix))
+        if norm:
+            before = module.get_submodule(norm.removeprefix(block.prefix))
             hooks.callback(before.register_forward_pre_hook(enter).remove)
         hooks.enter_context(watched(module, block, group, arrive))
         yield

@@ -22,7 +22,8 @@ from quantkit.model.forward import BATCH_TOKENS, BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.load import load_transformers
 from quantkit.model.room import BlockSizes
-from quantkit.model.stages import Way, run_staged
+from quantkit.model.stages import run_staged
+from quantkit.model.waiting import Rows, Way, placed
 
 IDS = torch.arange(4 * 48).reshape(4, 48) % 380
 CPU = torch.device("cpu")
@@ -152,10 +153,10 @@ def test_rows_beside_bring_their_states(source: MemorySource, waiting: int, monk
         if first is not None:
             linear = module.get_submodule(first.linears[0].removeprefix(block.prefix))
             linear.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
-        ways = Way(module, hidden), Way(twin, beside)
         shapes = tuple(group_shape(source, group) for group in block.groups)
-        sizes = BlockSizes(shapes, hidden.shape[2], 48, 4, 4, 4, 4, 4, 4, 2, "cpu")
-        run_staged(runner, block, ways[0], Rounder(), sizes=sizes, waiting=waiting, advance=False, beside=ways[1])
+        sizes = BlockSizes(shapes, hidden.shape[2], 48, 4, 4, 4, 4, 4, 4, 2, "cpu", attention=0)
+        rows = Rows(runner, block, [Way(module, hidden), Way(twin, beside)])
+        run_staged(rows, placed(rows, sizes, waiting, None), Rounder(), sizes=sizes, advance=False)
     for group in block.groups:
         seen = found[group.linears[0]]
         assert seen is not None and len(seen.totals()) == (1 if group.added_to is None else 2)

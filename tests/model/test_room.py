@@ -10,7 +10,7 @@ import torch
 from quantkit.device import Arithmetic
 from quantkit.maths.attention import CHUNK
 from quantkit.maths.int_products import code_bytes
-from quantkit.model.room import BlockSizes, running_bytes
+from quantkit.model.room import BlockSizes, left_by_attention, running_bytes
 
 SMALL = BlockSizes(
     shapes=((64, 32), (32, 48)),
@@ -24,6 +24,7 @@ SMALL = BlockSizes(
     stored_bytes=2,
     ways=1,
     device="cpu",
+    attention=0,
 )
 
 
@@ -69,15 +70,25 @@ def test_what_a_weight_takes_that_runs() -> None:
     assert [running_bytes(eighth, transposed=False, run=run) for run in (64, 32)] == [1 + 8 / 64, 1.25]
 
 
-def test_rows_wait_behind_attention_or_inside_an_mlp() -> None:
-    # the input, queries, keys and values and what attention made of them
-    assert SMALL.waiting_bytes == 512 * 4 * (16 + 64 + 48)
-    # few of these: the input, the states behind attention and the widest input, in what linears multiply
-    few = replace(SMALL, shapes=((24, 16), (16, 16), (96, 16), (16, 48)))
-    assert few.waiting_bytes == 512 * 4 * (2 * 16 + 48)
-    assert replace(few, linear_bytes=2).waiting_bytes == 512 * (4 * 2 * 16 + 2 * 48)
-    narrow = replace(few, shapes=((24, 16), (16, 16), (40, 16), (16, 20)), linear_bytes=2)
-    assert narrow.waiting_bytes == 512 * 4 * (2 * 16 + 16), "a norm's output is as wide as the states are"
+def test_rows_wait_with_hidden_states_and_the_widest_input_or_behind_attention() -> None:
+    assert SMALL.waiting_bytes == 512 * 4 * (16 + 48)
+    assert replace(SMALL, linear_bytes=2).waiting_bytes == 512 * (4 * 16 + 2 * 48), "in what linears multiply"
+    narrow = replace(SMALL, shapes=((24, 16), (16, 16), (40, 16), (16, 20)), linear_bytes=2)
+    assert narrow.waiting_bytes == 512 * 4 * (16 + 16), "a norm's output is as wide as the states are"
+    assert replace(SMALL, attention=100).waiting_bytes == 512 * 4 * (16 + 100)
+
+
+def test_our_own_attention_leaves_nothing() -> None:
+    shapes = ((96, 32), (32, 40), (128, 32), (32, 64))
+    rounded, exact = (Arithmetic(torch.float32, dtype, False, False) for dtype in (torch.bfloat16, torch.float32))
+    assert left_by_attention(rounded, torch.device("cpu"), shapes) == 0
+    assert left_by_attention(rounded, torch.device("cuda"), shapes) == 96 + 40
+    assert left_by_attention(exact, torch.device("cpu"), shapes) == 96 + 40
+
+
+def test_rows_wait_in_a_file_where_they_hold_nothing_else() -> None:
+    assert SMALL.file_bytes(3) == 3 * SMALL.waiting_bytes
+    assert replace(SMALL, attention=1).file_bytes(3) == 0 == replace(SMALL, device="cuda").file_bytes(3)
 
 
 def test_whole_batches_wait_the_first_ones() -> None:

@@ -1,7 +1,11 @@
-"""A block run in stages: which rows wait, which start again, and what is left when a run fails."""
+"""A block run in stages: where rows wait, which start again, and what is left when a run fails."""
 
 from __future__ import annotations
 
+from __future__ import annotations
+
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fakes.runs import quietly, same_but_for_the_manifest
-from quantkit import one_block
+from quantkit import one_block, pipeline
+from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
 from quantkit.memory import MemoryLimit
-from quantkit.model import forward, stages
+from quantkit.model import forward, stages, waiting
 from quantkit.model.room import BlockSizes
 
 
@@ -24,13 +29,13 @@ def make(model: Path, out: Path, *settings: str, force: bool = False) -> None:
 def begun_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """First sequences of the batches that start on their way through a block, as they do."""
     begun: list[int] = []
-    begin = stages._Rows.begin
+    begin = waiting.Rows.begin
 
     def note(self: Any, batch: slice) -> Any:
         begun.append(batch.start)
         return begin(self, batch)
 
-    monkeypatch.setattr(stages._Rows, "begin", note)
+    monkeypatch.setattr(waiting.Rows, "begin", note)
     return begun
 
 
@@ -55,27 +60,27 @@ def test_as_many_rows_wait_as_there_is_room_for(
     assert made[0].shapes == ((128, 64), (64, 64), (256, 64), (64, 128))
     assert made[0].ways == (1 if correction == 0 else 2)
     assert (made[0].hidden, made[0].length, made[0].heads, made[0].stored_bytes) == (64, 64, 4, 4)
-    for waiting in (6, 4, 0):
-        room = made[0].taken_bytes + waiting * made[0].waiting_bytes
+    for fit in (6, 4, 0):
+        room = made[0].taken_bytes + fit * made[0].waiting_bytes
         monkeypatch.setattr(MemoryLimit, "room_bytes", lambda *_, room=room: room)
-        make(tiny_llama, tmp_path / str(waiting), *settings, force=True)
-        first, second = [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5][waiting:]
+        make(tiny_llama, tmp_path / str(fit), *settings, force=True)
+        first, second = [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5][fit:]
         # the first block starts the others for its four groups and for its outputs, the second has none to write
-        assert begun == first[:waiting] + 5 * second + first[:waiting] + 4 * second
+        assert begun == first[:fit] + 5 * second + first[:fit] + 4 * second
         begun.clear()
-        same_but_for_the_manifest(tmp_path / "6", tmp_path / str(waiting))
+        same_but_for_the_manifest(tmp_path / "6", tmp_path / str(fit))
 
 
-@pytest.mark.parametrize(("sequences", "waiting"), [(6, [0, 4]), (4, [0]), (0, [])])
+@pytest.mark.parametrize(("sequences", "stay"), [(6, [0, 4]), (4, [0]), (0, [])])
 def test_a_short_last_batch_waits_only_with_all_others(
-    sequences: int, waiting: list[int], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sequences: int, stay: list[int], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 256)  # four of six sequences, then two
     monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: sequences)
     begun = begun_batches(monkeypatch)
     make(tiny_llama, tmp_path / "out")
-    again = [start for start in (0, 4) if start not in waiting]
-    assert begun == waiting + 5 * again + waiting + 4 * again
+    again = [start for start in (0, 4) if start not in stay]
+    assert begun == stay + 5 * again + stay + 4 * again
 
 
 def test_rows_that_wait_hold_no_input_that_was_read(
@@ -102,6 +107,69 @@ def test_rows_that_wait_hold_no_input_that_was_read(
     assert held[:4] == [6 * at * [0] + 6 * [each[at]] for at in range(4)]
 
 
+ROUNDED = [
+    pytest.param(Arithmetic(torch.float32, torch.bfloat16, False, False), id="bfloat16"),
+    pytest.param(Arithmetic(torch.float32, torch.float32, True, True, True), id="integers"),
+]
+
+
+@pytest.mark.parametrize("how", ROUNDED)
+@pytest.mark.parametrize("correction", [0.0, 0.5])
+@pytest.mark.parametrize("spill", [False, True])
+def test_rows_without_room_wait_in_a_file(
+    spill: bool,
+    correction: float,
+    how: Arithmetic,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 128)  # of the six sequences two are a batch
+    monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: how)
+    begun = begun_batches(monkeypatch)
+    if spill:
+        monkeypatch.setattr(MemoryLimit, "room_bytes", lambda *_: 0)
+    settings = [f"method.correction={correction}"]
+    kept: list[list[int]] = []
+    leave = waiting.InFile.leave
+
+    def note(self: waiting.InFile) -> None:
+        brought = self._seen
+        leave(self)
+        kept.append([arrived.inputs.numel() for arrived in brought])
+
+    monkeypatch.setattr(waiting.InFile, "leave", note)
+    for fit in (6, 2, 0):
+        monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_, fit=fit: fit)
+        begun.clear()
+        kept.clear()
+        make(tiny_llama, tmp_path / str(fit), *settings)
+        here, away = [start for start in (0, 2, 4) if start < fit], [start for start in (0, 2, 4) if start >= fit]
+        # the others start for the first group's inputs, which a norm gives, and once more to stay
+        assert begun == 2 * (here + 2 * away)
+        ways = 1 if correction == 0 else 2
+        assert kept == 2 * (len(away) * [[]] + 3 * len(away) * [ways * [0]]), "what they held is not in memory"
+        same_but_for_the_manifest(tmp_path / "6", tmp_path / str(fit))
+
+
+def test_rows_start_again_where_the_disk_has_no_room(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 128)
+    monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: ROUNDED[0].values[0])
+    make(tiny_llama, tmp_path / "whole")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: 2)
+    begun = begun_batches(monkeypatch)
+    make(tiny_llama, tmp_path / "full")
+    assert begun == [0, *5 * [2, 4], 0, *4 * [2, 4]]
+    same_but_for_the_manifest(tmp_path / "whole", tmp_path / "full")
+
+
 @pytest.mark.parametrize("sequences", [6, 0])
 def test_a_run_that_fails_while_rows_are_under_way_leaves_torch_as_it_was(
     sequences: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,19 +180,19 @@ def test_a_run_that_fails_while_rows_are_under_way_leaves_torch_as_it_was(
     make(tiny_llama, tmp_path / "whole")
     assert (torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")) == before
     called: list[Any] = []
-    finish, begin = stages._Rows.finish, stages._Rows.begin
+    finish, begin = waiting.InMemory.finish, waiting.Rows.begin
 
     def note(self: Any, batch: slice) -> Any:
         called.extend(begin(self, batch))
         return called[-2:]
 
-    def fail(self: Any, batch: slice, tasks: Any) -> None:
-        if batch.start == 2:
+    def fail(self: Any) -> None:
+        if self._batch.start == 2:
             raise ModelError("cut short")
-        finish(self, batch, tasks)
+        finish(self)
 
-    monkeypatch.setattr(stages._Rows, "begin", note)
-    monkeypatch.setattr(stages._Rows, "finish", fail)
+    monkeypatch.setattr(waiting.Rows, "begin", note)
+    monkeypatch.setattr(waiting.InMemory, "finish", fail)
     with pytest.raises(ModelError, match="cut short"):
         make(tiny_llama, tmp_path / "out", "method.correction=0.5")
     assert called and not any(called), "none waits any more"
