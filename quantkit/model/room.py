@@ -79,6 +79,12 @@ class BlockSizes:
         return 0 if self.attention or self.device != "cpu" else sequences * self.waiting_bytes
 
     @property
+    def filed_bytes(self) -> int:
+        """What a sequence writes to such a file in a block, and reads from it: inputs of all groups but the first, and
+        hidden states beside them."""
+        return self.ways * self.length * self.state_bytes * sum(self.hidden + columns for _, columns in self.shapes[1:])
+
+    @property
     def batch_bytes(self) -> int:
         """What lies between the linears of a batch that runs, and of sequences longer than a batch the scores and
         weights of attention; those of shorter ones are small beside the rest."""

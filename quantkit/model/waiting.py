@@ -102,6 +102,7 @@ class InMemory:
         """Run to the end of the block and write its outputs over the hidden states."""
         for way, task in zip(self._rows.ways, self._tasks, strict=True):
             way.hidden[self._batch] = task.switch()
+        self._tasks = []  # with what came to their last group
 
     def drop(self) -> None:
         """Let go of what has not come to the end."""

@@ -47,12 +47,14 @@ ERROR = 0.15
 @dataclass(frozen=True)
 class MemoryForecast:
     """Bytes at the peak. host, device: the parts of each by name. scratch_bytes: of files that vanish with the run.
-    waiting: of all rows, the part that waits inside a block, or 1 where none has to; the others run again."""
+    filed_bytes: what goes to such a file and comes back in every block, for rows that wait without room in memory.
+    again: of all rows, the part that starts again for every group of linears."""
 
     host: dict[str, int]
     device: dict[str, int]
     scratch_bytes: int
-    waiting: float = 1.0
+    filed_bytes: int = 0
+    again: float = 0.0
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -70,7 +72,8 @@ def memory_of(
 
     room_bytes: half of what the host has free, or where that is `limited` by the user, all that the run may hold.
     Hidden states over a quarter of what is left beside the libraries go to a scratch file. device_room_bytes: half of
-    what a GPU has free. Rows that find no room to wait where the blocks run are run again instead.
+    what a GPU has free. Rows that find no room to wait where the blocks run do so in a scratch file, or start again
+    where they cannot.
     """
     host = {"libraries": LIBRARIES_BYTES[work.kind]}
     if device.type == "cuda":
@@ -87,14 +90,18 @@ def memory_of(
     parts = _block_parts(work, device, returned and device.type == "cpu")
     if device_room_bytes is not None:
         room = device_room_bytes - work.block_bytes // 2
-    waiting = 1.0
+    scratch, filed, again = work.ways * states if spilled else 0, 0, 0.0
     if work.propagates:
         sizes = _sizes(work, device)
         sequences = work.tokens // work.length
         held = sizes.waiting_sequences(sequences, room)
-        waiting = held / sequences
         if held:
             parts["rows that wait inside a block"] = held * sizes.waiting_bytes
+        if file := sizes.file_bytes(sequences - held):
+            scratch += file
+            filed = (sequences - held) * sizes.filed_bytes
+        else:
+            again = 1 - held / sequences
     looking = _looking_parts(work) if work.propagates else {}
     kept = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
     if device.type == "cuda":
@@ -110,7 +117,7 @@ def memory_of(
     host |= parts
     if not spilled:
         host["hidden states"] = work.ways * states
-    return MemoryForecast(host, on_device, work.ways * states if spilled else 0, waiting)
+    return MemoryForecast(host, on_device, scratch, filed, again)
 
 
 def _sizes(work: Work, device: torch.device) -> BlockSizes:

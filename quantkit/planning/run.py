@@ -122,7 +122,7 @@ def _forecasts(
     room = limit.limit_bytes or limit.room_bytes(torch.device("cpu"))
     device_room = limit.room_bytes(device) if device.type == "cuda" else None
     peak = memory_of(work, device, room, limited=limited, device_room_bytes=device_room)
-    took = time_of(work, plans, probe(device.type, again=probe_again), written, peak.waiting)
+    took = time_of(work, plans, probe(device.type, again=probe_again), written, peak.filed_bytes, peak.again)
     remote = isinstance(source, HeaderSource) and source.hub_id is not None
     return {
         "cautions": cautions_of(recipe, source, plans, work),

@@ -10,7 +10,8 @@ Per block, on T tokens, for each input of n columns whose linears have m rows to
     solve       MOVE_SLOWDOWN m n^2 (1 + 2 sweeps + PAIR_FLOP pairs) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
     correction  2 T n^2 as Grams, then CORRECTION_FLOP m n^2 + FACTOR_FLOP n^3; the passes are two
 
-Rows that find no room to wait in (model/stages.py) start again for every group: they pass those before it once more.
+Rows that find no room in memory wait in a scratch file (model/waiting.py), which is written and read at the disk's rate,
+though the page cache may hold it; or they start again for every group, and pass those before it once more.
 
 "Flop" of work that is no product says how many float32 operations of a product take as long, so that the forecast moves
 with the machine. Source of the constants: whole runs, see docs/plan.md.
@@ -92,10 +93,15 @@ class TimeForecast:
 
 
 def time_of(
-    work: Work, plans: Sequence[LinearPlan], probe: Probe, artifact_bytes: int, waiting: float = 1.0
+    work: Work,
+    plans: Sequence[LinearPlan],
+    probe: Probe,
+    artifact_bytes: int,
+    filed_bytes: int = 0,
+    again: float = 0.0,
 ) -> TimeForecast:
-    """The seconds of a whole `quantize`. artifact_bytes: that will be written. waiting: of the rows, those that wait
-    inside a block.
+    """The seconds of a whole `quantize`. artifact_bytes: that will be written. filed_bytes, again: as MemoryForecast
+    has them.
 
     The embedding of a GGUF file counts as a linear of the type that most linears have.
     """
@@ -114,7 +120,9 @@ def time_of(
             each.append(sum(each) / values * work.embedding_values)
         parts["rounding"] = slower * 1e-9 * sum(each)
     if work.calibrated:
-        parts |= _passes(work, probe, again=1 - waiting)
+        parts |= _passes(work, probe, again)
+    if filed_bytes:
+        parts["scratch file"] = work.blocks * filed_bytes * (1 / probe.write_bytes_s + 1 / probe.read_bytes_s)
     solved = [plan for plan in quantized if _solved(plan)]
     if solved:
         parts["solving"] = work.blocks * _solve_flop(work, solved) / probe.float32_flop_s

@@ -108,7 +108,7 @@ def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Pa
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
     tight = memory_of(work, CPU, 1000)
     assert "rows that wait inside a block" not in tight.host and "hidden states" not in tight.host
-    assert tight.scratch_bytes == 128 * 64 * 4 and tight.waiting == 0
+    assert tight.scratch_bytes == 128 * 64 * 4 and tight.again == 1 and tight.filed_bytes == 0
 
 
 def test_a_gpu_has_room_of_its_own_for_rows_that_wait(tiny_llama: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_gpu_has_room_of_its_own_for_rows_that_wait(tiny_llama: Path) -> None:
     sizes = memory._sizes(work, CUDA)
     room = sizes.taken_bytes + 256 * sizes.waiting_bytes + work.block_bytes // 2  # half of what it takes is missing
     found = memory_of(work, CUDA, 1000, limited=True, device_room_bytes=room)
-    assert found.waiting == 0.5 and found.device["rows that wait inside a block"] == 256 * sizes.waiting_bytes
+    assert found.again == 0.5 and found.device["rows that wait inside a block"] == 256 * sizes.waiting_bytes
     assert found.scratch_bytes > 0, "the host's are another matter"
 
 
@@ -126,11 +126,11 @@ def test_a_limit_leaves_room_for_some_of_the_rows(tiny_llama: Path) -> None:
     assert sizes.shapes == ((128, 64), (64, 64), (256, 64), (64, 128)) and sizes.batch == 32
     held = memory.LIBRARIES_BYTES["calibrated"] + work.block_bytes + work.tokens * 64 * 4 + sizes.taken_bytes
     found = memory_of(work, CPU, held + 33 * sizes.waiting_bytes, limited=True)
-    assert found.waiting == 0.25 and found.host["rows that wait inside a block"] == 32 * sizes.waiting_bytes
+    assert found.again == 0.75 and found.host["rows that wait inside a block"] == 32 * sizes.waiting_bytes
     half = held - (held - sizes.taken_bytes) // 2  # without a limit, of what is held half is missing then
-    assert memory_of(work, CPU, half + 65 * sizes.waiting_bytes).waiting == 0.5
+    assert memory_of(work, CPU, half + 65 * sizes.waiting_bytes).again == 0.5
     work = replace(work, how=EXACT)
-    all_wait, few = (time_of(work, plans, UNIT, 0, waiting).parts for waiting in (1.0, 0.25))
+    all_wait, few = (time_of(work, plans, UNIT, 0, 0, again).parts for again in (0.0, 0.75))
     # q, k and v are passed by those that start again for the other three groups, o by two, gate and up by one
     again = 0.75 * (3 * 64 * 128 + 2 * 64 * 64 + 64 * 256) / work.block_values
     assert few["linears"] == pytest.approx(all_wait["linears"] * (1 + again))
