@@ -170,11 +170,12 @@ def passes(
     from quantkit.given import given
     from quantkit.interrupts import may_be_left
     from quantkit.model.calibration import load_calibration
+    from quantkit.model.config_fit import check_config_fits, check_head_fits, check_ids_fit
     from quantkit.one_block import Job
     from quantkit.output import check_output, check_space
     from quantkit.pipeline import quantize as run_pass
     from quantkit.place import partial_folder
-    from quantkit.plan import check_length, check_plans, given_importance, importance_files, plan_linears
+    from quantkit.plan import check_length, check_plans, given_importance, importance_files, plan_linears, unmatched
     from quantkit.planning.verdicts import check_target
     from quantkit.unfinished import unfinished
 
@@ -184,6 +185,8 @@ def passes(
         raise RecipeError(
             f"two recipes write to {', '.join(sorted(twice))}", hint="give their suite entries different labels"
         )
+    check_config_fits(source)
+    check_head_fits(source)
     jobs: list[Job] = []
     problems: list[RecipeError] = []
     needed = 0
@@ -199,6 +202,8 @@ def passes(
         except RecipeError as error:
             problems.append(error)
             continue
+        for line in unmatched(label, recipe, source):
+            progress.say(f"note: {line}")
         needed += recipe.resolved_format.layout(source, plans, getattr(torch, recipe.model.dtype)).total_bytes
         jobs.append(Job(label, recipe, plans, folder, importance, importance_files(plans)))
     if problems:
@@ -228,6 +233,7 @@ def passes(
                         calibration = load_calibration(
                             section, source.tokenizer_folder(), trust_remote_code=source.trust_remote_code
                         )
+                        check_ids_fit(source, calibration.ids)
                     manifests = run_pass(together, source, calibration, device, progress, checkpoints, memory)
                 made |= {job.label: manifest for job, manifest in zip(together, manifests, strict=True)}
         yield [made[job.label] for job in jobs]

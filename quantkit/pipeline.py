@@ -82,6 +82,11 @@ def quantize(
             manifest = with_card(manifest, source, state.folder)
             write_manifest(manifest, state.folder)
         checkpoints.finish()
+        if memory.limit_bytes is not None and peak_rss_bytes() > memory.limit_bytes:
+            progress.say(
+                f"note: the run held {peak_rss_bytes() / 1e6:.0f} MB at its peak, more than the limit of "
+                f"{memory.limit_bytes / 1e6:.0f} MB: libraries and one block of the model are not spilled"
+            )
         return checkpoints.publish()
 
 

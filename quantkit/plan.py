@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,18 @@ def check_plans(label: str, recipe: Recipe, source: Source, plans: Sequence[Line
         if total > SHOWN:
             problems = [*problems[:SHOWN], f"... and {total - SHOWN} more"]
         raise RecipeError.from_problems(problems, hint)
+
+
+def unmatched(label: str, recipe: Recipe, source: Source) -> list[str]:
+    """A line for each pattern of a recipe that no linear of the model has in its name, which may be a slip."""
+    architecture = architecture_of(source.config)
+    names = [architecture.head, *(linear for block in blocks_of(source) for linear in block.linears)]
+    patterns = [("overrides", pattern) for pattern in recipe.overrides] + [("skip", pattern) for pattern in recipe.skip]
+    return [
+        f"{label}: {key}: {pattern}: no linear of the model has such a name"
+        for key, pattern in patterns
+        if not any(re.search(pattern, name) for name in names)
+    ]
 
 
 def check_length(label: str, recipe: Recipe, source: Source, plans: Sequence[LinearPlan]) -> None:

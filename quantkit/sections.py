@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -203,6 +204,7 @@ class Recipe(Frozen):
     def _overrides_make_methods(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         method, chosen = info.data.get("method"), info.data.get("format")
         problems: list[Problem] = []
+        methods = [] if method is None else [method]
         for pattern, settings in value.items():
             if text := _regex_problem(pattern):
                 problems.append(Problem((pattern,), text))
@@ -211,6 +213,8 @@ class Recipe(Frozen):
             try:
                 merged = merge_override(method, settings)
                 if merged is not None:
+                    problems += _other_inputs(pattern, merged, methods)
+                    methods.append(merged)
                     written = chosen.name if chosen else DEFAULT_FORMAT[method.name]
                     _require_suitable(written, merged, "one artifact has one format")
             except ValidationError as error:
@@ -236,6 +240,15 @@ class Recipe(Frozen):
             if re.search(pattern, linear_name):
                 return merge_override(self.method, settings)
         return self.method
+
+
+def _other_inputs(pattern: str, merged: Method, before: Sequence[Method]) -> list[Problem]:
+    """That linears are to see other inputs than those of methods before do, which one model that runs cannot give."""
+    asked, *others = (one.model_dump().get("propagate") for one in (merged, *before))
+    wanted = next((one for one in others if one is not None), None)
+    if asked is None or wanted is None or asked == wanted:
+        return []
+    return [Problem((pattern, "propagate"), f"found {asked}, expected {wanted} as for other linears: one model runs")]
 
 
 _METHOD: TypeAdapter[Method] = TypeAdapter(AnyMethod)

@@ -52,10 +52,13 @@ def test_channels_that_no_token_uses(recipe: str, tiny_llama: Path, tmp_path: Pa
     def unused(tensors: dict[str, Tensor]) -> None:
         tensors[EMBEDDING][:, [3, 40]] = 0
 
-    applied = finite_artifact_of(recipe, changed(tiny_llama, tmp_path / "model", unused), tmp_path / "out")
+    manifest = make(recipe, changed(tiny_llama, tmp_path / "model", unused), tmp_path / "out")
+    applied = finite_artifact(tmp_path / "out")
     if "nearest" not in recipe:
         assert "2 dead columns" in applied[f"{FIRST}.self_attn.q_proj"]
         assert "dead" not in applied[f"{SECOND}.self_attn.q_proj"]
+        told = [line for line in manifest.fallbacks() if "2 of 64 columns had no input" in line]
+        assert len(told) == 3, "q, k and v, in the table as well"
 
 
 def finite_artifact_of(recipe: str, model: Path, out: Path, *settings: str) -> Mapping[str, str]:
@@ -77,6 +80,35 @@ def test_a_channel_ten_thousand_times_the_others(recipe: str, tiny_llama: Path, 
             tensors[f"{FIRST}.self_attn.{name}_proj.weight"][:, 5] /= 1e4
 
     assert finite_artifact_of(recipe, changed(tiny_llama, tmp_path / "model", outlier), tmp_path / "out")
+
+
+def test_no_correction_where_a_few_tokens_are_nearly_all_of_the_inputs(tiny_llama: Path, tmp_path: Path) -> None:
+    def outlier(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{FIRST}.mlp.up_proj.weight"][5] *= 1e4
+        tensors[f"{FIRST}.mlp.gate_proj.weight"][5] *= 1e2
+
+    manifest = make(
+        "gptq-4bit-g64", changed(tiny_llama, tmp_path / "model", outlier), tmp_path / "out", "method.correction=0.75"
+    )
+    finite_artifact(tmp_path / "out")
+    assert any(f"{FIRST}.mlp.down_proj" in line and "correction" in line for line in manifest.fallbacks())
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-4])
+@pytest.mark.parametrize("recipe", ["gptq-8bit", "rtn-w8a16", "int8"])
+def test_scales_that_float16_keeps_few_digits_of_are_told(
+    recipe: str, share: float, tiny_llama: Path, tmp_path: Path
+) -> None:
+    def small(tensors: dict[str, Tensor]) -> None:
+        for layer in (FIRST, SECOND):
+            tensors[f"{layer}.input_layernorm.weight"] /= share
+            tensors[f"{layer}.self_attn.q_proj.weight"] *= share
+
+    settings = [] if recipe == "int8" else ["method.group_size=32"]
+    short = [] if "gptq" not in recipe else ["calibration.sequences=4", "calibration.length=64"]
+    manifest = make(recipe, changed(tiny_llama, tmp_path / "model", small), tmp_path / "out", *settings, *short)
+    told = [line for line in manifest.fallbacks() if "float16 keeps few digits" in line]
+    assert ("q_proj" in "".join(told)) == (share == 1e-4 and recipe != "int8")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +133,16 @@ def refused(recipe: str, model: Path, tmp_path: Path, *settings: str) -> str:
         make(recipe, model, tmp_path / "out", *settings)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     return caught.value.message
+
+
+@pytest.mark.parametrize("recipe", [*CALIBRATED, "int8", "nf4"])
+@pytest.mark.parametrize("norm", ["post_attention_layernorm", "input_layernorm"])
+def test_a_norm_that_is_not_finite_is_named(norm: str, recipe: str, tiny_llama: Path, tmp_path: Path) -> None:
+    def bad(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{SECOND}.{norm}.weight"][3] = float("nan")
+
+    model = changed(tiny_llama, tmp_path / "model", bad)
+    assert refused(recipe, model, tmp_path).startswith(f"{SECOND}.{norm}.weight: 1 of 64 values")
 
 
 @pytest.mark.parametrize("recipe", [*CALIBRATED, "int8", "nf4", "gguf-q8_0"])

@@ -3,6 +3,7 @@ gives."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -203,9 +204,10 @@ def test_a_memory_limit_changes_no_byte(
         settings=settings,
         device="cpu",
         force=False,
-        progress=Progress(quiet=True),
+        progress=Progress(stream=(told := io.StringIO())),
         max_memory="1MB",
     )
+    assert "more than the limit of 1 MB: libraries and one block of the model are not spilled" in told.getvalue()
     assert spilled and all(spilled) and set(placed) == ({Anew} if correction or name == "gptq-4bit-g64" else set())
     same_but_for_the_manifest(tmp_path / "free", tmp_path / "tight")
 
@@ -347,3 +349,14 @@ def test_output_rules(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(pipeline, "quantize_block", None)  # nothing is computed anew
     make("rtn-4bit-g128", tiny_llama, foreign, "method.group_size=64", force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "out"]
+
+
+def test_a_pattern_that_no_linear_has_in_its_name_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    told = io.StringIO()
+    settings = ["overrides={dwon_proj: skip, up_proj: skip}", "skip=[lm_head, layers\\.7]"]
+    quietly("nf4", tiny_llama, tmp_path / "out", settings, progress=Progress(stream=told))
+    found = [line for line in told.getvalue().splitlines() if line.startswith("note: ")]
+    assert found == [
+        "note: nf4: overrides: dwon_proj: no linear of the model has such a name",
+        "note: nf4: skip: layers\\.7: no linear of the model has such a name",
+    ]

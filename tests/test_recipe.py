@@ -188,6 +188,17 @@ def test_overrides_are_validated_as_the_method_they_make(tmp_path: Path) -> None
     ]
 
 
+def test_linears_see_the_inputs_of_one_model(tmp_path: Path) -> None:
+    one = "as for other linears: one model runs"
+    text = "{method: {name: gptq}, overrides: {down: {propagate: unquantized}, up: {bits: 8, propagate: quantized}}}"
+    assert problems(text, tmp_path) == [
+        f"overrides.down.propagate: found unquantized, expected quantized {one}",
+    ]
+    text = "{method: {name: rtn}, overrides: {q: {name: gptq}, k: {name: awq, propagate: unquantized}, v: {bits: 8}}}"
+    assert problems(text, tmp_path) == [f"overrides.k.propagate: found unquantized, expected quantized {one}"]
+    Recipe.model_validate({"method": {"name": "ggml"}, "overrides": {"down": {"rounding": "gptq"}}})
+
+
 def test_which_method_a_linear_gets() -> None:
     recipe = Recipe.model_validate(
         {

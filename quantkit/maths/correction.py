@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantkit.errors import ModelError
 from quantkit.maths.compiled import readable
 from quantkit.maths.gram import (
     EIGHT_BIT_COLUMNS,
@@ -36,6 +37,10 @@ from quantkit.maths.products import times_transposed
 FAR = 16.0
 """How many times the median of its batch a token's squared length may be, or the square of its change: the few tokens
 beyond, whose activations are hundreds of times as large, would decide the correction for all the others."""
+
+LEFT = 1e-3
+"""The share of all squared inputs that tokens which are not far out have at least: less of it is lost where theirs are
+subtracted. SmolLM2's have a tenth and more."""
 
 COMPARED_ROWS = 128
 """Rows of a weight by which the halves of the text are compared."""
@@ -139,21 +144,28 @@ class CorrectionAccumulator:
         first, second = (half.totals for half in self._halves)
         return [one + other for one, other in zip(first, second, strict=True)]
 
-    def corrected(self, weights: Sequence[Tensor], gram: Tensor, damp: float, share: float) -> list[Tensor]:
-        """The weights to round of linears that read this input, float32 [out, in] each.
+    def corrected(
+        self, weights: Sequence[Tensor], gram: Tensor, damp: float, share: float
+    ) -> tuple[list[Tensor], float]:
+        """The weights to round of linears that read this input, float32 [out, in] each, and the damping that it took.
 
-        gram: float32 [in, in] of all inputs X. damp: share of the mean diagonal added to it. share: of the correction
-        that the halves of the text agree on. Raises ModelError when the Gram matrix has no factor.
+        gram: float32 [in, in] of all inputs X. damp: share of the mean diagonal added to it, or more where it has no
+        factor with that. share: of the correction that the halves of the text agree on. Raises ModelError when the Gram
+        matrix has no factor, and where tokens that are far out leave next to nothing of it.
         """
         whole = self.totals()
         made = []
-        with factored(gram - self._far.result().gram, damp, act_order=False) as factor:
+        near = gram - self._far.result().gram
+        left = float(near.trace() / gram.trace())
+        if left < LEFT:
+            raise ModelError(f"few tokens, far out, hold all but {left:.1e} of what its inputs do")
+        with factored(near, damp, act_order=False) as factor:
             upper = factor.upper
             for weight in weights:
                 outputs = _outputs(_missed(whole, weight), upper)
                 moved = torch.linalg.solve_triangular(upper, outputs, upper=True, left=False)
                 made.append(weight + share * self._agreed(weight, upper) * moved)
-        return made
+            return made, factor.damp
 
     def _agreed(self, weight: Tensor, upper: Tensor) -> float:
         """The share of a weight's correction that is no matter of chance.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from quantkit.maths.gram import Importance, InputStatistics, Look
 from quantkit.model.blocks import Block
 from quantkit.model.source import Source
 from quantkit.schema import Frozen
-from quantkit.tensors import Grid, QuantizedTensor
+from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
 
 if TYPE_CHECKING:
     from quantkit.methods.calibrated import CalibratedBlock
@@ -138,12 +138,6 @@ class Method(Frozen):
         """
 
 
-def quantize_each(given: BlockWeights, quantize: Callable[[Tensor], QuantizedTensor], label: str) -> BlockResult:
-    """The whole of `quantize_block` for a method that looks at one weight at a time."""
-    quantized = {name: quantize(weight) for name, weight in given.weights.items()}
-    return BlockResult(quantized, dict.fromkeys(quantized, label))
-
-
 def affine_misfit(grid: Grid, in_features: int) -> str | None:
     """Why a row of `in_features` columns cannot be cut into the groups of a grid, or None when it can."""
     if grid.group_size is not None and in_features % grid.group_size:
@@ -168,6 +162,17 @@ def check_range(name: str, weight: Tensor, grid: Grid) -> None:
             f"{name}: a group spans {span:.3g}, but {grid.bits}-bit codes with float16 scales reach {reach:.3g}",
             hint=f"the checkpoint may be damaged; else add {name.removesuffix('.weight')} to skip",
         )
+
+
+def lost_digits(tensor: QuantizedTensor) -> str | None:
+    """What is to be told of scales that float16 stores with few digits, as those of tiny weights are; None where that
+    moves the largest weights of most groups by less than a step."""
+    if not isinstance(tensor, GroupTensor):
+        return None
+    median, half = float(tensor.scale.median()), torch.finfo(torch.float16).smallest_normal * 2**-11
+    if median <= 0 or tensor.grid.levels * half <= median:
+        return None
+    return f"half of the scales are below {median:.1e}, where float16 keeps few digits"
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -28,7 +28,16 @@ from quantkit.maths.gram import InputStatistics, Look
 from quantkit.maths.gram_factor import GramFactor, factored
 from quantkit.maths.measure import energies, sqnr_db
 from quantkit.maths.refine import damped, refine
-from quantkit.methods.base import BlockResult, BlockWeights, Method, Scales, check_finite, check_range, require_finite
+from quantkit.methods.base import (
+    BlockResult,
+    BlockWeights,
+    Method,
+    Scales,
+    check_finite,
+    check_range,
+    lost_digits,
+    require_finite,
+)
 from quantkit.methods.folded import FoldedWeights
 from quantkit.model.blocks import LinearGroup
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
@@ -77,7 +86,9 @@ class Steps:
 
     def label(self) -> str:
         """What rounds and how, such as "gptq 4-bit g64 asym"."""
-        return f"{'gptq' if self.compensate else 'nearest'} {self.grid.label()}"
+        if not self.compensate:
+            return f"nearest {self.grid.label()}"
+        return f"gptq {self.grid.label()}{' act-order' if self.act_order else ''}"
 
 
 class CalibratedMethod(Method):
@@ -131,8 +142,10 @@ class CalibratedBlock:
 
     def __init__(self, given: BlockWeights, steps: Steps):
         self.steps = steps
-        for name, weight in given.weights.items():
-            check_finite(f"{name}.weight", weight)
+        # behind a norm that is not finite, inputs are not either, which would be told of the linear that reads them
+        for name, tensor in [*((f"{name}.weight", one) for name, one in given.weights.items()), *given.others.items()]:
+            if tensor.is_floating_point():
+                check_finite(name, tensor)
         self.weights = FoldedWeights(given.weights)
         self.given = replace(given, weights={})  # a checkpoint's tensors are not held beside these
         self.replaced: dict[str, Tensor] = {}
@@ -195,12 +208,25 @@ class CalibratedBlock:
         ours = self.ours(group)
         require_finite(f"inputs of {', '.join(ours)}", gram)
         if correction is not None and self.steps.correction:
-            before = [self.weights[name] for name in ours]
-            after = correction.corrected(before, gram, self.steps.damp, self.steps.correction)
-            self.weights.update(zip(ours, after, strict=True))
-            del before, after
+            self._correct(ours, gram, correction)
         self._quantized |= self._round(ours, gram)
         return {name: self._to_run(name, by_codes=by_codes) for name in ours}
+
+    def _correct(self, ours: list[str], gram: Tensor, correction: CorrectionAccumulator) -> None:
+        """Let the weights of one input make up for what went wrong before it, if its Gram matrix can be solved by."""
+        steps = self.steps
+        try:
+            after, damp = correction.corrected(
+                [self.weights[name] for name in ours], gram, steps.damp, steps.correction
+            )
+        except ModelError as error:
+            for name in ours:
+                self._note(name, f"no correction: {error.message}")
+            return
+        self.weights.update(zip(ours, after, strict=True))
+        if damp != steps.damp:
+            for name in ours:
+                self._note(name, f"damping of the correction raised from {steps.damp:g} to {damp:g}")
 
     def _to_run(self, name: str, *, by_codes: bool) -> Tensor | GroupTensor:
         """A rounded linear as it is to run. How far it is from the weight that it was made of is noted, and that is not
@@ -231,6 +257,8 @@ class CalibratedBlock:
         for name, rows in self.rows_of(ours).items():
             own_zero = None if zero is None else zero[rows].contiguous()
             rounded[name] = GroupTensor(codes[rows].contiguous(), scale[rows].contiguous(), own_zero, grid)
+            if note := lost_digits(rounded[name]):
+                self._note(name, note)
         return rounded
 
     def _stacked(self, linears: list[str]) -> Tensor:
@@ -301,6 +329,7 @@ class CalibratedBlock:
                 )
             if dead:
                 self._marks[name].append(f"{dead} dead columns")
+                self._note(name, f"{dead} of {len(factor.dead)} columns had no input and are rounded to nearest")
 
     def _other(self, name: str) -> Tensor | None:
         """An unquantized tensor of the block as it stands now."""

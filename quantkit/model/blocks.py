@@ -181,8 +181,8 @@ def group_shape(source: Source, group: LinearGroup) -> tuple[int, int]:
 
 
 def blocks_of(source: Source) -> list[Block]:
-    """The decoder blocks of a model in order. Raises ModelError when the checkpoint lacks a linear that it must
-    have."""
+    """The decoder blocks of a model in order. Raises ModelError when the checkpoint lacks a linear that it must have,
+    or has blocks that its config does not tell of."""
     architecture = architecture_of(source.config)
     by_prefix: dict[int, list[str]] = {}
     pattern = re.compile("^" + re.escape(architecture.block_prefix).replace(r"\{index\}", r"(\d+)"))
@@ -192,6 +192,12 @@ def blocks_of(source: Source) -> list[Block]:
         if found:
             by_prefix.setdefault(int(found.group(1)), []).append(name)
     count = int(source.config.get("num_hidden_layers") or source.config.get("n_layer") or len(by_prefix))
+    beyond = [index for index in by_prefix if index >= count]
+    if beyond:
+        raise ModelError(
+            f"{source.path}: holds tensors of block {max(beyond)}, but config.json tells of {count} blocks",
+            hint="config.json belongs to another model, or was changed",
+        )
     blocks, missing = [], []
     for index in range(count):
         prefix = architecture.block_prefix.format(index=index)

@@ -8,8 +8,10 @@ from math import prod
 
 from quantkit.formats.base import LinearPlan
 from quantkit.formats.gguf_types import substitutes_of
+from quantkit.memory import MemoryLimit
 from quantkit.model.blocks import architecture_of
 from quantkit.model.source import Source
+from quantkit.plan import unmatched
 from quantkit.planning.shapes import Work
 from quantkit.recipe import Recipe
 
@@ -22,7 +24,7 @@ LARGE_SHARE = 0.1
 
 def cautions_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], work: Work) -> list[str]:
     """One line each, what weighs most first."""
-    found = list(_source(source))
+    found = list(_source(source)) + unmatched("recipe", recipe, source)
     found += _fallbacks(source, plans)
     found += _large_tensors(recipe, source, plans)
     parameters = source.parameter_count()
@@ -38,6 +40,16 @@ def cautions_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], wor
             "rank; take more sequences"
         )
     return found
+
+
+def over_limit(limit: MemoryLimit, peak_bytes: int) -> list[str]:
+    """That a run would hold more than the user's limit."""
+    if limit.limit_bytes is None or peak_bytes <= limit.limit_bytes:
+        return []
+    return [
+        f"memory: the limit of {limit.limit_bytes / 1e6:.0f} MB is less than libraries and one block take, about "
+        f"{peak_bytes / 1e6:.0f} MB; the run goes over it"
+    ]
 
 
 def _bits(plan: LinearPlan) -> float:

@@ -14,12 +14,13 @@ from quantkit.formats.base import LinearPlan
 from quantkit.jobs import named_model
 from quantkit.memory import MemoryLimit, memory_limit
 from quantkit.model.blocks import blocks_of
+from quantkit.model.config_fit import check_config_fits
 from quantkit.model.headers import HeaderSource, open_headers
 from quantkit.model.source import Source
 from quantkit.plan import check_length, given_importance, plan_linears, problems_of_plans
 from quantkit.planning import memory as memory_model
 from quantkit.planning import times as time_model
-from quantkit.planning.cautions import cautions_of
+from quantkit.planning.cautions import cautions_of, over_limit
 from quantkit.planning.document import ArtifactForecast, Disk, Memory, PlanDocument, PlannedModel, Time
 from quantkit.planning.memory import memory_of
 from quantkit.planning.probe import probe
@@ -44,6 +45,7 @@ def plan(
     where = resolve_device(device)
     chosen = named_model(model, loaded.model.id, recipe)
     source = open_headers(chosen, revision=loaded.model.revision)
+    check_config_fits(source)
     label = Path(recipe).stem
     plans = plan_linears(loaded, source)
     misfits, hint = problems_of_plans(label, loaded, source, plans)
@@ -125,7 +127,7 @@ def _forecasts(
     took = time_of(work, plans, probe(device.type, again=probe_again), written, peak.filed_bytes, peak.again)
     remote = isinstance(source, HeaderSource) and source.hub_id is not None
     return {
-        "cautions": cautions_of(recipe, source, plans, work),
+        "cautions": over_limit(limit, peak.peak_rss_bytes) + cautions_of(recipe, source, plans, work),
         "artifact": ArtifactForecast(
             tensor_bytes=layout.total_bytes,
             weight_file_bytes=file_bytes,

@@ -10,8 +10,8 @@ Per block, on T tokens, for each input of n columns whose linears have m rows to
     solve       MOVE_SLOWDOWN m n^2 (1 + 2 sweeps + PAIR_FLOP pairs) + FACTOR_FLOP n^3 + VALUE_FLOP m n     float32
     correction  2 T n^2 as Grams, then CORRECTION_FLOP m n^2 + FACTOR_FLOP n^3; the passes are two
 
-Rows that find no room in memory wait in a scratch file (model/waiting.py), which is written and read at the disk's rate,
-though the page cache may hold it; or they start again for every group, and pass those before it once more.
+Rows that find no room in memory wait in a scratch file (model/waiting.py), which is written and read at the disk's
+rate, though the page cache may hold it; or they start again for every group, and pass those before it once more.
 
 "Flop" of work that is no product says how many float32 operations of a product take as long, so that the forecast moves
 with the machine. Source of the constants: whole runs, see docs/plan.md.

@@ -43,7 +43,8 @@ def _corrected(
     apart = [None] * 99 if states is None else states.split(150)
     for rows in zip(before.split(150), now.split(150), apart, strict=False):
         seen.add(*rows)
-    (made,) = seen.corrected([weight], now.float().T @ now.float(), 1e-6, share)
+    (made,), damp = seen.corrected([weight], now.float().T @ now.float(), 1e-6, share)
+    assert damp == 1e-6
     return made
 
 
@@ -99,7 +100,7 @@ def test_linears_of_one_input_get_what_each_gets_alone() -> None:
     seen = CorrectionAccumulator(IN, CPU, torch.float32, None)
     for rows in zip(before.split(150), now.split(150), strict=True):
         seen.add(*rows)
-    made = seen.corrected([weight, other], now.T @ now, 1e-6, 1.0)
+    made, _ = seen.corrected([weight, other], now.T @ now, 1e-6, 1.0)
     for found, alone in zip(made, (weight, other), strict=True):
         torch.testing.assert_close(found, _corrected(before, now, alone))
 
@@ -163,7 +164,7 @@ def test_a_batch_of_one_token_has_one_half_alone(eight_bit: bool) -> None:
     torch.testing.assert_close(seen.totals()[0], wanted, rtol=0, atol=1e-2 * float(wanted.abs().max()))
     alone = CorrectionAccumulator(256, CPU, torch.float32, None, eight_bit=eight_bit)
     alone.add(before[:1], now[:1])
-    torch.testing.assert_close(alone.corrected([weight], now.T @ now, 0.01, 1.0)[0], weight)
+    torch.testing.assert_close(alone.corrected([weight], now.T @ now, 0.01, 1.0)[0][0], weight)
 
 
 def test_states_that_went_wrong_are_made_up_for_too() -> None:
