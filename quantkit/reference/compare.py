@@ -19,6 +19,7 @@ from quantkit.reference.engines import OWN, REFERENCE_ENGINES, Request, chosen_e
 from quantkit.reference.entries import Entry, Setting, own_entry, reference_entry, request_of
 from quantkit.reference.process import JobFailed, run_job
 from quantkit.reference.results import ComparisonResults, EngineRow, Figure
+from quantkit.reference.together import IDS_KEYS, check_engines, shared_calibration
 from quantkit.sections import CalibrationSection
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ def compare(
     """Give the job of the first recipe to every engine; quantkit also does the further recipes, each a row.
 
     engines: names; None is quantkit and every engine that does the method. runs: of each; the first one's artifact is
-    measured. timeout_s: of one run. What an engine cannot do is a row with the reason. Raises RecipeError, UsageError,
-    ModelError, DataError before anything runs.
+    measured. timeout_s: of one run. All rows calibrate on the same token ids; a recipe that asks for others is refused.
+    What an engine cannot do is a row with the reason. Raises RecipeError, UsageError, ModelError, DataError before
+    anything runs.
     """
     import torch
 
@@ -64,6 +66,8 @@ def compare(
     first = loaded[0]
     request = request_of(recipes[0], first)
     names = _names(engines, request)
+    check_engines(recipes, names)
+    section = shared_calibration(recipes, loaded, model)
     target = resolve_device(device)
     source, model_name = open_model(model, first.model.id, first.model.revision, recipes[0])
     if source.kind != "safetensors" and set(names) != {"quantkit"}:
@@ -72,8 +76,7 @@ def compare(
     held_out = _held_out(first)
     wanted = CalibrationSection(set=held_out.set, sequences=held_out.sequences, length=held_out.length)
     text = load_calibration(wanted, tokenizer, "evaluation")
-    calibrated = any(recipe.method.calibrated for recipe in loaded)
-    calibration = load_calibration(first.calibration, tokenizer) if calibrated else None
+    calibration = load_calibration(section, tokenizer) if section is not None else None
     stored = source.dtype(f"{blocks_of(source)[0].linears[0]}.weight")
     with tempfile.TemporaryDirectory(prefix="quantkit-compare-") as folder:
         scratch = Path(folder)
@@ -99,6 +102,7 @@ def compare(
             rate = max(*rates, gemm_flop_per_s(target))
             floor = floor_of(source, len(calibration.ids), calibration.ids.shape[1], rate)
         rows, baseline = _judge(entries, setting, held_out, text.ids, scratch, progress)
+    asked = section.model_dump(mode="json", include={*IDS_KEYS}) if section is not None else {}
     return ComparisonResults(
         name=Path(recipes[0]).stem,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -110,7 +114,7 @@ def compare(
         floor=floor,
         settings={
             "recipe": first.model_dump(mode="json"),
-            "calibration": calibration and {"set": calibration.name, "fingerprint": calibration.fingerprint},
+            "calibration": calibration and {**asked, "set": calibration.name, "fingerprint": calibration.fingerprint},
             "evaluation": {**held_out.model_dump(mode="json"), "set": text.name, "fingerprint": text.fingerprint},
             "runs": runs,
             "timeout_s": timeout_s,

@@ -76,9 +76,9 @@ def request_of(name: str, recipe: Recipe) -> Request:
 
 
 def own_entry(setting: Setting, recipe: Recipe, stem: str) -> Entry:
-    """quantkit's own run of a recipe."""
+    """quantkit's own run of a recipe, on the comparison's token ids; all else in it is its own."""
     if setting.ids_file is not None:
-        calibration = setting.recipe.calibration.model_copy(update={"set": str(setting.ids_file)})
+        calibration = recipe.calibration.model_copy(update={"set": str(setting.ids_file)})
         recipe = recipe.model_copy(update={"calibration": calibration})
     propagate = getattr(recipe.method, "propagate", None)
     inputs = f", {propagate} inputs" if propagate else ""

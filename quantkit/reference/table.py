@@ -60,8 +60,9 @@ def _lead(results: ComparisonResults) -> list[str]:
         f"Python {machine['python']}, torch {machine['packages']['torch']}; {results.created[:10]}"
     ]
     if settings["calibration"]:
-        wanted, name = recipe["calibration"], settings["calibration"]["set"]
-        lines.append(f"calibrated on {wanted['sequences']} x {wanted['length']} tokens of {name}")
+        # the first recipe need not be the one that calibrates; older files leave the numbers to it
+        used = recipe["calibration"] | settings["calibration"]
+        lines.append(f"calibrated on {used['sequences']} x {used['length']} tokens of {used['set']}")
     lines.append(
         f"quality: weights decoded to one dtype, on {evaluation['sequences']} x {evaluation['length']} tokens of "
         f"{evaluation['set']}; the unquantized model's perplexity is {_figure(results.baseline_perplexity, 2)}"

@@ -20,6 +20,7 @@ from quantkit.progress import Progress
 from quantkit.reference import compare as module
 from quantkit.reference.compare import compare
 from quantkit.reference.engines import REFERENCE_ENGINES, WORKER, Ability, ReferenceEngine
+from quantkit.reference.entries import Entry
 from quantkit.reference.environments import _finished, engines_folder, pins_sha256
 from quantkit.reference.results import ComparisonResults
 
@@ -75,9 +76,10 @@ def engines(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "chosen_engines", list)
 
 
-def _compare(recipe: str, model: Path, *engines: str, **more: Any) -> ComparisonResults:
+def _compare(recipe: str | list[str], model: Path, *engines: str, **more: Any) -> ComparisonResults:
+    recipes = recipe if isinstance(recipe, list) else [recipe]
     given = {"settings": (), "runs": 1, "timeout_s": 300.0, "device": "cpu", "progress": Progress(quiet=True)}
-    return compare([recipe], engines=engines or None, model=str(model), **(given | more))
+    return compare(recipes, engines=engines or None, model=str(model), **(given | more))
 
 
 def test_every_engine_is_a_row_whatever_becomes_of_it(tiny_llama: Path, recipe: str, engines: None) -> None:
@@ -114,6 +116,47 @@ def test_what_cannot_be_run_is_told_without_measuring(
     reason = results.rows[1].reason
     assert reason and reason.startswith("no environment: ERROR: No matching distribution found for torch==0.0.0")
     assert results.baseline_perplexity is None
+
+
+def test_further_recipes_get_the_ids_of_the_one_calibration(
+    tiny_llama: Path, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first recipe has no use for any; nothing is quantized here."""
+    other = tmp_path / "other.yaml"
+    other.write_text(RECIPE.replace("length: 32}\nb", "length: 32, precision: float32}\nb"))
+    seen: list[dict[str, Any]] = []
+
+    def look(entries: list[Entry], *_: Any) -> None:
+        for entry in entries:
+            used = entry.job["recipe"]["calibration"]
+            seen.append(used | {"ids": json.loads(Path(used["set"]).read_text())["ids"]})
+
+    monkeypatch.setattr(module, "_run_all", look)
+    results = _compare(["nf4", recipe, str(other)], tiny_llama, "quantkit")
+    assert len(seen) == 3 and seen[0]["ids"] == seen[1]["ids"] == seen[2]["ids"]
+    assert (len(seen[0]["ids"]), len(seen[0]["ids"][0])) == (4, 32)
+    assert [one["precision"] for one in seen] == ["auto", "auto", "float32"]
+    used = results.settings["calibration"]
+    assert (used["set"], used["sequences"], used["length"], used["seed"]) == ("pydoc", 4, 32, 0)
+
+
+def test_recipes_that_ask_for_different_things_are_refused(
+    tiny_llama: Path, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(RECIPE.replace("sequences: 4", "sequences: 3"))
+    command = ["compare", recipe, str(other), "--engines", "quantkit", "--model", str(tiny_llama)]
+    assert execute(command) == 2
+    assert f"{other}: calibration.sequences: found 3, expected 4 as in {recipe}" in capsys.readouterr().err
+    # a setting of the command line is for all of them: the next thing that is wrong is said
+    assert execute([*command, "--set", "calibration.sequences=4", "--set", "calibration.set=gone"]) == 3
+    assert "gone" in capsys.readouterr().err
+    assert execute(["compare", recipe, "nf4", "--engines", "auto-gptq", "--model", str(tiny_llama)]) == 2
+    assert "--engines auto-gptq: nothing would run nf4" in capsys.readouterr().err
+    other.write_text(RECIPE + "model: {id: gone/away}\n")
+    Path(recipe).write_text(RECIPE + f"model: {{id: {tiny_llama}}}\n")
+    assert execute(["compare", recipe, str(other), "--engines", "quantkit"]) == 2
+    assert f"{other}: model.id: found gone/away, expected {tiny_llama}" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_said_before_anything_runs(tiny_llama: Path, tmp_path: Path, recipe: str) -> None:

@@ -56,6 +56,15 @@ def _parts(results: ComparisonResults) -> dict[str, TextTable | Listing]:
     return {part.title: part for part in document(results).parts}
 
 
+def test_the_calibration_is_told_by_what_was_used() -> None:
+    """Which need not be what the first recipe says: it may have no use for one."""
+    found = _results([OURS])
+    assert "calibrated on 8 x 64 tokens of train.txt" in document(found).lead, "as older files have it"
+    used = {"set": "train.txt", "sequences": 16, "length": 32, "seed": 0, "fingerprint": "f"}
+    settings = found.settings | {"calibration": used}
+    assert "calibrated on 16 x 32 tokens of train.txt" in document(_results([OURS], settings=settings)).lead
+
+
 def test_medians_stand_beside_their_spread_and_times_are_compared_with_the_first_row() -> None:
     took = _parts(_results([OURS, PEER, ABSENT]))["What it took"]
     assert isinstance(took, TextTable)

@@ -76,3 +76,11 @@ def test_our_own_run_has_the_same_ids_and_our_imports(tiny_llama: Path) -> None:
     assert entry.job["recipe"]["calibration"]["set"] == "/ids.json"
     assert entry.command[-1] == "quantkit.reference.own" and entry.environment["PYTHONPATH"]
     assert "job: gptq" in entry.label and entry.label.endswith("unquantized inputs")
+
+
+def test_our_further_recipes_keep_how_they_calibrate(tiny_llama: Path) -> None:
+    """The token ids are the comparison's, in what they are multiplied is a recipe's own."""
+    further = Recipe.model_validate({"method": AWQ, "calibration": {"precision": "float32"}})
+    found = own_entry(_setting(tiny_llama, GPTQ), further, "job").job["recipe"]
+    assert found["calibration"] == further.calibration.model_dump() | {"set": "/ids.json"}
+    assert found["method"]["name"] == "awq"

@@ -1,0 +1,86 @@
+"""What the recipes of one comparison have to have in common: quantkit to run them, one model, one calibration."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from quantkit.errors import RecipeError, UsageError
+from quantkit.reference.engines import OWN
+from quantkit.sections import CalibrationSection, Recipe, merge_override
+
+IDS_KEYS = ("set", "sequences", "length", "seed")
+"""Keys of the calibration section that decide its token ids; how they are multiplied stays a recipe's own."""
+
+
+def check_engines(files: Sequence[str], engines: Sequence[str]) -> None:
+    """Refuse further recipes that no engine is given: only quantkit runs them. Raises UsageError."""
+    if len(files) > 1 and OWN not in engines:
+        raise UsageError(
+            f"--engines {','.join(engines)}: nothing would run {', '.join(files[1:])}: recipes after the first are "
+            f"{OWN}'s own rows, expected {OWN} among the engines",
+            hint=f"--engines {','.join([OWN, *engines])}, or leave the further recipes out",
+        )
+
+
+def shared_calibration(files: Sequence[str], recipes: Sequence[Recipe], model: str | None) -> CalibrationSection | None:
+    """The calibration of all recipes, that of the first that has use for one; None when none has.
+
+    files: what messages call the recipes. model: of the command line, which goes before those of all recipes. Raises
+    RecipeError for every recipe that asks for another model or for other token ids than the first.
+    """
+    problems: list[str] = []
+    remedies: dict[str, None] = {}
+    if model is None and recipes[0].model.id is not None:
+        for file, recipe in zip(files[1:], recipes[1:], strict=True):
+            if recipe.model.id is not None:
+                problems += _other_model(file, recipe, files[0], recipes[0], remedies)
+    calibrated = [(file, recipe) for file, recipe in zip(files, recipes, strict=True) if calibrates(recipe)]
+    for file, recipe in calibrated[1:]:
+        problems += _other_ids(file, recipe, *calibrated[0], remedies)
+    if problems:
+        raise RecipeError.from_problems(
+            problems, hint=f"make them the same, or give all of them {' '.join(remedies)}; or compare them one by one"
+        )
+    return calibrated[0][1].calibration if calibrated else None
+
+
+def calibrates(recipe: Recipe) -> bool:
+    """Whether a recipe has use for a calibration set, for all linears or for some."""
+    methods = [recipe.method, *(merge_override(recipe.method, settings) for settings in recipe.overrides.values())]
+    return any(method is not None and method.calibrated for method in methods)
+
+
+def _other_model(file: str, recipe: Recipe, first_file: str, first: Recipe, remedies: dict[str, None]) -> list[str]:
+    given, wanted = recipe.model, first.model
+    assert given.id is not None and wanted.id is not None
+    if _place(given.id) != _place(wanted.id):
+        remedies[f"--model {shlex.quote(wanted.id)}"] = None
+        return [_problem(file, "model.id", given.id, first_file, wanted.id)]
+    if given.revision != wanted.revision:
+        remedies[f"--set model.revision={shlex.quote(wanted.revision)}"] = None
+        return [_problem(file, "model.revision", given.revision, first_file, wanted.revision)]
+    return []
+
+
+def _other_ids(file: str, recipe: Recipe, first_file: str, first: Recipe, remedies: dict[str, None]) -> list[str]:
+    problems = []
+    for key in IDS_KEYS:
+        given, wanted = getattr(recipe.calibration, key), getattr(first.calibration, key)
+        same = _place(given) == _place(wanted) if key == "set" else given == wanted
+        if not same:
+            remedies[f"--set calibration.{key}={shlex.quote(str(wanted))}"] = None
+            problems.append(_problem(file, f"calibration.{key}", given, first_file, wanted))
+    return problems
+
+
+def _problem(file: str, key: str, given: Any, first_file: str, wanted: Any) -> str:
+    what = "model" if key.startswith("model") else "calibration"
+    return f"{file}: {key}: found {given}, expected {wanted} as in {first_file}: a comparison has one {what}"
+
+
+def _place(name: str) -> str:
+    """A name or a path, however it is spelled."""
+    return os.path.normpath(os.path.expanduser(name))
