@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from quantkit.bench.process import how_it_ended
 from quantkit.progress import Tracker
+from quantkit.reference.family import Family
 from quantkit.reference.results import Cost
 
 SAMPLE_S = 0.05
@@ -53,29 +50,31 @@ def run_job(
     tracker: Tracker,
     environment: Mapping[str, str],
 ) -> Done:
-    """Run `COMMAND job.json answer.json` in an empty folder and wait for it; it and its children are ended in time.
+    """Run `COMMAND job.json answer.json` in an empty folder and wait for it; it and all it started are ended in time.
 
     Raises JobFailed when it crashes, is ended by a signal or the time limit, or leaves no answer.
     """
     job_file, answer_file, log_file = (folder / name for name in ("job.json", "answer.json", "log.txt"))
     job_file.write_text(json.dumps(job))
+    family = Family()
     with log_file.open("wb") as log:
         started = time.perf_counter()
-        # a session of its own, so that what it starts can be ended with it
+        # a session of its own, so that most of what it starts can be ended with it at once
         process = subprocess.Popen(
             [*command, str(job_file), str(answer_file)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=dict(environment),
+            env={**environment, **family.environment},
             cwd=folder,
             start_new_session=True,
         )
         try:
-            code, usage, sampled = _wait(process.pid, started + timeout_s, tracker)
+            family.begin(process.pid)
+            code, usage, sampled = _wait(process.pid, started + timeout_s, family, tracker)
+            wall = time.perf_counter() - started
         finally:
-            _end(process.pid)
-    wall = time.perf_counter() - started
+            family.end()
     process.returncode = 0 if code is None else code  # it has been waited for: nothing is left to ask the system
     answer = _answer(answer_file)
     cost = Cost(
@@ -95,10 +94,9 @@ def run_job(
     return Done(cost, answer.get("versions", {}))
 
 
-def _wait(pid: int, deadline: float, tracker: Tracker) -> tuple[int | None, Any, int]:
+def _wait(pid: int, deadline: float, family: Family, tracker: Tracker) -> tuple[int | None, Any, int]:
     """Exit code (None past the deadline), resource usage of the process and its children, most bytes seen resident."""
     most = 0
-    family: list[psutil.Process] = []
     listed = -CHILDREN_S
     while True:
         found, status, usage = os.wait4(pid, os.WNOHANG)
@@ -106,38 +104,15 @@ def _wait(pid: int, deadline: float, tracker: Tracker) -> tuple[int | None, Any,
             return os.waitstatus_to_exitcode(status), usage, most
         now = time.perf_counter()
         if now > deadline:
-            _end(pid)
+            family.end()
             _, _, usage = os.wait4(pid, 0)
             return None, usage, most
         if now >= listed + CHILDREN_S:
-            family, listed = _family(pid), now
-        most = max(most, _resident(family))
+            family.look()
+            listed = now
+        most = max(most, family.resident_bytes())
         tracker.advance(0)
         time.sleep(SAMPLE_S)
-
-
-def _end(pid: int) -> None:
-    """End a process group; there may be none left."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    """A process and its children, if it is still there."""
-    try:
-        parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    except psutil.Error:
-        return []
-
-
-def _resident(family: Sequence[psutil.Process]) -> int:
-    """Resident bytes of some processes; what two of them share counts twice."""
-    total = 0
-    for process in family:
-        with suppress(psutil.Error):
-            total += process.memory_info().rss
-    return total
 
 
 def _max_rss(usage: Any) -> int:

@@ -64,10 +64,10 @@ def test_no_answer_is_a_failure_whatever_the_exit_code(tmp_path: Path) -> None:
         _run(tmp_path, "print('all well')")
 
 
-def test_a_hang_is_ended_with_what_it_started(tmp_path: Path) -> None:
-    script = (
-        "import subprocess, time\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-    )
+@pytest.mark.parametrize("own_session", [False, True])
+def test_a_hang_is_ended_with_what_it_started(tmp_path: Path, own_session: bool) -> None:
+    script = "import subprocess, time\nsleeper = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+    script += f"child = subprocess.Popen(sleeper, start_new_session={own_session})\n"
     script += f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid)); time.sleep(60)"
     started = time.monotonic()
     with pytest.raises(JobFailed, match="^stopped after 2 s without an answer$"):
