@@ -47,7 +47,12 @@ def python_of(engine: ReferenceEngine, progress: Progress) -> Path:
     if not lowest <= minor <= highest:
         raise EnvironmentFailed(f"needs Python 3.{lowest} to 3.{highest}, this is 3.{minor}")
     folder = engines_folder() / f"{engine.name}-{engine.version}"
-    digest = pins_sha256(engine)
+    try:
+        digest = pins_sha256(engine)
+    except OSError as error:
+        raise EnvironmentFailed(
+            f"{error.filename}: {error.strerror}, expected the engine's pinned list: a part of quantkit is missing"
+        ) from error
     try:
         with _locked(folder):
             if not _finished(folder, digest):

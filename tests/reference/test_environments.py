@@ -84,6 +84,14 @@ def test_a_failed_install_says_why_and_leaves_nothing_that_counts(offline: Path)
     assert not (offline / "engines" / "fake-1.0" / STAMP).exists()
 
 
+def test_a_list_of_pins_that_is_not_there_is_said(offline: Path) -> None:
+    engine = _engine(offline / "pins.txt", "torch==1.0\n")
+    (offline / "pins.txt").unlink()
+    with pytest.raises(EnvironmentFailed, match=r"pins\.txt: No such file or directory, expected the engine's pinned"):
+        python_of(engine, QUIET)
+    assert not (offline / "engines").exists()
+
+
 def test_an_engine_for_another_python_is_not_installed(offline: Path) -> None:
     engine = _engine(offline / "pins.txt", "torch==1.0\n", python=(4, 5))
     with pytest.raises(EnvironmentFailed, match=r"needs Python 3\.4 to 3\.5, this is 3\.\d+"):
