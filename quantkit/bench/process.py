@@ -12,8 +12,11 @@ import threading
 from pathlib import Path
 from typing import IO
 
+from pydantic import ValidationError
+
 from quantkit.bench.worker import Answer, Job
 from quantkit.progress import Tracker
+from quantkit.validation import dotted, problems_of
 
 
 class WorkerFailed(Exception):  # noqa: N818  # carries the reason for a missing measurement
@@ -49,7 +52,13 @@ def run_worker(job: Job, timeout_s: float, tracker: Tracker | None = None) -> An
             reader.join(5)
         if code != 0 or not files[1].is_file():
             raise WorkerFailed(how_it_ended(code, files[2].read_text(errors="replace")))
-        return Answer.model_validate_json(files[1].read_text())
+        try:
+            return Answer.model_validate_json(files[1].read_bytes())
+        except ValidationError as error:
+            wrong = "; ".join(
+                ": ".join(filter(None, (dotted(one.path), one.text))) for one in problems_of(error, Answer)
+            )
+            raise WorkerFailed(f"its answer cannot be used: {wrong}"[:300]) from error
 
 
 def _follow(stream: IO[bytes], tracker: Tracker | None) -> None:

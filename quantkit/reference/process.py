@@ -11,12 +11,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from quantkit.bench.process import how_it_ended
 from quantkit.progress import Tracker
 from quantkit.reference.family import Family
 from quantkit.reference.results import Cost
+from quantkit.validation import dotted, problems_of
 
 SAMPLE_S = 0.05
 """Between two looks at the memory of a running job."""
@@ -42,6 +45,29 @@ class Done:
     versions: dict[str, str]
 
 
+def _writable(text: str) -> str:
+    """A text without halves of characters: JSON can spell them, but nothing prints or writes them."""
+    return text.encode(errors="replace").decode()
+
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]  # what a system counts memory in
+Text = Annotated[str, AfterValidator(_writable)]
+
+
+class Told(BaseModel):
+    """What a worker says of its run, taken as it is or not at all; other keys of its answer are not read."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    load_s: Seconds | None = None
+    quantize_s: Seconds | None = None
+    save_s: Seconds | None = None
+    peak_rss_bytes: Bytes | None = None
+    peak_vram_bytes: Bytes | None = None
+    versions: dict[Text, Text] = Field(default_factory=dict)
+
+
 def run_job(
     command: Sequence[str],
     job: Mapping[str, Any],
@@ -52,23 +78,28 @@ def run_job(
 ) -> Done:
     """Run `COMMAND job.json answer.json` in an empty folder and wait for it; it and all it started are ended in time.
 
-    Raises JobFailed when it crashes, is ended by a signal or the time limit, or leaves no answer.
+    Raises JobFailed when it cannot be started, crashes, is ended by a signal or the time limit, leaves no answer, or
+    one that says something else than it should.
     """
     job_file, answer_file, log_file = (folder / name for name in ("job.json", "answer.json", "log.txt"))
     job_file.write_text(json.dumps(job))
     family = Family()
     with log_file.open("wb") as log:
         started = time.perf_counter()
-        # a session of its own, so that most of what it starts can be ended with it at once
-        process = subprocess.Popen(
-            [*command, str(job_file), str(answer_file)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**environment, **family.environment},
-            cwd=folder,
-            start_new_session=True,
-        )
+        try:
+            # a session of its own, so that most of what it starts can be ended with it at once
+            process = subprocess.Popen(
+                [*command, str(job_file), str(answer_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**environment, **family.environment},
+                cwd=folder,
+                start_new_session=True,
+            )
+        except OSError as error:
+            nothing = Cost(wall_s=0.0, cpu_s=0.0, peak_rss_bytes=0)
+            raise JobFailed(f"{command[0]}: cannot be started: {error.strerror}", nothing) from error
         try:
             family.begin(process.pid)
             code, usage, sampled = _wait(process.pid, started + timeout_s, family, tracker)
@@ -77,21 +108,24 @@ def run_job(
             family.end()
     process.returncode = 0 if code is None else code  # it has been waited for: nothing is left to ask the system
     answer = _answer(answer_file)
+    told, wrong = _told(answer)
     cost = Cost(
         wall_s=wall,
         cpu_s=usage.ru_utime + usage.ru_stime,
-        peak_rss_bytes=max(sampled, answer.get("peak_rss_bytes") or 0) or _max_rss(usage),
-        peak_vram_bytes=answer.get("peak_vram_bytes"),
-        load_s=answer.get("load_s"),
-        quantize_s=answer.get("quantize_s"),
-        save_s=answer.get("save_s"),
+        peak_rss_bytes=max(sampled, told.peak_rss_bytes or 0) or _max_rss(usage),
+        peak_vram_bytes=told.peak_vram_bytes,
+        load_s=told.load_s,
+        quantize_s=told.quantize_s,
+        save_s=told.save_s,
     )
     if code is None:
         raise JobFailed(f"stopped after {timeout_s:.0f} s without an answer", cost)
     if code or "error" in answer or not answer:
         reason = answer.get("error") or how_it_ended(code, _legible(log_file.read_text(errors="replace")))
-        raise JobFailed(str(reason)[:300], cost)
-    return Done(cost, answer.get("versions", {}))
+        raise JobFailed(_writable(str(reason)[:300]), cost)
+    if wrong:
+        raise JobFailed(f"its answer cannot be used: {wrong}"[:300], cost)
+    return Done(cost, told.versions)
 
 
 def _wait(pid: int, deadline: float, family: Family, tracker: Tracker) -> tuple[int | None, Any, int]:
@@ -134,6 +168,14 @@ def _legible(log: str) -> str:
 def _answer(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _told(answer: dict[str, Any]) -> tuple[Told, str]:
+    """The figures of an answer, and all that is wrong with them: then there are none."""
+    try:
+        return Told.model_validate(answer), ""
+    except ValidationError as error:
+        return Told(), "; ".join(f"{dotted(one.path)}: {one.text}" for one in problems_of(error, Told))

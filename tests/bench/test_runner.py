@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,24 @@ def test_a_worker_that_fails_says_how(tmp_path: Path) -> None:
 def test_a_worker_that_takes_too_long_is_ended(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed, match="stopped after 0 s without an answer"):
         run_worker(_job(tiny_llama, "baseline", tmp_path), 0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ('{"measurements": [], "seconds": {"imports": "few"}}', 'seconds.imports: found "few"'),
+        ('{"measurements": [', "found .*Invalid JSON"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, wrong: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nprintf '%s' '{text}' > \"$5\"\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(WorkerFailed, match=f"^its answer cannot be used: {wrong}"):
+        run_worker(_job(tmp_path, "baseline", tmp_path), 60)
 
 
 def test_a_signal_is_named() -> None:

@@ -62,12 +62,14 @@ def engines(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "good": GOOD.replace("ARTIFACT", repr(str(artifact))),
         "crash": "import sys; sys.exit('a bad day')",
         "hang": "import time; time.sleep(600)",
+        "wordy": "import sys; open(sys.argv[2], 'w').write('{\"quantize_s\": \"fast\"}')",
         "empty": "import json, sys; json.dump({'versions': {}}, open(sys.argv[2], 'w'))",
     }
     for name, text in scripts.items():
         (tmp_path / f"{name}.py").write_text(text)
     known = {name: _engine(name, tmp_path / f"{name}.py") for name in scripts}
     known["gpu"] = _engine("gpu", WORKER, needs_gpu="gpu 1.0 needs one")
+    known["unpinned"] = _engine("unpinned", WORKER, pins=str(tmp_path / "gone.txt"))
     known["broken"] = _engine("broken", WORKER, pins=str(tmp_path / "pins.txt"))
     # the real worker, in an environment that does not have what it wants
     known["auto-gptq"] = _engine("auto-gptq", WORKER)
@@ -111,10 +113,13 @@ def test_what_cannot_be_run_is_told_without_measuring(
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)  # a constraint on torch would word the refusal otherwise
-    results = _compare(recipe, tiny_llama, "hang", "broken", timeout_s=1.0)
+    results = _compare(recipe, tiny_llama, "hang", "broken", "wordy", "unpinned", timeout_s=1.0)
     assert results.rows[0].reason == "stopped after 1 s without an answer"
     reason = results.rows[1].reason
     assert reason and reason.startswith("no environment: ERROR: No matching distribution found for torch==0.0.0")
+    assert results.rows[2].reason == 'its answer cannot be used: quantize_s: found "fast", expected a number'
+    reason = results.rows[3].reason
+    assert reason and reason.startswith("no environment: ") and "gone.txt: No such file or directory" in reason
     assert results.baseline_perplexity is None
 
 

@@ -64,6 +64,55 @@ def test_no_answer_is_a_failure_whatever_the_exit_code(tmp_path: Path) -> None:
         _run(tmp_path, "print('all well')")
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"quantize_s": "fast"}', 'quantize_s: found "fast", expected a number'),
+        ('{"quantize_s": true}', "quantize_s: found true, expected a number"),
+        ('{"load_s": NaN, "save_s": -1}', "load_s: found NaN, expected a finite number; save_s: found -1, expected 0"),
+        ('{"peak_rss_bytes": "1 GB"}', 'peak_rss_bytes: found "1 GB", expected an integer'),
+        ('{"peak_vram_bytes": [1]}', r"peak_vram_bytes: found \[1\], expected an integer"),
+        ('{"peak_vram_bytes": 1' + 400 * "0" + "}", "peak_vram_bytes: found 10+..., expected less than"),
+        ('{"versions": {"torch": 2}}', "versions.torch: found 2, expected text"),
+        ('{"versions": null}', "versions: found null, expected a mapping"),
+    ],
+)
+def test_an_answer_of_another_kind_is_a_failure_with_what_is_wrong(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(JobFailed, match=f"^its answer cannot be used: {reason}") as caught:
+        _run(tmp_path, f"open(sys.argv[2], 'w').write({text!r})")
+    assert caught.value.cost.wall_s > 0 and caught.value.cost.quantize_s is None
+
+
+def test_what_is_not_a_figure_does_not_hide_how_it_ended(tmp_path: Path) -> None:
+    with pytest.raises(JobFailed, match="^the process ended with code 3: out of luck$"):
+        _run(tmp_path, "answer(quantize_s='fast'); print('out of luck'); sys.exit(3)")
+    with pytest.raises(JobFailed, match="^no such thing$"):
+        _run(tmp_path, "answer(error='no such thing', versions=4); sys.exit(1)")
+
+
+def test_a_reason_can_be_written_whatever_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(JobFailed) as caught:
+        _run(tmp_path, r"""open(sys.argv[2], 'w').write('{"error": "half \\ud800"}')""")
+    assert str(caught.value) == "half ?"
+    done = _run(tmp_path, r"""open(sys.argv[2], 'w').write('{"versions": {"torch": "\\ud800"}}')""")
+    assert done.versions == {"torch": "?"}
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000])
+def test_an_answer_that_is_none_is_a_failure(tmp_path: Path, text: str) -> None:
+    with pytest.raises(JobFailed, match="^the process ended with code 0: all well$"):
+        _run(tmp_path, f"open(sys.argv[2], 'w').write({text!r}); print('all well')")
+
+
+def test_other_keys_of_an_answer_are_left_alone(tmp_path: Path) -> None:
+    assert _run(tmp_path, "answer(quantize_s=1, mood='good')").cost.quantize_s == 1
+
+
+def test_a_command_that_cannot_be_started_is_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(JobFailed, match="python: cannot be started: No such file or directory"):
+        run_job([str(tmp_path / "python")], {}, tmp_path, 60.0, TRACKER, dict(os.environ))
+
+
 @pytest.mark.parametrize("own_session", [False, True])
 def test_a_hang_is_ended_with_what_it_started(tmp_path: Path, own_session: bool) -> None:
     script = "import subprocess, time\nsleeper = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
