@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from quantkit.card.fill import fill_card
-from quantkit.card.write import with_card
+from quantkit.card.write import card_files, with_card
 
-__all__ = ["fill_card", "with_card"]
+__all__ = ["card_files", "fill_card", "with_card"]

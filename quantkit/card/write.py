@@ -30,6 +30,11 @@ def with_card(manifest: Manifest, source: Source, folder: Path) -> Manifest:
     return with_files(manifest, new)
 
 
+def card_files(source: Source) -> list[str]:
+    """Names of the files that `with_card` leaves in the folder."""
+    return [CARD, *(path.name for path in source.side_files() if is_licence_file(path.name))]
+
+
 def with_files(manifest: Manifest, records: list[FileRecord]) -> Manifest:
     """A manifest in which these records replace those of the same names, in the order of names."""
     files = {record.name: record for record in (*manifest.files, *records)}

@@ -28,6 +28,7 @@ from quantkit.maths.packing import pack, unpack, words_for
 from quantkit.model.source import Source
 from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
 
+QUANTIZE_CONFIG = "quantize_config.json"
 V1, V2 = "gptq", "gptq_v2"
 
 
@@ -134,11 +135,11 @@ class AutoGPTQ(Format):
         def packed(name: str, value: QuantizedTensor) -> dict[str, Tensor]:
             return pack_gptq(name, value, version)
 
-        extra = {"quantize_config.json": (json.dumps(config, indent=2) + "\n").encode()}
+        extra = {QUANTIZE_CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
         return FolderWriter(folder, source, plans, dtype, packed, gptq_layout, config, extra)
 
     def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
-        return folder_layout(source, plans, dtype, gptq_layout)
+        return folder_layout(source, plans, dtype, gptq_layout, [QUANTIZE_CONFIG])
 
     def _version(self, plans: list[LinearPlan]) -> str:
         """The layout of the zeros: what the recipe says, else the one that every reader of such a file gets right."""

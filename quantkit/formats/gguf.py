@@ -70,8 +70,8 @@ class GGUFWriter(Writer):
         embedding = f"{architecture_of(source.config).embedding}.weight"
         metadata = file_metadata(source, source.shape(embedding)[0], file_type)
         self.substitutes = substitutes_of(source, plans)
-        self.path = folder / (name or f"{model_name(source)}-{file_type}.gguf")
-        self._matrix_path = folder / f"{model_name(source)}.imatrix"
+        names = _file_names(source, file_type)
+        self.path, self._matrix_path = folder / (name or names[0]), folder / names[1]
         self._weighing: dict[str, Importance] = {}
         self._weighed_by = [plan.method for plan in plans if plan.method is not None and plan.method.calibrated]
         metadata |= imatrix_metadata(source, plans, self._matrix_path.name)
@@ -325,7 +325,12 @@ class GGUF(Format):
 
     def layout(self, source: Source, plans: list[LinearPlan], dtype: Any) -> ArtifactLayout:
         sizes = {name: info.size for name, info in tensor_table(source, tensor_types(source, plans, dtype)).items()}
-        return ArtifactLayout(sizes, lambda: _file_bytes(source, plans, dtype))
+
+        def names() -> list[str]:
+            weighs = any(plan.method is not None and plan.method.importance is True for plan in plans)
+            return _file_names(source, file_type_of(plans) or DTYPE_TYPES[dtype])[: 1 + weighs]
+
+        return ArtifactLayout(sizes, lambda: _file_bytes(source, plans, dtype), names)
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:
@@ -341,6 +346,11 @@ class GGUF(Format):
         if file is None:
             raise ModelError(f"{path}: expected a .gguf file, or a folder with exactly one")
         return GGUFArtifact(file)
+
+
+def _file_names(source: Source, file_type: str) -> list[str]:
+    """Of the file, and of the importance matrix that a run may write beside it."""
+    return [f"{model_name(source)}-{file_type}.gguf", f"{model_name(source)}.imatrix"]
 
 
 def _file_bytes(source: Source, plans: list[LinearPlan], dtype: torch.dtype) -> int | None:

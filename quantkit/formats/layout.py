@@ -12,7 +12,7 @@ from math import prod
 import torch
 
 from quantkit.formats.base import LinearPlan
-from quantkit.formats.safetensors_stream import MAX_SHARD_BYTES, stream_bytes
+from quantkit.formats.safetensors_stream import MAX_SHARD_BYTES, file_names, stream_bytes
 from quantkit.model.blocks import is_left_out
 from quantkit.model.source import Source
 
@@ -28,12 +28,14 @@ class ArtifactLayout:
     """Every tensor of an artifact before it exists.
 
     tensor_bytes: {name of the source's tensor: bytes of its data}. measure_files: the bytes of the weight files with
-    their headers, or None where that takes files that are not at hand; a GGUF file takes seconds. files_exact: whether
-    those are to the byte: they are not where the order of writing decides after which tensor a file ends.
+    their headers, or None where that takes files that are not at hand; a GGUF file takes seconds. name_files: what the
+    writer's files will be called, for a model whose files are at hand. files_exact: whether those are to the byte, and
+    as many: they are not where the order of writing decides after which tensor a file ends.
     """
 
     tensor_bytes: Mapping[str, int]
     measure_files: Callable[[], int | None]
+    name_files: Callable[[], list[str]]
     files_exact: bool = True
 
     @property
@@ -65,11 +67,19 @@ def bytes_of(shapes: Shapes) -> int:
 
 
 def folder_layout(
-    source: Source, plans: Sequence[LinearPlan], dtype: torch.dtype, layout_of: LayoutOf
+    source: Source,
+    plans: Sequence[LinearPlan],
+    dtype: torch.dtype,
+    layout_of: LayoutOf,
+    extra_files: Sequence[str] = (),
 ) -> ArtifactLayout:
-    """The layout of a folder's weight files."""
+    """The layout of a folder's weight files. extra_files: names of those that the format's reader wants besides."""
     stored = stored_shapes(source, plans, dtype, layout_of)
     sizes = {name: bytes_of(shapes) for name, shapes in stored.items()}
     groups = [{part: bytes_of({part: what}) for part, what in shapes.items()} for shapes in stored.values()]
     files = stream_bytes(groups, MAX_SHARD_BYTES)
-    return ArtifactLayout(sizes, lambda: sum(files), files_exact=len(files) == 1)
+
+    def names() -> list[str]:
+        return [*file_names(len(files)), *extra_files, "config.json", *(path.name for path in source.side_files())]
+
+    return ArtifactLayout(sizes, lambda: sum(files), names, files_exact=len(files) == 1)

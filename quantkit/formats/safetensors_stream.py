@@ -25,6 +25,7 @@ from quantkit.formats.safetensors_shard import DTYPE_NAMES, METADATA, Shard, ali
 from quantkit.manifest import fsync_folder, write_atomic
 
 MAX_SHARD_BYTES = 5_000_000_000
+_INDEX = "model.safetensors.index.json"
 
 _ENTRY_BYTES = len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 2 * 10 + 2 * 11
 """One header entry without its name: two sizes of 10 digits, two offsets of 11 (a shard has at most 10)."""
@@ -149,16 +150,16 @@ class SafetensorsStream:
         assert self._shards, "no tensor was written"
         with explained(self.folder, self._shards[-1].tail_bytes):
             self._shards[-1].complete()
-            paths = [self.folder / name for name in _file_names(len(self._shards))]
-            for shard, path in zip(self._shards, paths, strict=True):
+            paths = [self.folder / name for name in file_names(len(self._shards))]
+            weights = paths[: len(self._shards)]
+            for shard, path in zip(self._shards, weights, strict=True):
                 shard.path.rename(path)
                 shard.forget()
             if len(paths) > 1:
-                files = zip(self._shards, paths, strict=True)
+                files = zip(self._shards, weights, strict=True)
                 weight_map = {name: path.name for shard, path in files for name in shard.entries}
                 total = sum(shard.data_bytes for shard in self._shards)
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                paths.append(self.folder / "model.safetensors.index.json")
                 write_atomic(paths[-1], (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
             fsync_folder(self.folder)
         return paths
@@ -168,10 +169,11 @@ def _partial_name(index: int) -> str:
     return f".model-{index:05d}.partial"
 
 
-def _file_names(count: int) -> list[str]:
+def file_names(count: int) -> list[str]:
+    """What a stream's files are called when so many hold tensors; of more than one the index comes last."""
     if count == 1:
         return ["model.safetensors"]
-    return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
+    return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)] + [_INDEX]
 
 
 @contextmanager

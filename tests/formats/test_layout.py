@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import write_tiny_llama
+from quantkit.card import card_files
 from quantkit.formats import open_artifact
 from quantkit.formats.folder import FolderWriter
 from quantkit.formats.layout import folder_layout
@@ -65,6 +66,8 @@ def test_a_layout_is_what_the_run_writes(case: str, model: Path, tmp_path: Path)
     assert planned.tensor_bytes == {name: artifact.stored_bytes(name) for name in artifact.names()}
     files = [record.bytes for record in manifest.files if record.name.endswith((".safetensors", ".gguf"))]
     assert planned.files_exact and planned.measure_files() == sum(files)
+    names = {*planned.name_files(), *card_files(source)}
+    assert names == {record.name for record in manifest.files}
 
 
 def test_shards_are_counted_as_they_are_written(tiny_llama: Path, tmp_path: Path) -> None:
@@ -93,6 +96,7 @@ def test_several_files_are_not_promised_to_the_byte(tiny_llama: Path, monkeypatc
     source = open_source(str(tiny_llama))
     layout = folder_layout(source, [], torch.float16, lambda plan: {})
     assert not layout.files_exact
-    assert layout.measure_files() == sum(
-        stream_bytes([{name: size} for name, size in layout.tensor_bytes.items()], 100_000)
-    )
+    files = stream_bytes([{name: size} for name, size in layout.tensor_bytes.items()], 100_000)
+    assert layout.measure_files() == sum(files)
+    last = f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    assert {last, "model.safetensors.index.json", "config.json"} <= set(layout.name_files())
