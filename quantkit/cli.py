@@ -23,6 +23,7 @@ from quantkit.cli_verb import (
     Settings,
     Shown,
     TrustCode,
+    out_folder,
     verb,
 )
 from quantkit.progress import Progress
@@ -90,7 +91,10 @@ def plan(
 def quantize(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped name or a file.")],
     model: Model = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: artifacts/MODEL-RECIPE.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", parser=out_folder, help="Default: artifacts/MODEL-RECIPE."),
+    ] = None,
     settings: Settings = None,
     device: Device = "auto",
     max_memory: MaxMemory = None,
@@ -145,7 +149,9 @@ def bench(
 def run(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="A shipped name or a file.")],
     model: Model = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: reports/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", parser=out_folder, help="Default: reports/NAME.")
+    ] = None,
     settings: Settings = None,
     device: Device = "auto",
     max_memory: MaxMemory = None,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
+from quantkit.errors import UsageError
 from quantkit.quiet import quiet_libraries, stdout_for_data
 
 
@@ -37,6 +38,13 @@ def verb(function: Verb) -> Verb:
             return function(*args, **kwargs)
 
     return quieted  # type: ignore[return-value]
+
+
+def out_folder(text: str) -> Path:
+    """The folder that --out names. Raises UsageError for an empty name, which a path would take for this folder."""
+    if not text:
+        raise UsageError("--out: is empty; expected the name of a folder", hint="--out . is the current folder")
+    return Path(text)
 
 
 Model = Annotated[str | None, typer.Option("--model", metavar="DIR|FILE.gguf|HUB_ID", help="Overrides the recipe's.")]

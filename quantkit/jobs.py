@@ -11,7 +11,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from quantkit.errors import ModelError, RecipeError, UsageError
-from quantkit.manifest import Manifest, write_atomic
+from quantkit.manifest import MANIFEST_NAME, Manifest, write_atomic
 from quantkit.memory import NO_LIMIT, MemoryLimit
 from quantkit.progress import Progress
 from quantkit.quiet import collecting_only_new
@@ -46,8 +46,11 @@ def quantize(
     """
     from quantkit.device import resolve_device
     from quantkit.memory import memory_limit
+    from quantkit.output import check_folder
     from quantkit.recipe import load_recipe
 
+    if out is not None:
+        check_folder(out)
     loaded = load_recipe(recipe, settings)
     memory = memory_limit(max_memory)
     target = resolve_device(device)
@@ -83,13 +86,15 @@ def run(
     from quantkit.device import resolve_device
     from quantkit.gates.judge import judge, warnings
     from quantkit.memory import memory_limit
+    from quantkit.output import check_folder
     from quantkit.recipe import load_suite, suite_recipes
 
     loaded = load_suite(suite, settings)
+    folder = out or Path("reports") / loaded.name
+    check_folder(folder)
     memory = memory_limit(max_memory)
     target = resolve_device(device)
     source, _ = open_model(model, loaded.model.id, loaded.model.revision, suite)
-    folder = out or Path("reports") / loaded.name
     pairs = suite_recipes(loaded)
     outs = [(label, recipe, folder / "artifacts" / _file_name(label)) for label, recipe in pairs]
     with collecting_only_new(), passes(outs, source, target, force, progress, memory, restart):
@@ -166,15 +171,16 @@ def passes(
     """The artifacts of all jobs for as long as the block runs: while it has not ended, the same command goes on."""
     import torch
 
+    from quantkit.card import card_files
     from quantkit.checkpoint import Checkpoints
     from quantkit.given import given
     from quantkit.interrupts import may_be_left
     from quantkit.model.calibration import load_calibration
     from quantkit.model.config_fit import check_config_fits, check_head_fits, check_ids_fit
     from quantkit.one_block import Job
-    from quantkit.output import check_output, check_space
+    from quantkit.output import check_folder, check_output, check_space
     from quantkit.pipeline import quantize as run_pass
-    from quantkit.place import partial_folder
+    from quantkit.place import partial_folder, refuse_conflicts
     from quantkit.plan import check_length, check_plans, given_importance, importance_files, plan_linears, unmatched
     from quantkit.planning.verdicts import check_target
     from quantkit.unfinished import unfinished
@@ -190,7 +196,9 @@ def passes(
     jobs: list[Job] = []
     problems: list[RecipeError] = []
     needed = 0
+    names: dict[str, list[str]] = {}  # of the files that an artifact will have, where a user's may be in the way
     for label, recipe, folder in wanted:
+        check_folder(folder)
         if not partial_folder(folder).is_dir():  # else what is there may be this command's own, see below
             check_output(folder, force=force)
         plans = plan_linears(recipe, source)
@@ -204,7 +212,12 @@ def passes(
             continue
         for line in unmatched(label, recipe, source):
             progress.say(f"note: {line}")
-        needed += recipe.resolved_format.layout(source, plans, getattr(torch, recipe.model.dtype)).total_bytes
+        layout = recipe.resolved_format.layout(source, plans, getattr(torch, recipe.model.dtype))
+        if force and folder.is_dir():
+            names[label] = [MANIFEST_NAME, *layout.name_files(), *card_files(source)]
+            if not partial_folder(folder).is_dir():
+                refuse_conflicts(folder, names[label])
+        needed += layout.total_bytes
         jobs.append(Job(label, recipe, plans, folder, importance, importance_files(plans)))
     if problems:
         raise RecipeError.from_problems([error.message for error in problems], problems[0].hint)
@@ -219,6 +232,7 @@ def passes(
             if not checkpoints.finished:
                 for job in together:
                     check_output(job.out, force=force)
+                    refuse_conflicts(job.out, names.get(job.label, ()))
         check_space(folders[0], needed - work.held_bytes())
         for note in source.notes:
             progress.say(f"source: {note}")

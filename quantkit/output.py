@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import errno
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from quantkit.errors import DataError, UsageError
+from quantkit.place import partial_folder
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a path at which there can be no folder, or none that an artifact is made in. Raises UsageError."""
+    where = out.parent
+    try:
+        folder = out.resolve()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not folder.name:
+            raise UsageError(f"{out}: is the root of the file system", hint="give --out a folder in it")
+        if existing == folder and not folder.is_dir():
+            raise UsageError(f"{out}: is a file; expected a folder, or a path that does not exist")
+        if not existing.is_dir():
+            raise UsageError(f"{out}: {existing} is a file; expected a folder", hint="give another --out")
+        place = partial_folder(folder)
+        if not place.exists():
+            where = next(path for path in place.parents if path.exists())
+            Path(tempfile.mkdtemp(prefix=".quantkit-", dir=where)).rmdir()
+    except (OSError, RuntimeError) as error:  # the latter of links in a circle, until Python 3.13
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return  # how much is needed is said later
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{out}: no folder can be made in {where}: {reason}", hint="give another --out") from error
 
 
 def check_output(out: Path, *, force: bool) -> None:
-    """Refuse an output that exists. Raises UsageError; with `force` only when `out` is not a folder."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file; expected a folder, or a path that does not exist")
-    if out.is_dir() and any(out.iterdir()) and not force:
+    """Refuse a folder with anything but unfinished work in it, unless `force` is set. Raises UsageError."""
+    if not force and out.is_dir() and any(path.name != partial_folder(out).name for path in out.iterdir()):
         raise UsageError(
             f"{out}: exists and is not empty",
             hint="give another --out, or --force to replace the artifact in it (other files there are kept)",
@@ -24,7 +49,8 @@ def check_output(out: Path, *, force: bool) -> None:
 
 def check_space(folder: Path, needed_bytes: int) -> None:
     """Raises DataError when the disk that holds `folder` has less than `needed_bytes` free."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    resolved = folder.resolve()
+    existing = next(parent for parent in (resolved, *resolved.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise DataError(
@@ -39,7 +65,7 @@ def no_space_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
+        if error.errno not in (*NO_SPACE, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
             raise
         raise DataError(
             f"{folder}: could not be written: {error.strerror}",

@@ -120,6 +120,14 @@ def test_wrong_usage_exits_2_with_one_message_and_a_hint(arguments: list[str], m
     assert "\nhint: `quantkit" in captured.err
 
 
+@pytest.mark.parametrize("verb", ["quantize", "run"])
+@pytest.mark.parametrize(("out", "message"), [("", "--out: is empty"), ("/", "/: is the root of the file system")])
+def test_an_out_that_is_no_folder_exits_2(verb: str, out: str, message: str, capsys: Captured) -> None:
+    assert cli.execute([verb, "nf4" if verb == "quantize" else "demo", "--model", "no-model", "--out", out]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}") and "\nhint: " in said
+
+
 @pytest.mark.parametrize("arguments", [[], ["recipes"], ["calibration"]])
 def test_without_a_command_the_help_is_shown_and_the_exit_code_is_usage(arguments: list[str], capsys: Captured) -> None:
     assert cli.execute(arguments) == 2

@@ -342,11 +342,12 @@ def test_output_rules(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Monk
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="is not part of an artifact"):
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="is not part of an artifact"):
+        patch.setattr("quantkit.place.refuse_conflicts", lambda out, names: None)  # as if the file came later
         make("rtn-4bit-g128", tiny_llama, foreign, "method.group_size=64", force=True)
     assert (foreign / "config.json").read_text() == "{}"
     (foreign / "config.json").unlink()
-    monkeypatch.setattr(pipeline, "quantize_block", None)  # nothing is computed anew
+    monkeypatch.setattr(pipeline, "quantize", None)  # nothing is computed anew
     make("rtn-4bit-g128", tiny_llama, foreign, "method.group_size=64", force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "out"]
 

@@ -304,6 +304,37 @@ def test_force_replaces_only_at_the_end(model: Path, tmp_path: Path, monkeypatch
     assert fingerprints(out) == fingerprints(tmp_path / "whole")
 
 
+def test_a_run_into_a_mount_point_goes_on_within_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == out)
+    for ended in (4, 6):  # the second time when all but the names is done
+        with monkeypatch.context() as patch, pytest.raises(Ended):
+            ending_behind(ended, patch)
+            make(model, out)
+    assert [path.name for path in out.iterdir()] == [".out.partial"]
+    make(model, tmp_path / "whole")
+    renames = 0
+    original = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += target.parent == out
+        if renames == 3:
+            raise Ended
+        return original(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Ended):
+        patch.setattr(Path, "rename", rename)
+        make(model, out)
+    assert sum(path.is_file() for path in out.iterdir()) == 2
+    monkeypatch.setattr(pipeline, "quantize", None)  # nothing is computed anew
+    make(model, out)
+    assert fingerprints(out) == fingerprints(tmp_path / "whole")
+
+
 def test_a_run_that_ended_between_artifact_and_farewell_is_done(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
