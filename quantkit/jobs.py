@@ -10,8 +10,8 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from quantkit.errors import ModelError, RecipeError, UsageError
-from quantkit.manifest import MANIFEST_NAME, Manifest, write_atomic
+from quantkit.errors import ModelError, UsageError
+from quantkit.manifest import Manifest, write_atomic
 from quantkit.memory import NO_LIMIT, MemoryLimit
 from quantkit.progress import Progress
 from quantkit.quiet import collecting_only_new
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from quantkit.bench.measurement import Results
+    from quantkit.model.calibration import CalibrationSet
     from quantkit.model.source import Source
     from quantkit.one_block import Job
     from quantkit.recipe import CalibrationSection, Recipe
@@ -169,71 +170,29 @@ def passes(
     restart: bool,
 ) -> Iterator[list[Manifest]]:
     """The artifacts of all jobs for as long as the block runs: while it has not ended, the same command goes on."""
-    import torch
-
-    from quantkit.card import card_files
     from quantkit.checkpoint import Checkpoints
     from quantkit.given import given
     from quantkit.interrupts import may_be_left
-    from quantkit.model.calibration import load_calibration
-    from quantkit.model.config_fit import check_config_fits, check_head_fits, check_ids_fit
-    from quantkit.one_block import Job
-    from quantkit.output import check_folder, check_output, check_space
+    from quantkit.job_checks import checked
+    from quantkit.output import check_output, check_space
     from quantkit.pipeline import quantize as run_pass
-    from quantkit.place import partial_folder, refuse_conflicts
-    from quantkit.plan import check_length, check_plans, given_importance, importance_files, plan_linears, unmatched
-    from quantkit.planning.verdicts import check_target
+    from quantkit.place import refuse_conflicts
     from quantkit.unfinished import unfinished
 
-    folders = [folder for _, _, folder in wanted]
-    twice = {str(folder) for folder in folders if folders.count(folder) > 1}
-    if twice:
-        raise RecipeError(
-            f"two recipes write to {', '.join(sorted(twice))}", hint="give their suite entries different labels"
-        )
-    check_config_fits(source)
-    check_head_fits(source)
-    jobs: list[Job] = []
-    problems: list[RecipeError] = []
-    needed = 0
-    names: dict[str, list[str]] = {}  # of the files that an artifact will have, where a user's may be in the way
-    for label, recipe, folder in wanted:
-        check_folder(folder)
-        if not partial_folder(folder).is_dir():  # else what is there may be this command's own, see below
-            check_output(folder, force=force)
-        plans = plan_linears(recipe, source)
-        try:
-            check_plans(label, recipe, source, plans)
-            check_length(label, recipe, source, plans)
-            check_target(label, recipe, source, plans)
-            importance = given_importance(label, source, plans)
-        except RecipeError as error:
-            problems.append(error)
-            continue
-        for line in unmatched(label, recipe, source):
-            progress.say(f"note: {line}")
-        layout = recipe.resolved_format.layout(source, plans, getattr(torch, recipe.model.dtype))
-        if force and folder.is_dir():
-            names[label] = [MANIFEST_NAME, *layout.name_files(), *card_files(source)]
-            if not partial_folder(folder).is_dir():
-                refuse_conflicts(folder, names[label])
-        needed += layout.total_bytes
-        jobs.append(Job(label, recipe, plans, folder, importance, importance_files(plans)))
-    if problems:
-        raise RecipeError.from_problems([error.message for error in problems], problems[0].hint)
+    jobs = checked(wanted, source, force=force, progress=progress)
     Thread(target=_hash_ahead, args=(source,), daemon=True).start()
     made: dict[str, Manifest] = {}
-    with unfinished([job.out for job in jobs], given(jobs, source, device), restart=restart) as work:
-        places = {job.label: place for job, place in zip(jobs, work.places, strict=True)}
+    with unfinished([job.out for job in jobs.all], given(jobs.all, source, device), restart=restart) as work:
+        places = {job.label: place for job, place in zip(jobs.all, work.places, strict=True)}
         planned = []
-        for index, (section, together) in enumerate(_passes(jobs)):
+        for index, (section, together) in enumerate(_passes(jobs.all)):
             checkpoints = Checkpoints(work, index, [places[job.label] for job in together])
             planned.append((section, together, checkpoints))
             if not checkpoints.finished:
                 for job in together:
                     check_output(job.out, force=force)
-                    refuse_conflicts(job.out, names.get(job.label, ()))
-        check_space(folders[0], needed - work.held_bytes())
+                    refuse_conflicts(job.out, jobs.names.get(job.label, ()))
+        check_space(jobs.all[0].out, jobs.needed_bytes - work.held_bytes())
         for note in source.notes:
             progress.say(f"source: {note}")
         with may_be_left(work.last_words):
@@ -241,16 +200,21 @@ def passes(
                 if checkpoints.finished:
                     manifests = checkpoints.publish()
                 else:
-                    calibration = None
-                    if section is not None:
-                        progress.say(f"calibration: {section.set}, {section.sequences} x {section.length} tokens")
-                        calibration = load_calibration(
-                            section, source.tokenizer_folder(), trust_remote_code=source.trust_remote_code
-                        )
-                        check_ids_fit(source, calibration.ids)
+                    calibration = None if section is None else _calibration(section, source, progress)
                     manifests = run_pass(together, source, calibration, device, progress, checkpoints, memory)
                 made |= {job.label: manifest for job, manifest in zip(together, manifests, strict=True)}
-        yield [made[job.label] for job in jobs]
+        yield [made[job.label] for job in jobs.all]
+
+
+def _calibration(section: CalibrationSection, source: Source, progress: Progress) -> CalibrationSet:
+    """The token ids of a pass, which the model has embeddings for."""
+    from quantkit.model.calibration import load_calibration
+    from quantkit.model.config_fit import check_ids_fit
+
+    progress.say(f"calibration: {section.set}, {section.sequences} x {section.length} tokens")
+    found = load_calibration(section, source.tokenizer_folder(), trust_remote_code=source.trust_remote_code)
+    check_ids_fit(source, found.ids)
+    return found
 
 
 def _hash_ahead(source: Source) -> None:
