@@ -343,7 +343,8 @@ def test_output_rules(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Monk
     foreign.mkdir()
     (foreign / "config.json").write_text("{}")
     with monkeypatch.context() as patch, pytest.raises(UsageError, match="is not part of an artifact"):
-        patch.setattr("quantkit.place.refuse_conflicts", lambda out, names: None)  # as if the file came later
+        for early in ("quantkit.place.refuse_conflicts", "quantkit.job_checks.refuse_conflicts"):
+            patch.setattr(early, lambda out, names: None)  # as if the file came later
         make("rtn-4bit-g128", tiny_llama, foreign, "method.group_size=64", force=True)
     assert (foreign / "config.json").read_text() == "{}"
     (foreign / "config.json").unlink()
