@@ -24,7 +24,7 @@ from quantkit.methods.calibrated import CalibratedBlock, grid_of
 from quantkit.model.blocks import Block, LinearGroup, group_shape, heads_of
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
-from quantkit.model.room import BlockSizes, left_by_attention, running_bytes
+from quantkit.model.room import BlockSizes, left_behind, running_bytes
 from quantkit.model.scratch import file_if_room
 from quantkit.model.stages import run_staged
 from quantkit.model.waiting import Rows, Way, placed
@@ -126,14 +126,14 @@ def quantize_staged(
     results, works = _begin(state, run, module, block, tensors)
     sizes = _sizes(state, run, block, tensors)
     sequences = hidden.shape[0]
-    runner.expect(sequences * sizes.waiting_bytes)
     waiting = sizes.waiting_sequences(sequences, run.memory.room_bytes(runner.device))
+    runner.expect(waiting * sizes.waiting_bytes)
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
     way, rounder = Way(module, hidden), _Rounder(runner.by_codes, works)
     file = file_if_room(state.folder, sizes.file_bytes(sequences - waiting))
     rows = Rows(runner, block, [way] if beside is None else [way, beside])
-    batches = placed(rows, sizes, waiting, file)
-    run_staged(rows, batches, rounder, sizes=sizes, advance=not last, look=look)
+    run_staged(rows, placed(rows, sizes, waiting, file), rounder, sizes=sizes, advance=not last, look=look)
+    del file, rows  # the disk has that room for what is written now
     results += [work.result() for work in works]
     _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started
@@ -143,6 +143,7 @@ def _sizes(state: JobState, run: ModelRun, block: Block, tensors: Mapping[str, T
     runner, hidden, how = run.runner, state.hidden, run.runner.arithmetic
     assert hidden is not None
     shapes = tuple(group_shape(runner.source, group) for group in block.groups)
+    heads = heads_of(runner.source.config)
     grids = (grid_of(state.methods.get(linear)) for linear in block.linears)
     run_columns = shortest_run(set(grids), {columns for _, columns in shapes}) if runner.by_codes else None
     running = partial(running_bytes, how, transposed=runner.architecture.transposed)
@@ -150,7 +151,7 @@ def _sizes(state: JobState, run: ModelRun, block: Block, tensors: Mapping[str, T
         shapes=shapes,
         hidden=hidden.shape[2],
         length=hidden.shape[1],
-        heads=heads_of(runner.source.config),
+        heads=heads,
         state_bytes=how.states.itemsize,
         linear_bytes=how.linears.itemsize,
         model_bytes=running(),
@@ -158,7 +159,7 @@ def _sizes(state: JobState, run: ModelRun, block: Block, tensors: Mapping[str, T
         stored_bytes=tensors[f"{block.linears[0]}.weight"].dtype.itemsize,
         ways=2 if state.corrects else 1,
         device=runner.device.type,
-        attention=left_by_attention(how, runner.device, shapes),
+        left_behind=left_behind(runner.architecture, how, runner.device, shapes, heads, hidden.shape[1]),
     )
 
 

@@ -84,8 +84,8 @@ def quantize(
         checkpoints.finish()
         if memory.limit_bytes is not None and peak_rss_bytes() > memory.limit_bytes:
             progress.say(
-                f"note: the run held {peak_rss_bytes() / 1e6:.0f} MB at its peak, more than the limit of "
-                f"{memory.limit_bytes / 1e6:.0f} MB: libraries and one block of the model are not spilled"
+                f"note: the process held {peak_rss_bytes() / 1e6:.0f} MB at its peak, more than the limit of "
+                f"{memory.limit_bytes / 1e6:.0f} MB; `quantkit plan` tells what takes how much"
             )
         return checkpoints.publish()
 

@@ -91,7 +91,10 @@ def test_no_correction_where_a_few_tokens_are_nearly_all_of_the_inputs(tiny_llam
         "gptq-4bit-g64", changed(tiny_llama, tmp_path / "model", outlier), tmp_path / "out", "method.correction=0.75"
     )
     finite_artifact(tmp_path / "out")
-    assert any(f"{FIRST}.mlp.down_proj" in line and "correction" in line for line in manifest.fallbacks())
+    assert any(
+        f"{FIRST}.mlp.down_proj" in line and "no correction: few tokens, far out" in line
+        for line in manifest.fallbacks()
+    )
 
 
 @pytest.mark.parametrize("share", [1e-2, 1e-4])

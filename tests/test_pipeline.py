@@ -30,7 +30,7 @@ from quantkit.model.blocks import LinearGroup, blocks_of, head_dim
 from quantkit.model.calibration import load_calibration
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.reader import open_source
-from quantkit.model.waiting import Anew, InMemory, Rows
+from quantkit.model.waiting import InFile, InMemory, Rows
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe, load_recipe
 
@@ -207,8 +207,8 @@ def test_a_memory_limit_changes_no_byte(
         progress=Progress(stream=(told := io.StringIO())),
         max_memory="1MB",
     )
-    assert "more than the limit of 1 MB: libraries and one block of the model are not spilled" in told.getvalue()
-    assert spilled and all(spilled) and set(placed) == ({Anew} if correction or name == "gptq-4bit-g64" else set())
+    assert "at its peak, more than the limit of 1 MB; `quantkit plan`" in told.getvalue()
+    assert spilled and all(spilled) and set(placed) == ({InFile} if correction or name == "gptq-4bit-g64" else set())
     same_but_for_the_manifest(tmp_path / "free", tmp_path / "tight")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +43,8 @@ class Architecture:
     layers: str = "model.layers"
     positions: str | None = None  # learned embeddings of positions
     transposed: bool = False  # the linears of the blocks are stored as [in, out], transformers' Conv1D
+    fused: bool = False  # what a linear gives is taken apart, and held by the model until what reads it has run
+    own_attention: bool = True  # nothing is asked for beside causal attention (model/attention.py)
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _LLAMA,  # its q and k norms act per head after the projection: nothing to fold there
-    "Gemma2ForCausalLM": _GEMMA,
+    "Gemma2ForCausalLM": replace(_GEMMA, own_attention=False),  # a cap on the scores
     "Gemma3ForCausalLM": _GEMMA,
-    "Phi3ForCausalLM": Architecture(block_prefix="model.layers.{index}.", groups=_PHI3_GROUPS),
+    "Phi3ForCausalLM": Architecture(block_prefix="model.layers.{index}.", groups=_PHI3_GROUPS, fused=True),
     "GPT2LMHeadModel": Architecture(
         block_prefix="transformer.h.{index}.",
         groups=_GPT2_GROUPS,
@@ -115,6 +117,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         layers="transformer.h",
         positions="transformer.wpe",
         transposed=True,
+        fused=True,
     ),
 }
 

@@ -38,11 +38,16 @@ def check_head_fits(source: Source) -> None:
         return
     rows = max(1, PART // source.shape(embedding)[1])
     parts = zip(source.in_parts(embedding, rows), source.in_parts(head, rows), strict=False)
-    if source.shape(embedding) != source.shape(head) or not all(torch.equal(one, other) for one, other in parts):
+    if source.shape(embedding) != source.shape(head) or not all(_same(one, other) for one, other in parts):
         raise ModelError(
             f"{source.path}: config.json: tie_word_embeddings is true, but a {head} is stored that is not {embedding}",
             hint="set it to false where the head is the model's own, or take the tensor out of the checkpoint",
         )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same, NaN where there is NaN."""
+    return torch.equal(one, other) or bool(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True).all())
 
 
 def check_ids_fit(source: Source, ids: Tensor) -> None:

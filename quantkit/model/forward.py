@@ -266,6 +266,10 @@ class BlockRunner:
         for start in range(0, hidden.shape[0], size):
             yield slice(start, start + size)
 
+    def arguments(self, block: Block) -> tuple[Any, ...]:
+        """What a block is called with beside its inputs, by position and by name; the same for all rows."""
+        return self._arguments[block.index]
+
     def call(self, module: nn.Module, block: Block, rows: Tensor) -> Tensor:
         """A block's outputs on the CPU for a batch of its inputs."""
         args, kwargs = self._arguments[block.index]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from quantkit.model.scratch import ScratchFile
 
@@ -37,7 +37,9 @@ class HiddenStates:
         if self._tensor is not None:
             return self._tensor[rows]
         start, stop, _ = rows.indices(self.shape[0])
-        return self._file.read(start * self._sequence_bytes, (stop - start, *self.shape[1:]), self.dtype)
+        found = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        self._file.read(start * self._sequence_bytes, found)
+        return found
 
     def __setitem__(self, rows: slice, values: Tensor) -> None:
         if self._tensor is not None:
@@ -45,6 +47,11 @@ class HiddenStates:
             return
         start, _, _ = rows.indices(self.shape[0])
         self._file.write(start * self._sequence_bytes, values.detach().cpu().to(self.dtype))
+
+    @property
+    def storage(self) -> UntypedStorage | None:
+        """Where the states lie, None when that is a file."""
+        return None if self._tensor is None else self._tensor.untyped_storage()
 
     def write_to(self, stream: IO[bytes]) -> None:
         """The states as bytes, sequence after sequence."""

@@ -1,4 +1,4 @@
-"""How many rows of tokens may wait inside a block (model/stages.py): what the run and its forecast both reckon by.
+"""How many rows of tokens may wait inside a block (model/waiting.py): what the run and its forecast both reckon by.
 
 Bytes are those held where the blocks run.
 """
@@ -14,6 +14,7 @@ from quantkit.device import Arithmetic
 from quantkit.maths.attention import CHUNK
 from quantkit.maths.four_bit import held_bytes
 from quantkit.maths.int_products import code_bytes
+from quantkit.model.blocks import Architecture
 from quantkit.model.forward import BATCH_TOKENS
 
 
@@ -29,11 +30,22 @@ def running_bytes(how: Arithmetic, *, transposed: bool, run: int | None = None) 
     return code_bytes() if run is None else held_bytes(run)
 
 
-def left_by_attention(how: Arithmetic, device: torch.device, shapes: Sequence[tuple[int, int]]) -> int:
-    """Values of a token that a row holds behind attention: queries, keys and values, and what these were made into.
-    Our own attention lets go of the three, so that there is nothing wider than inputs of linears: 0."""
-    (queries, _), (_, gathered), *_ = shapes
-    return 0 if how.compiled_on(device) else queries + gathered
+def left_behind(
+    architecture: Architecture,
+    how: Arithmetic,
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]],
+    heads: int,
+    length: int,
+) -> tuple[int, int]:
+    """Values of a token that the model holds beside hidden states and the input of a linear, behind attention and
+    inside of an MLP: queries, keys and values, which our own attention lets go of, the weights of attention that is
+    spelled out, what fused linears gave."""
+    (queries, _), _, (gates, _), *_ = shapes
+    fused = gates if architecture.fused else 0
+    weights = 0 if architecture.own_attention else heads * length
+    let_go = how.compiled_on(device) and architecture.own_attention and not architecture.fused
+    return (0 if let_go else queries) + weights, fused + weights
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class BlockSizes:
     sequence. heads: how many. state_bytes, linear_bytes: of a value in the states, and in what linears multiply.
     model_bytes, rounded_bytes, stored_bytes: of a weight in the module that runs, before and behind its rounding, and
     as it is stored. ways: how many models run; the unquantized one goes along where there is a correction. device:
-    "cpu" or "cuda". attention: as `left_by_attention` gives it.
+    "cpu" or "cuda". left_behind: as `left_behind` gives it.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -58,7 +70,7 @@ class BlockSizes:
     stored_bytes: float
     ways: int
     device: str
-    attention: int
+    left_behind: tuple[int, int]
 
     @property
     def batch(self) -> int:
@@ -68,21 +80,25 @@ class BlockSizes:
     @property
     def waiting_bytes(self) -> int:
         """What a sequence holds at most while it waits: for each token hidden states and the widest input of a linear,
-        or what attention leaves. What else has been read is let go (model/waiting.py)."""
+        and what else the model holds. What has been read is let go (model/waiting.py)."""
+        attention, mlp = self.left_behind
         widest = max(columns for _, columns in self.shapes) * self.linear_bytes
-        beside = max(widest, max(self.hidden, self.attention) * self.state_bytes)
-        return self.ways * self.length * (self.hidden * self.state_bytes + beside)
+        read = max(self.hidden * self.state_bytes, widest)
+        return (
+            self.ways * self.length * (self.hidden * self.state_bytes + read + max(attention, mlp) * self.state_bytes)
+        )
 
     def file_bytes(self, sequences: int) -> int:
-        """What so many sequences take of a scratch file while they wait; 0 where they cannot wait in one, since they
-        would hold in memory what attention leaves, or what is on another device."""
-        return 0 if self.attention or self.device != "cpu" else sequences * self.waiting_bytes
+        """What so many sequences take of a scratch file while they wait; 0 on another device, where they cannot."""
+        return sequences * self.waiting_bytes if self.device == "cpu" else 0
 
     @property
     def filed_bytes(self) -> int:
         """What a sequence writes to such a file in a block, and reads from it: inputs of all groups but the first, and
         hidden states beside them."""
-        return self.ways * self.length * self.state_bytes * sum(self.hidden + columns for _, columns in self.shapes[1:])
+        (_, gathered), (_, normed), (_, inner) = self.shapes[1:]
+        states = (2 * self.hidden + normed) * self.state_bytes + (gathered + inner) * self.linear_bytes
+        return self.ways * self.length * (states + sum(self.left_behind) * self.state_bytes)
 
     @property
     def batch_bytes(self) -> int:

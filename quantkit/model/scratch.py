@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+SPARE_BYTES = 256 << 20
+"""What a file that can be done without leaves of a disk."""
 
 
 class ScratchFile:
@@ -23,13 +26,11 @@ class ScratchFile:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it lives as long as this
         os.posix_fallocate(self._file.fileno(), 0, size)  # a full disk is found now, not in an hour
 
-    def read(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor whose bytes begin at `start`."""
-        tensor = torch.empty(shape, dtype=dtype)
+    def read(self, start: int, tensor: Tensor) -> None:
+        """Fill a tensor on the CPU that is in one piece with the bytes from `start` on."""
         view, done = _bytes_of(tensor), 0
         while done < len(view):
             done += os.preadv(self._file.fileno(), [view[done:]], start + done)
-        return tensor
 
     def write(self, start: int, tensor: Tensor) -> None:
         """The bytes of a tensor on the CPU, from `start` on."""
@@ -39,7 +40,9 @@ class ScratchFile:
 
 
 def file_if_room(folder: Path, size: int) -> ScratchFile | None:
-    """A scratch file of so many bytes, None of none or where the disk has no room for it."""
+    """A scratch file of so many bytes, None of none or where the disk has hardly room for it."""
+    if size and shutil.disk_usage(folder).free < size + SPARE_BYTES:
+        return None
     try:
         return ScratchFile(folder, size) if size else None
     except OSError as error:

@@ -1,7 +1,7 @@
 """Running a block in stages: each group of linears is rounded by inputs that have passed all rounded before it.
 
 Rows of tokens run in greenlets, which wait inside the block where a group is to be rounded, and go on with its new
-weights, so that nothing runs twice (model/waiting.py).
+weights, so that next to nothing runs twice (model/waiting.py).
 """
 
 from __future__ import annotations

@@ -3,15 +3,15 @@ scratch file, or nowhere, to start again. What they compute is the same."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from quantkit.model.blocks import Block
 from quantkit.model.forward import BlockRunner
@@ -57,6 +57,13 @@ class Rows:
     runner: BlockRunner
     block: Block
     ways: Sequence[Way]
+
+    @cached_property
+    def shared(self) -> frozenset[int]:
+        """Addresses of what all rows look at: hidden states in memory, and what every block is called with."""
+        states = [way.hidden.storage for way in self.ways if way.hidden.storage is not None]
+        given = [tensor.untyped_storage() for tensor in _tensors(self.runner.arguments(self.block))]
+        return frozenset(storage.data_ptr() for storage in [*states, *given])
 
     def stopped_at_groups(self) -> ExitStack:
         """While this lasts, a greenlet that comes to a group hands what has arrived to whoever switched to it."""
@@ -137,23 +144,14 @@ class Anew(InMemory):
             self.drop()
 
 
-@dataclass(frozen=True)
-class _Away:
-    """A tensor that was emptied, what it held being in a file from `start` on."""
-
-    tensor: Tensor
-    start: int
-    shape: torch.Size
-
-
 class InFile(InMemory):
-    """A batch that waits as well, while what it holds lies in a scratch file, `start` bytes from its beginning on."""
+    """A batch that waits as well, while what it holds lies in a scratch file, in `size` bytes from `start` on; what has
+    no room there stays in memory."""
 
-    def __init__(self, rows: Rows, batch: slice, file: ScratchFile, start: int):
+    def __init__(self, rows: Rows, batch: slice, file: ScratchFile, start: int, size: int):
         super().__init__(rows, batch)
-        self._file, self._start = file, start
+        self._file, self._start, self._end = file, start, start + size
         self._away: list[_Away] = []
-        self._seen: list[Arrived] = []
 
     def bring(self, position: int) -> list[Arrived]:
         if position == 0:  # a norm is nothing beside writing what it gives
@@ -161,17 +159,18 @@ class InFile(InMemory):
         if not self._tasks:
             self._begin(position)
         self._take_back()
-        self._seen = super().bring(position)
-        return self._seen
+        return super().bring(position)
 
     def leave(self) -> None:
         start = self._start
-        for tensor in (tensor for arrived in self._seen for tensor in _own(arrived)):
-            self._file.write(start, tensor)
-            self._away.append(_Away(tensor, start, tensor.shape))
-            start += tensor.nbytes
-            let_go(tensor)
-        self._seen = []
+        for storage, tensors in held_by(self._tasks, self._rows.shared):
+            size = storage.nbytes()
+            if start + size <= self._end:
+                self._file.write(start, _bytes_of(storage))
+                self._away.append(_Away(start, size, [_View.of(tensor) for tensor in tensors]))
+                start += size
+                for tensor in tensors:
+                    let_go(tensor)
 
     def finish(self) -> None:
         self._take_back()
@@ -179,21 +178,68 @@ class InFile(InMemory):
 
     def drop(self) -> None:
         super().drop()
-        self._away, self._seen = [], []
+        self._away = []
 
     def _take_back(self) -> None:
         for away in self._away:
-            away.tensor.data = self._file.read(away.start, away.shape, away.tensor.dtype)
+            storage = UntypedStorage(away.size)
+            self._file.read(away.start, _bytes_of(storage))
+            for view in away.views:
+                view.tensor.set_(storage, view.offset, view.shape, view.stride)
         self._away = []
 
 
-def _own(arrived: Arrived) -> list[Tensor]:
-    """What a batch that waits holds of its own: hidden states in memory it only looks at."""
-    held = [arrived.inputs]
-    entered = arrived.entered
-    if entered is not None and entered.untyped_storage().nbytes() == entered.nbytes:
-        held.append(entered)
-    return held
+@dataclass(frozen=True)
+class _View:
+    """How a tensor looked at its storage."""
+
+    tensor: Tensor
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _View:
+        return cls(tensor, int(tensor.storage_offset()), tensor.shape, tensor.stride())
+
+
+@dataclass(frozen=True)
+class _Away:
+    """So many bytes of a storage that are in a file from `start` on, and the tensors that were emptied for it."""
+
+    start: int
+    size: int
+    views: list[_View]
+
+
+def held_by(tasks: Sequence[greenlet], shared: Collection[int]) -> list[tuple[UntypedStorage, list[Tensor]]]:
+    """What the functions of greenlets that wait hold of tensors on the CPU, by their storages, but for weights and what
+    is `shared`, by address."""
+    found: dict[int, tuple[UntypedStorage, dict[int, Tensor]]] = {}
+    for task in tasks:
+        frame = task.gr_frame
+        while frame is not None:
+            for tensor in _tensors(frame.f_locals.values()):
+                storage = tensor.untyped_storage()
+                if tensor.device.type == "cpu" and storage.nbytes() and storage.data_ptr() not in shared:
+                    found.setdefault(storage.data_ptr(), (storage, {}))[1][id(tensor)] = tensor
+            frame = frame.f_back
+    return [(storage, list(tensors.values())) for storage, tensors in found.values()]
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
+                yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+def _bytes_of(storage: UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def placed(rows: Rows, sizes: BlockSizes, waiting: int, file: ScratchFile | None) -> list[InMemory]:
@@ -204,7 +250,8 @@ def placed(rows: Rows, sizes: BlockSizes, waiting: int, file: ScratchFile | None
         if batch.start < waiting:
             batches.append(InMemory(rows, batch))
         elif file is not None:
-            batches.append(InFile(rows, batch, file, sizes.file_bytes(batch.start - waiting)))
+            start, end = (sizes.file_bytes(place - waiting) for place in (batch.start, batch.stop))
+            batches.append(InFile(rows, batch, file, start, end - start))
         else:
             batches.append(Anew(rows, batch))
     return batches

@@ -47,7 +47,7 @@ def over_limit(limit: MemoryLimit, peak_bytes: int) -> list[str]:
     if limit.limit_bytes is None or peak_bytes <= limit.limit_bytes:
         return []
     return [
-        f"memory: the limit of {limit.limit_bytes / 1e6:.0f} MB is less than libraries and one block take, about "
+        f"memory: the limit of {limit.limit_bytes / 1e6:.0f} MB is less than what cannot be spilled, about "
         f"{peak_bytes / 1e6:.0f} MB; the run goes over it"
     ]
 

@@ -13,7 +13,7 @@ import torch
 
 from quantkit.maths.products import BAND_VALUES
 from quantkit.memory import WIDE_COLUMNS
-from quantkit.model.room import BlockSizes, left_by_attention
+from quantkit.model.room import BlockSizes, left_behind
 from quantkit.planning.shapes import Group, Work
 
 LIBRARIES_BYTES = {"plain": 290_000_000, "compiled": 395_000_000, "gguf": 438_000_000, "calibrated": 520_000_000}
@@ -134,7 +134,7 @@ def _sizes(work: Work, device: torch.device) -> BlockSizes:
         stored_bytes=work.block_bytes / work.block_values,
         ways=work.ways,
         device=device.type,
-        attention=left_by_attention(work.how, device, shapes),
+        left_behind=left_behind(work.architecture, work.how, device, shapes, work.heads, work.length),
     )
 
 

@@ -13,7 +13,15 @@ from quantkit.formats.base import LinearPlan, calibrates
 from quantkit.maths.four_bit import shortest_run
 from quantkit.maths.gram import Look
 from quantkit.methods.calibrated import grid_of
-from quantkit.model.blocks import architecture_of, blocks_of, group_shape, head_dim, heads_of, state_columns
+from quantkit.model.blocks import (
+    Architecture,
+    architecture_of,
+    blocks_of,
+    group_shape,
+    head_dim,
+    heads_of,
+    state_columns,
+)
 from quantkit.model.forward import tokens_apart
 from quantkit.model.room import running_bytes
 from quantkit.model.source import Source
@@ -40,9 +48,9 @@ class Work:
     hidden: width of the states. heads: how many. attention: width of all of them together. tokens, length: of the
     calibration set, 0 without. gram_tokens: of them, those that go into Gram matrices.
     largest_linear_values: of the largest linear that is quantized, but for the head where it goes through in parts.
-    source_bytes: of all stored tensors. how: what is multiplied in while calibrating. transposed: whether linears are
-    Conv1D. run_columns: that share a step of the inputs where every linear of every block is rounded and multiplied by
-    its codes, else None, though a block of such linears alone multiplies by codes all the same.
+    source_bytes: of all stored tensors. how: what is multiplied in while calibrating. run_columns: that share a step of
+    the inputs where every linear of every block is rounded and multiplied by its codes, else None, though a block of
+    such linears alone multiplies by codes all the same.
     """
 
     blocks: int
@@ -59,7 +67,7 @@ class Work:
     length: int
     gram_tokens: int
     how: Arithmetic
-    transposed: bool
+    architecture: Architecture
     run_columns: int | None
     propagates: bool
     corrects: bool
@@ -82,16 +90,16 @@ class Work:
     @property
     def model_bytes(self) -> float:
         """Of a weight in a block that runs."""
-        return running_bytes(self.how, transposed=self.transposed)
+        return running_bytes(self.how, transposed=self.architecture.transposed)
 
     @property
     def rounded_bytes(self) -> float:
         """Of one that was rounded, in a block that runs."""
-        return running_bytes(self.how, transposed=self.transposed, run=self.run_columns)
+        return running_bytes(self.how, transposed=self.architecture.transposed, run=self.run_columns)
 
     @property
     def eight_bit_linears(self) -> bool:
-        return self.how.eight_bit_linears and not self.transposed
+        return self.how.eight_bit_linears and not self.architecture.transposed
 
     @property
     def block_values(self) -> int:
@@ -118,10 +126,10 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
     looks = {method.look for method in methods if method.calibrated}
     stored = source.dtype(f"{blocks[0].linears[0]}.weight")
     how = arithmetic(device, stored, exact=section.precision == "float32")
-    transposed = architecture_of(source.config).transposed
+    architecture = architecture_of(source.config)
     chosen = {plan.name: plan.method for plan in plans}
     grids = {grid_of(chosen.get(linear)) for block in blocks for linear in block.linears}
-    by_codes = how.four_bit_linears and not transposed
+    by_codes = how.four_bit_linears and not architecture.transposed
     embedding = f"{architecture_of(source.config).embedding}.weight"
     heads = heads_of(source.config)
     return Work(
@@ -139,7 +147,7 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
         length=section.length,
         gram_tokens=max((tokens // tokens_apart(look, tokens) for look in looks - {Look.SQUARES}), default=0),
         how=how,
-        transposed=transposed,
+        architecture=architecture,
         run_columns=shortest_run(grids, {columns for _, columns in stacked}) if by_codes else None,
         propagates=any(getattr(method, "propagate", None) == "quantized" for method in methods),
         corrects=any(getattr(method, "correction", 0) > 0 for method in methods),

@@ -10,7 +10,8 @@ import torch
 from quantkit.device import Arithmetic
 from quantkit.maths.attention import CHUNK
 from quantkit.maths.int_products import code_bytes
-from quantkit.model.room import BlockSizes, left_by_attention, running_bytes
+from quantkit.model.blocks import ARCHITECTURES
+from quantkit.model.room import BlockSizes, left_behind, running_bytes
 
 SMALL = BlockSizes(
     shapes=((64, 32), (32, 48)),
@@ -24,7 +25,7 @@ SMALL = BlockSizes(
     stored_bytes=2,
     ways=1,
     device="cpu",
-    attention=0,
+    left_behind=(0, 0),
 )
 
 
@@ -70,25 +71,36 @@ def test_what_a_weight_takes_that_runs() -> None:
     assert [running_bytes(eighth, transposed=False, run=run) for run in (64, 32)] == [1 + 8 / 64, 1.25]
 
 
-def test_rows_wait_with_hidden_states_and_the_widest_input_or_behind_attention() -> None:
+def test_rows_wait_with_hidden_states_the_widest_input_and_what_is_left() -> None:
     assert SMALL.waiting_bytes == 512 * 4 * (16 + 48)
     assert replace(SMALL, linear_bytes=2).waiting_bytes == 512 * (4 * 16 + 2 * 48), "in what linears multiply"
     narrow = replace(SMALL, shapes=((24, 16), (16, 16), (40, 16), (16, 20)), linear_bytes=2)
     assert narrow.waiting_bytes == 512 * 4 * (16 + 16), "a norm's output is as wide as the states are"
-    assert replace(SMALL, attention=100).waiting_bytes == 512 * 4 * (16 + 100)
+    assert replace(SMALL, left_behind=(100, 10)).waiting_bytes == 512 * 4 * (16 + 48 + 100)
 
 
-def test_our_own_attention_leaves_nothing() -> None:
+@pytest.mark.parametrize(
+    ("family", "dtype", "device", "left"),
+    [
+        ("LlamaForCausalLM", torch.bfloat16, "cpu", (0, 0)),  # our own attention lets go of what it has read
+        ("LlamaForCausalLM", torch.float32, "cpu", (96, 0)),
+        ("LlamaForCausalLM", torch.bfloat16, "cuda", (96, 0)),
+        ("Phi3ForCausalLM", torch.bfloat16, "cpu", (96, 128)),
+        ("GPT2LMHeadModel", torch.bfloat16, "cpu", (96, 128)),
+        ("Gemma2ForCausalLM", torch.bfloat16, "cpu", (96 + 4 * 512, 4 * 512)),
+    ],
+)
+def test_what_a_model_holds_beside(family: str, dtype: torch.dtype, device: str, left: tuple[int, int]) -> None:
     shapes = ((96, 32), (32, 40), (128, 32), (32, 64))
-    rounded, exact = (Arithmetic(torch.float32, dtype, False, False) for dtype in (torch.bfloat16, torch.float32))
-    assert left_by_attention(rounded, torch.device("cpu"), shapes) == 0
-    assert left_by_attention(rounded, torch.device("cuda"), shapes) == 96 + 40
-    assert left_by_attention(exact, torch.device("cpu"), shapes) == 96 + 40
+    how = Arithmetic(torch.float32, dtype, False, False)
+    assert left_behind(ARCHITECTURES[family], how, torch.device(device), shapes, 4, 512) == left
 
 
-def test_rows_wait_in_a_file_where_they_hold_nothing_else() -> None:
-    assert SMALL.file_bytes(3) == 3 * SMALL.waiting_bytes
-    assert replace(SMALL, attention=1).file_bytes(3) == 0 == replace(SMALL, device="cuda").file_bytes(3)
+def test_what_goes_to_a_file_and_comes_back() -> None:
+    sizes = replace(SMALL, shapes=((96, 16), (16, 40), (128, 16), (16, 64)), linear_bytes=2)
+    assert sizes.file_bytes(3) == 3 * sizes.waiting_bytes and replace(sizes, device="cuda").file_bytes(3) == 0
+    assert sizes.filed_bytes == 512 * (4 * (2 * 16 + 16) + 2 * (40 + 64))
+    assert replace(sizes, left_behind=(10, 5), ways=2).filed_bytes == 2 * (sizes.filed_bytes + 512 * 4 * 15)
 
 
 def test_whole_batches_wait_the_first_ones() -> None:

@@ -90,13 +90,12 @@ def test_hidden_states_go_to_scratch_when_memory_is_short(odd: Path) -> None:
     held = make("gptq-4bit-g64", odd, *settings, max_memory="100MB")
     assert free.disk and held.disk and free.memory and held.memory
     assert free.disk.scratch_bytes == 0
-    assert held.disk.scratch_bytes == 512 * 256 * 192 * 4
+    assert held.disk.scratch_bytes > 512 * 256 * 192 * 4, "and the rows that wait there"
     assert held.memory.peak_rss_bytes < free.memory.peak_rss_bytes
-    assert any("the limit of 100 MB is less than libraries and one block take" in line for line in held.cautions)
+    assert any("the limit of 100 MB is less than what cannot be spilled" in line for line in held.cautions)
     assert not any("limit" in line for line in free.cautions)
     assert held.time and free.time
-    # no row waits: q, k and v are passed four times, o three times, gate and up twice
-    assert held.time.parts_s["linears"] > 2 * free.time.parts_s["linears"]
+    assert held.time.parts_s.pop("scratch file") > 0 and held.time.parts_s == free.time.parts_s
     roomy = make("gptq-4bit-g64", odd, *settings, max_memory="1TB")
     assert roomy.time and roomy.time.parts_s == free.time.parts_s
 
