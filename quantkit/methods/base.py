@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -136,6 +136,17 @@ class Method(Frozen):
         statistics: {linear module name: statistics of its input}; linears that share an input share the object. Empty
         when the method is not calibrated. Raises ModelError naming the tensor when a weight is not finite.
         """
+
+
+def quantize_each(given: BlockWeights, quantize: Callable[[Tensor], QuantizedTensor], label: str) -> BlockResult:
+    """The whole of `quantize_block` for a method that looks at one weight at a time."""
+    quantized = {name: quantize(weight) for name, weight in given.weights.items()}
+    return BlockResult(quantized, dict.fromkeys(quantized, label), notes=notes_of(quantized))
+
+
+def notes_of(quantized: Mapping[str, QuantizedTensor]) -> dict[str, str]:
+    """{linear module name: what is to be told of it} of what any method made."""
+    return {name: note for name, tensor in quantized.items() if (note := lost_digits(tensor))}
 
 
 def affine_misfit(grid: Grid, in_features: int) -> str | None:

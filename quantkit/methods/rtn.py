@@ -19,7 +19,7 @@ from quantkit.methods.base import (
     affine_misfit,
     check_finite,
     check_range,
-    lost_digits,
+    notes_of,
 )
 from quantkit.tensors import Grid, GroupTensor, row_bands
 
@@ -47,8 +47,7 @@ class RTN(Method):
 
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
         quantized = {name: self._round(name, weight) for name, weight in given.weights.items()}
-        notes = {name: note for name, tensor in quantized.items() if (note := lost_digits(tensor))}
-        return BlockResult(quantized, dict.fromkeys(quantized, self.label()), notes=notes)
+        return BlockResult(quantized, dict.fromkeys(quantized, self.label()), notes=notes_of(quantized))
 
     def _round(self, name: str, weight: Tensor) -> GroupTensor:
         """weight: [out, in]. Raises ModelError naming it when it is not finite or too large."""
