@@ -20,7 +20,7 @@ def check_folder(out: Path) -> None:
     where = out.parent
     try:
         folder = out.resolve()
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        existing = _nearest(folder)
         if not folder.name:
             raise UsageError(f"{out}: is the root of the file system", hint="give --out a folder in it")
         if existing == folder and not folder.is_dir():
@@ -29,7 +29,7 @@ def check_folder(out: Path) -> None:
             raise UsageError(f"{out}: {existing} is a file; expected a folder", hint="give another --out")
         place = partial_folder(folder)
         if not place.exists():
-            where = next(path for path in place.parents if path.exists())
+            where = _nearest(place)
             Path(tempfile.mkdtemp(prefix=".quantkit-", dir=where)).rmdir()
     except (OSError, RuntimeError) as error:  # the latter of links in a circle, until Python 3.13
         if isinstance(error, OSError) and error.errno in NO_SPACE:
@@ -49,14 +49,17 @@ def check_output(out: Path, *, force: bool) -> None:
 
 def check_space(folder: Path, needed_bytes: int) -> None:
     """Raises DataError when the disk that holds `folder` has less than `needed_bytes` free."""
-    resolved = folder.resolve()
-    existing = next(parent for parent in (resolved, *resolved.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_nearest(folder.resolve())).free
     if free < needed_bytes:
         raise DataError(
             f"{folder}: needs about {needed_bytes / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free",
             hint="free some space or give --out on another disk",
         )
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists. path: resolved."""
+    return next(found for found in (path, *path.parents) if found.exists())
 
 
 @contextmanager

@@ -335,8 +335,8 @@ class CalibratedBlock:
         """An unquantized tensor of the block as it stands now."""
         if name in self.replaced:
             return self.replaced[name]
-        found = self.given.others.get(name)
-        return None if found is None else require_finite(name, found)
+        found = self.given.others.get(name)  # finite, as all of them
+        return None if found is None else found.float()
 
     def _fold_group(self, group: LinearGroup, ours: list[str], seen: InputStatistics) -> None:
         """Find the scale of one shared input and move it from the linears that read it to what produces it."""

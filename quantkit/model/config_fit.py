@@ -47,7 +47,7 @@ def check_head_fits(source: Source) -> None:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same, NaN where there is NaN."""
-    return torch.equal(one, other) or bool(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True).all())
+    return torch.equal(one, other) or torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def check_ids_fit(source: Source, ids: Tensor) -> None:

@@ -119,18 +119,18 @@ def work_of(recipe: Recipe, source: Source, plans: Sequence[LinearPlan], device:
     stacked = [group_shape(source, group) for group in largest.groups]
     values = {plan.name: plan.out_features * plan.in_features for plan in plans if plan.method is not None}
     methods = [plan.method for plan in plans if plan.method is not None]
-    gguf, head = recipe.resolved_format.name == "gguf", architecture_of(source.config).head
+    architecture = architecture_of(source.config)
+    gguf, head = recipe.resolved_format.name == "gguf", architecture.head
     calibrated = calibrates(plans)
     section = recipe.calibration
     tokens = section.sequences * section.length if calibrated else 0
     looks = {method.look for method in methods if method.calibrated}
     stored = source.dtype(f"{blocks[0].linears[0]}.weight")
     how = arithmetic(device, stored, exact=section.precision == "float32")
-    architecture = architecture_of(source.config)
     chosen = {plan.name: plan.method for plan in plans}
     grids = {grid_of(chosen.get(linear)) for block in blocks for linear in block.linears}
     by_codes = how.four_bit_linears and not architecture.transposed
-    embedding = f"{architecture_of(source.config).embedding}.weight"
+    embedding = f"{architecture.embedding}.weight"
     heads = heads_of(source.config)
     return Work(
         blocks=len(blocks),

@@ -61,8 +61,9 @@ def test_ids_beyond_the_embedding(tiny_llama: Path) -> None:
         check_ids_fit(source, torch.tensor([[0, rows]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("same", [True, False])
-def test_a_head_beside_a_config_that_ties_it(same: bool, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_head_beside_a_config_that_ties_it(same: bool, dtype: torch.dtype, tiny_llama: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     config = json.loads((model / "config.json").read_text())
@@ -70,6 +71,7 @@ def test_a_head_beside_a_config_that_ties_it(same: bool, tiny_llama: Path, tmp_p
     weights = load_file(model / "model.safetensors")
     if same:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(dtype)
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     if same:
         quietly("nf4", model, tmp_path / "out", [])
