@@ -36,6 +36,11 @@ class Problems(ValueError):
         self.problems = tuple(problems)
 
 
+def in_one_line(error: ValidationError, root: Any) -> str:
+    """Every problem of a pydantic error, as the reason of a row. root: the type that was validated."""
+    return "; ".join(": ".join(filter(None, (dotted(one.path), one.text))) for one in problems_of(error, root))
+
+
 def problems_of(error: ValidationError, root: Any) -> list[Problem]:
     """Every problem of a pydantic error, with union tags taken out of the paths. root: the type that was validated."""
     found: list[Problem] = []

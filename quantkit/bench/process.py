@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from quantkit.bench.worker import Answer, Job
 from quantkit.progress import Tracker
-from quantkit.validation import dotted, problems_of
+from quantkit.validation import in_one_line
 
 
 class WorkerFailed(Exception):  # noqa: N818  # carries the reason for a missing measurement
@@ -55,10 +55,7 @@ def run_worker(job: Job, timeout_s: float, tracker: Tracker | None = None) -> An
         try:
             return Answer.model_validate_json(files[1].read_bytes())
         except ValidationError as error:
-            wrong = "; ".join(
-                ": ".join(filter(None, (dotted(one.path), one.text))) for one in problems_of(error, Answer)
-            )
-            raise WorkerFailed(f"its answer cannot be used: {wrong}"[:300]) from error
+            raise WorkerFailed(f"its answer cannot be used: {in_one_line(error, Answer)}"[:300]) from error
 
 
 def _follow(stream: IO[bytes], tracker: Tracker | None) -> None:

@@ -19,7 +19,7 @@ from quantkit.bench.process import how_it_ended
 from quantkit.progress import Tracker
 from quantkit.reference.family import Family
 from quantkit.reference.results import Cost
-from quantkit.validation import dotted, problems_of
+from quantkit.validation import in_one_line
 
 SAMPLE_S = 0.05
 """Between two looks at the memory of a running job."""
@@ -178,4 +178,4 @@ def _told(answer: dict[str, Any]) -> tuple[Told, str]:
     try:
         return Told.model_validate(answer), ""
     except ValidationError as error:
-        return Told(), "; ".join(f"{dotted(one.path)}: {one.text}" for one in problems_of(error, Told))
+        return Told(), in_one_line(error, Told)
