@@ -7,6 +7,7 @@ import ctypes
 import re
 import resource
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,23 +29,30 @@ def parse_bytes(text: str, where: str = "--max-memory") -> int:
     return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
 
 
-def map_large_memory() -> None:
-    """Have the C library give every large block back to the system at once, where it is glibc.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Numbers of mallopt(3)'s parameters."""
 
-    Otherwise it keeps what was freed for later, in pieces: a third more memory than is in use. It costs a fifth of the
-    speed, so it is done only under a limit.
-    """
-    threshold = -3  # M_MMAP_THRESHOLD of mallopt(3)
-    try:
-        ctypes.CDLL(None).mallopt(threshold, 2**20)
-    except (OSError, AttributeError):
-        return
-
+LARGE_BYTES = 8 << 20
+"""Of a piece of memory that goes back to the system as soon as it is freed, where what is held counts for more than the
+pages that are asked for again."""
 
 WIDE_COLUMNS = 2048
 """Hidden states of so many columns cost more to multiply than pages for them cost to come and go: a page takes the same
-time for each value, its products so much more as the states are wider. That holds for blocks of 8 MB and more, whose
+time for each value, its products so much more as the states are wider. That holds for pieces of LARGE_BYTES, whose
 cost no run could show; with those of 2 to 8 MB, which are many more, runs took 6 and 18% longer."""
+
+
+def map_large_memory() -> None:
+    """Have what is freed go back to the system: the pieces that the C library lends from a megabyte on, where it is
+    glibc, and large ones of the arena's.
+
+    Otherwise it keeps them for later, in pieces: a third more memory than is in use. Under a limit that counts for more
+    than the time that pages take.
+    """
+    from quantkit import arena
+
+    arena.lend_below(LARGE_BYTES)
+    _set_up(_MMAP_THRESHOLD, 1 << 20)
 
 
 def keep_freed_memory(columns: int = 0) -> None:
@@ -52,15 +60,20 @@ def keep_freed_memory(columns: int = 0) -> None:
 
     Otherwise blocks of several megabytes come from the system and go back to it each time, and a page that it gives
     takes longer (0.5 to 2 microseconds for 4 KB) than most of what is done with it. columns: of the hidden states that
-    run; where they are wide that hardly counts, and what is kept in pieces is much, so they do go back.
+    run; where they are wide that hardly counts, and what is kept in pieces is much, so large ones do go back.
     """
-    keep, threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)
-    try:
-        library = ctypes.CDLL(None)
-        library.mallopt(threshold, 8 << 20 if columns >= WIDE_COLUMNS else 32 << 20)  # the latter is the most it takes
-        library.mallopt(keep, 1 << 30)
-    except (OSError, AttributeError):
-        return
+    from quantkit import arena
+
+    wide = columns >= WIDE_COLUMNS
+    arena.lend_below(LARGE_BYTES if wide else arena.SEGMENT_BYTES)
+    _set_up(_MMAP_THRESHOLD, LARGE_BYTES if wide else 32 << 20)  # the latter is the most it takes
+    _set_up(_TRIM_THRESHOLD, 1 << 30)
+
+
+def _set_up(parameter: int, value: int) -> None:
+    """mallopt(3), where the C library is glibc."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 PAGE_S = 1e-6
@@ -68,13 +81,14 @@ PAGE_S = 1e-6
 
 
 def trim() -> float:
-    """Give back to the system what the C library holds of freed memory, where it is glibc (malloc_trim(3)). Returns the
-    seconds that it costs, with those for taking the pages again."""
+    """Give back to the system what the arena holds of freed memory, and the C library, where it is glibc
+    (malloc_trim(3)). Returns the seconds that it costs, with those for taking the pages again."""
+    from quantkit import arena
+
     before, started = rss_bytes(), time.perf_counter()
-    try:
+    arena.give_back()
+    with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return 0.0
     took = time.perf_counter() - started
     return took + max(0, before - rss_bytes()) // resource.getpagesize() * PAGE_S
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty
 from quantkit.maths.compiled import writable
 from quantkit.maths.products import rounding_allowed
 
@@ -34,19 +35,21 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     queries = query.float().view(batch, groups, shared, length, width)
     keys = key.float().reshape(batch * groups, length, width).transpose(1, 2)
     values = value.reshape(batch * groups, length, value.shape[-1])
-    gathered = torch.empty(batch, length, groups, shared, values.shape[-1], dtype=value.dtype)
+    gathered = empty((batch, length, groups, shared, values.shape[-1]), value.dtype)
     chunk = min(CHUNK, length)
-    room = torch.empty(batch * heads * chunk * length)  # taken once, since fresh pages cost as much as the product
-    weights_room = torch.empty(room.shape, dtype=value.dtype)
+    room = empty((batch * heads * chunk * length,))  # taken once, since fresh pages cost as much as the product
+    weights_room = empty(room.shape, value.dtype)
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
         wide = (batch * groups, shared * (end - first), end)
         count = wide[0] * wide[1] * end
         scores, weights = room[:count].view(wide), weights_room[:count].view(wide)
+        asking = empty((batch, groups, shared, end - first, width)).copy_(queries[:, :, :, first:end])
         with rounding_allowed() if value.dtype == torch.bfloat16 else nullcontext():
-            torch.bmm(queries[:, :, :, first:end].reshape(*wide[:2], width), keys[:, :, :end], out=scores)
+            torch.bmm(asking.view(*wide[:2], width), keys[:, :, :end], out=scores)
         rows = (batch * heads, end - first, end)
         causal_softmax(bands_of(*rows[:2]), scores.view(rows).numpy(), first, scale, writable(weights.view(rows)))
-        found = torch.bmm(weights, values[:, :end]).view(batch, groups, shared, end - first, -1)
-        gathered[:, first:end] = found.permute(0, 3, 1, 2, 4)
+        found = empty((*wide[:2], values.shape[-1]), value.dtype)
+        torch.bmm(weights, values[:, :end], out=found)
+        gathered[:, first:end] = found.view(batch, groups, shared, end - first, -1).permute(0, 3, 1, 2, 4)
     return gathered.view(batch, length, heads, -1)

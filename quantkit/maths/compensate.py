@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty
 from quantkit.maths.gram_factor import GramFactor
 from quantkit.maths.order import reordered
 from quantkit.maths.products import product_bands, times_transposed
@@ -62,8 +63,8 @@ def _compensated_rows(weight: Tensor, factor: GramFactor, round_block: Callable[
     """Codes of some rows in the order of rounding: uint8 [rows, in]."""
     columns, order = weight.shape[1], factor.order
     # the weight itself is brought to that order a block at a time, so that no copy of it is held
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    owed = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    codes = empty(weight.shape, torch.uint8, weight.device)
+    owed = empty(weight.shape, device=weight.device).zero_()
     for start in range(0, columns, BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, columns)
         part = slice(start, end)
@@ -86,7 +87,7 @@ def _round_block(
         return _round_block_tensors(weight, owed, scale, middle, group, upper, levels)
     from quantkit.maths.kernels import bands_of, round_block
 
-    codes, errors = torch.empty(weight.shape, dtype=torch.uint8), torch.empty_like(weight)
+    codes, errors = empty(weight.shape, torch.uint8), empty(weight.shape)
     steps, middles, lower = (tensor.T.contiguous().numpy() for tensor in (scale, middle, upper))
     given = (weight.numpy(), owed.numpy(), steps, middles, group.numpy(), lower, levels)
     round_block(bands_of(len(weight)), *given, codes.numpy(), errors.numpy())

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty
 from quantkit.errors import ModelError
 from quantkit.maths.compiled import readable
 from quantkit.maths.gram import (
@@ -132,7 +133,7 @@ class CorrectionAccumulator:
             return change, torch.stack([rows.float().square().sum(dim=1), change.square().sum(dim=1)])
         from quantkit.maths.correction_kernel import changes
 
-        change, lengths = torch.empty(rows.shape, dtype=torch.bfloat16), torch.empty(2, len(rows))
+        change, lengths = empty(rows.shape, torch.bfloat16), torch.empty(2, len(rows))
         factors, out = self._factors.numpy(), change.view(torch.uint16).numpy()
         changes(len(rows), readable(unquantized), readable(rows), factors, out, lengths.numpy())
         return change, lengths

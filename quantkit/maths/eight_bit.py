@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty
 from quantkit.maths.compiled import readable
 from quantkit.maths.gram import ColumnSums, totals
 from quantkit.maths.int_products import RightFactor, right_factor
@@ -64,7 +65,7 @@ def _rounded(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int8 of rows [n, columns] times factors float32 [columns], and the step of each row, float32 [n]."""
     from quantkit.maths.eight_bit_kernels import round_tokens
 
-    codes, steps = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
+    codes, steps = empty(rows.shape, torch.int8), torch.empty(len(rows))
     round_tokens(len(rows), readable(rows), factors.numpy(), codes.numpy(), steps.numpy())
     return codes, steps
 

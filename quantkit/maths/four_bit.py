@@ -16,6 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty
 from quantkit.maths.compiled import readable, writable
 from quantkit.maths.eight_bit import TRIED
 from quantkit.maths.products import times_transposed
@@ -56,13 +57,13 @@ class FourBitWeight:
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
         count, runs = len(rows), self.scale.shape[1]
         codes, steps, sums = (
-            torch.empty(rows.shape, dtype=torch.int8),
+            empty(rows.shape, torch.int8),
             torch.empty(count, runs),
             torch.empty(count, runs),
         )
         coded = (codes.numpy(), steps.numpy(), sums.numpy())
         round_runs(count, readable(rows), *coded)
-        outputs = torch.empty(count, len(self.bias), dtype=dtype)
+        outputs = empty((count, len(self.bias)), dtype)
         tasks = tasks_of_block(count, torch.get_num_threads())
         weight = (part.numpy() for part in (self.codes, self.scale, self.offset, self.bias))
         multiply_runs(

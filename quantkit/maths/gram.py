@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quantkit.arena import empty
 from quantkit.maths.compiled import readable
 from quantkit.maths.int_products import add_gram
 from quantkit.maths.order import mirror
@@ -138,7 +139,7 @@ def round_columns(pieces: Sequence[ColumnSums], scale: Tensor) -> Tensor:
 
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale)).numpy()
     lengths = [len(piece.rows) for piece in pieces]
-    codes = torch.empty(sum(lengths), len(scale), dtype=torch.int8)
+    codes = empty((sum(lengths), len(scale)), torch.int8)
     for piece, own in zip(pieces, codes.split(lengths), strict=True):
         round_rows(len(piece.rows), piece.rows, inverse, piece.far.numpy(), own.numpy())
     return codes
@@ -190,7 +191,7 @@ class GramAccumulator:
 
     def __init__(self, in_features: int, device: torch.device, *, eight_bit: bool = False, every: int = 1):
         # nothing is in it until the first product, which need not be added to zeros
-        self._gram = torch.empty(in_features, in_features, dtype=torch.float32, device=device)
+        self._gram = empty((in_features, in_features), device=device)
         self._fresh = True
         self.sum_abs = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.tokens = 0
@@ -242,10 +243,13 @@ class GramAccumulator:
             if not any(found):
                 break  # what a huge token adds to a column's mean square must not coarsen the steps of the others
             near = tokens - sum(int(piece.far.sum()) for piece in pieces)
-        self._add_rounded(pieces, scale)
-        if near < tokens:
-            self._add_beyond(torch.cat([rows[piece.far].float() for rows, piece in self._waiting]), reach)
-        self._waiting.clear()
+        beyond = [rows[piece.far].float() for rows, piece in self._waiting] if near < tokens else []
+        codes = round_columns(pieces, scale)
+        del pieces, found
+        self._waiting.clear()  # inputs are not held while their codes are multiplied
+        self._add_codes(codes, scale)
+        if beyond:
+            self._add_beyond(torch.cat(beyond), reach)
 
     def _add_beyond(self, rows: Tensor, reach: Tensor) -> None:
         """Add tokens with values beyond `reach` float32 [in]: rows float32 [tokens, in]."""
@@ -257,16 +261,17 @@ class GramAccumulator:
         if sum(map(len, self._far)) >= EIGHT_BIT_TOKENS:
             self._add_far()
 
-    def _add_rounded(self, pieces: Sequence[ColumnSums], scale: Tensor) -> None:
-        """Add what is not far of pieces, in 8-bit integers with steps of `scale` float32 [in]."""
-        add_gram(round_columns(pieces, scale), scale, self._gram, fresh=self._fresh)
+    def _add_codes(self, codes: Tensor, scale: Tensor) -> None:
+        """Add the products of codes int8 [tokens, in] with steps of `scale` float32 [in]."""
+        add_gram(codes, scale, self._gram, fresh=self._fresh)
         self._fresh = False
 
     def _add_far(self) -> None:
         """Add tokens far out that are not huge, together."""
         piece = ColumnSums(readable(torch.cat(self._far)))
-        self._add_rounded([piece], totals([piece])[2] / 127)
         self._far.clear()
+        scale = totals([piece])[2] / 127
+        self._add_codes(round_columns([piece], scale), scale)
 
     def add_huge(self, rows: Tensor) -> None:
         """Add tokens, float32 [tokens, in], to the Gram matrix alone by float32 products, HUGE_TOKENS together."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty
 from quantkit.device import has_avx2, has_int8_units
 from quantkit.maths.compiled import writable
 from quantkit.maths.products import strips
@@ -45,12 +46,12 @@ class RightFactor:
         left: codes int8 [m, k]; k is at most 133144, beyond which sums might overflow. along: float32 [m]. across,
         bias: float32 [n].
         """
-        outputs = torch.empty(len(left), self.rows, dtype=dtype)
+        outputs = empty((len(left), self.rows), dtype)
         numbers = (along.numpy(), across.numpy(), bias.numpy(), writable(outputs))
         if self.laid.dtype == torch.int8:
             from quantkit.maths.eight_bit_kernels import scale_products
 
-            scale_products(len(left), torch._int_mm(left, self.laid).numpy(), *numbers)
+            scale_products(len(left), _products(left, self.laid).numpy(), *numbers)
         else:
             from quantkit.maths.int_kernel import blocks_of, multiply_panels, tasks_of_block
 
@@ -110,11 +111,16 @@ def _add(
 
     for strip in strips(len(total)):
         behind = slice(strip.start if upper else 0, None)
-        product = torch._int_mm(left[:, strip].T, right[:, behind])
+        product = _products(left[:, strip].T, right[:, behind])
         own: Any = total[strip, behind].numpy()
         add_scaled(len(product), product.numpy(), across[strip].numpy(), along[behind].numpy(), own, fresh)
 
 
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right: int32 [m, n] for int8 [m, k] and [k, n], by torch."""
+    return torch._int_mm(left, right, out=empty((left.shape[0], right.shape[1]), torch.int32))
+
+
 def _panels(rows: int, inner: int, width: int) -> Tensor:
     """Room for so many rows of `inner` numbers as panels: int32 [panels, pairs, width]."""
-    return torch.empty(-(-rows // width), -(-inner // 2), width, dtype=torch.int32)
+    return empty((-(-rows // width), -(-inner // 2), width), torch.int32)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty
 from quantkit.device import has_avx512
 
 BAND_VALUES = 1 << 21
@@ -29,7 +30,7 @@ def times_transposed(left: Tensor, right: Tensor) -> Tensor:
     """
     linear = _onednn_linear() if left.device.type == "cpu" else None
     if linear is None:
-        return left @ right.T
+        return torch.mm(left, right.T, out=empty((len(left), len(right)), device=left.device))
     # a turned view would go through its reference loops, a thousand times slower
     return linear(left.contiguous(), right.contiguous(), None, "none", [], "")  # type: ignore[no-any-return]
 

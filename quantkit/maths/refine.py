@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty
 from quantkit.maths.affine import as_stored
 from quantkit.maths.pairs import move_pairs
 from quantkit.maths.products import product_bands, times_transposed
@@ -66,7 +67,8 @@ def _refine_rows(
     columns = weight.shape[1]
     size = grid.group_size or columns
     groups = columns // size
-    steps = codes.view(-1, groups, size) - middle.unsqueeze(2)  # [out, groups, group_size]
+    steps = empty((len(codes), groups, size), device=codes.device).copy_(codes.view(-1, groups, size))
+    steps -= middle.unsqueeze(2)
     error = steps.mul_(scale.unsqueeze(2)).view_as(weight).sub_(weight)
     width = max(1, BLOCK_COLUMNS // size) * size
     for sweep in range(sweeps + pairs):

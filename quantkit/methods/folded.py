@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, MutableMapping
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty
+
 
 class FoldedWeights(MutableMapping[str, Tensor]):
     """{linear: float32 [out, in]} as the weights stand now.
@@ -24,7 +26,7 @@ class FoldedWeights(MutableMapping[str, Tensor]):
         stored = self._stored[linear]
         if stored.dtype == torch.float32 and not self._factors[linear]:
             return stored
-        return self.write(linear, torch.empty(stored.shape, dtype=torch.float32, device=stored.device))
+        return self.write(linear, empty(stored.shape, device=stored.device))
 
     def __setitem__(self, linear: str, weight: Tensor) -> None:
         self._stored[linear], self._factors[linear] = weight, []
@@ -70,7 +72,7 @@ class FoldedWeights(MutableMapping[str, Tensor]):
         starts = [-sum(lengths[:at]) % step for at in range(len(lengths))]
         counts = [len(range(start, length, step)) for start, length in zip(starts, lengths, strict=True)]
         first = self._stored[linears[0]]
-        whole = torch.empty(sum(counts), first.shape[1], dtype=torch.float32, device=first.device)
+        whole = empty((sum(counts), first.shape[1]), device=first.device)
         for name, start, out in zip(linears, starts, whole.split(counts), strict=True):
             self.write(name, out, slice(start, None, step))
         return whole

@@ -241,11 +241,11 @@ class BlockRunner:
                     hidden[rows] = self.call(module, block, hidden[rows])
                 except _EnoughError:
                     continue
-        self.expect(grams)
         found: dict[Look, dict[str, InputStatistics]] = {look: {} for look in looks}
         for group, accumulators in zip(block.groups, seen, strict=True):
             for look, accumulator in accumulators.items():
                 found[look].update(dict.fromkeys(group.linears, accumulator.result()))
+        self.expect(grams)
         return found
 
     def twin(self, block: Block, tensors: Mapping[str, Tensor]) -> nn.Module:

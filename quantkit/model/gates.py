@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.arena import empty
 from quantkit.maths.compiled import readable, writable
 from quantkit.model.mixed import mixed_into
 
@@ -38,7 +39,7 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     from quantkit.maths import gate_kernel
 
     rows = [tensor.detach().reshape(-1, gate.shape[-1]) for tensor in (gate, up)]
-    out = torch.empty(rows[0].shape, dtype=gate.dtype)  # in one piece, whatever the gate is
+    out = empty(rows[0].shape, gate.dtype)  # in one piece, whatever the gate is
     gate_kernel.silu_times(len(out), readable(rows[0]), readable(rows[1]), writable(out))
     return out.view(gate.shape)
 

@@ -10,6 +10,7 @@ from typing import IO
 import torch
 from torch import Tensor, UntypedStorage
 
+from quantkit.arena import empty
 from quantkit.model.scratch import ScratchFile
 
 
@@ -37,7 +38,7 @@ class HiddenStates:
         if self._tensor is not None:
             return self._tensor[rows]
         start, stop, _ = rows.indices(self.shape[0])
-        found = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        found = empty((stop - start, *self.shape[1:]), self.dtype)
         self._file.read(start * self._sequence_bytes, found)
         return found
 

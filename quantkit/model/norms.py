@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from quantkit.arena import empty
 from quantkit.model.mixed import mixed_into
 
 EPS_NAMES = ("variance_epsilon", "eps")
@@ -54,7 +55,7 @@ class CompiledNorm(nn.Module):
         from quantkit.maths.norm_kernel import rms_norm
 
         rows = states.detach().reshape(-1, states.shape[-1]).contiguous()
-        out = torch.empty_like(rows)
+        out = empty(rows.shape)
         rms_norm(len(rows), rows.numpy(), gains.detach().contiguous().numpy(), eps, out.numpy())  # type: ignore[union-attr]
         return out.view(states.shape)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.arena import empty
 from quantkit.maths.compiled import readable
 
 NAME = "apply_rotary_pos_emb"
@@ -65,7 +66,7 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """float32 [batch, heads, length, width]."""
     from quantkit.maths.rotary_kernel import rotate
 
-    out = torch.empty(heads.shape)
+    out = empty(heads.shape)
     tables = cos[0].contiguous().numpy(), sin[0].contiguous().numpy()
     rotate(heads.shape[0] * heads.shape[2], readable(heads.transpose(1, 2)), *tables, out.numpy())
     return out

@@ -83,6 +83,8 @@ def _round_group(
     rounded = rounder.round(group, accumulator.result(), correction)
     del accumulator, correction  # a Gram matrix is not held while weights are laid out to run
     runner.assign_rounded(way.module, rows.block, rounded)
+    del rounded
+    runner.expect(sizes.batch_bytes)  # what rounding left lies beside it otherwise
 
 
 def _add_inputs(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, UntypedStorage, nn
 
+from quantkit.arena import empty
 from quantkit.model.blocks import Block
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
@@ -182,7 +183,7 @@ class InFile(InMemory):
 
     def _take_back(self) -> None:
         for away in self._away:
-            storage = UntypedStorage(away.size)
+            storage = empty((away.size,), torch.uint8).untyped_storage()
             self._file.read(away.start, _bytes_of(storage))
             for view in away.views:
                 view.tensor.set_(storage, view.offset, view.shape, view.stride)

@@ -29,11 +29,11 @@ LARGEST_LINEAR_BYTES = {"plain": 9.0, "compiled": 10.0, "gguf": 3.2}
 """Bytes for each weight of the largest linear, as an uncalibrated run holds it: whole, or in parts where the file takes
 them."""
 
-RETAINED, RETAINED_BYTES = 0.25, 150_000_000
-"""What the C library keeps of freed memory: as much as rows hold that wait, between which it lies in pieces, and a part
-of what else is held while a block is rounded and of what was held while scales were looked for, but so many bytes at
-most, since more goes back before a new peak (quantkit/memory.py). Under a limit, and where states are wide, it keeps
-next to nothing. The part stands for what torch keeps on a GPU as well, which was not measured."""
+RETAINED, RETAINED_BYTES = 0.25, 40_000_000
+"""What is kept of freed memory: a part of what is held while a block is rounded and of what was held while scales were
+looked for, but so many bytes at most, since more goes back before a new peak (quantkit/memory.py). Under a limit, and
+where states are wide, it is next to nothing. The part stands for what torch keeps on a GPU as well, which was not
+measured."""
 
 ROWS = "rows that wait inside a block"
 
@@ -111,8 +111,7 @@ def memory_of(
     elif returned:
         parts = max(parts, looking, key=lambda held: sum(held.values()))
     else:
-        between = int((1 - RETAINED) * parts.get(ROWS, 0))
-        parts["freed, not given back"] = min(RETAINED_BYTES, kept + between)
+        parts["freed, not given back"] = min(RETAINED_BYTES, kept)
     on_device: dict[str, int] = {}
     if device.type == "cuda":
         ahead = 2 * work.block_bytes

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
+from quantkit.maths import gram as gram_file
 from quantkit.maths.gram import (
     EIGHT_BIT_COLUMNS,
     EIGHT_BIT_TOKENS,
@@ -124,6 +127,18 @@ def test_tokens_out_of_reach_that_are_not_huge_have_steps_of_their_own(monkeypat
         (gram.double() - far.T @ far - inputs[near].double().T @ inputs[near].double()) / size[:, None] / size
     ).abs()
     assert apart.diagonal().max() < 0.01 and apart.max() < 0.02
+
+
+def test_inputs_are_let_go_before_their_codes_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (part.clone().numpy() for part in _inputs(EIGHT_BIT_TOKENS).split(EIGHT_BIT_TOKENS // 2))
+    first[::50, 3] *= 100  # far out, and some of these huge
+    watched, held = weakref.ref(first), []
+    monkeypatch.setattr(gram_file, "add_gram", lambda *_, **__: held.append(watched() is not None))
+    accumulator = GramAccumulator(COLUMNS, CPU, eight_bit=True)
+    accumulator.add(torch.from_numpy(first))
+    del first
+    accumulator.add(torch.from_numpy(second))
+    assert held == [False]
 
 
 def _refused(self: GramAccumulator, rows: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fakes.families import SETTINGS, write_family
 from fakes.runs import quietly, same_but_for_the_manifest
-from quantkit import one_block, pipeline
+from quantkit import arena, one_block, pipeline
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
 from quantkit.memory import MemoryLimit
@@ -175,6 +175,27 @@ def test_what_rows_hold_has_room_where_they_wait(
     for path in (tmp_path / "6").iterdir():
         if path.name != "quantkit.json":
             assert path.read_bytes() == (tmp_path / "0" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("fit", [6, 2])
+def test_memory_from_the_arena_changes_no_byte(
+    fit: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 128)
+    monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: ARITHMETIC[2].values[0])
+    monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: fit)
+    lent: list[int] = []
+    take = arena.Arena.take
+    monkeypatch.setattr(arena.Arena, "take", lambda self, size: lent.append(size) or take(self, size))
+    make(tiny_llama, tmp_path / "small")
+    before = len(lent)
+    monkeypatch.setattr(arena, "SMALLEST_BYTES", 1)
+    make(tiny_llama, tmp_path / "all")
+    assert len(lent) > 10 * before
+    monkeypatch.setattr(arena, "_ARENA", None)
+    make(tiny_llama, tmp_path / "none")
+    same_but_for_the_manifest(tmp_path / "small", tmp_path / "all")
+    same_but_for_the_manifest(tmp_path / "none", tmp_path / "all")
 
 
 def test_rows_start_again_where_the_disk_has_no_room(

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import errno
+import gc
+import mmap
+import random
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from quantkit import arena
+from quantkit.arena import SMALLEST_BYTES, Arena, empty
+from quantkit.environment import rss_bytes
+
+PAGE = mmap.PAGESIZE
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere tensors come from torch")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Arena]:
+    """An arena of 64 MiB in the place of the process's own."""
+    made = Arena(64 << 20)
+    monkeypatch.setattr(arena, "_ARENA", made)
+    yield made
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int32, torch.uint8])
+def test_a_tensor_is_a_plain_one(fresh: Arena, dtype: torch.dtype) -> None:
+    tensor = empty((3, 300, 401), dtype)
+    assert tensor.shape == (3, 300, 401)
+    assert tensor.dtype == dtype
+    assert tensor.is_contiguous()
+    assert not tensor._is_view()
+    assert tensor.untyped_storage().nbytes() == 3 * 300 * 401 * dtype.itemsize
+    assert _address(tensor) % PAGE == 0
+    values = torch.arange(tensor.numel()).remainder(100).view(tensor.shape).to(dtype)
+    tensor.copy_(values)
+    assert torch.equal(tensor, values)
+
+
+def test_small_tensors_are_left_to_the_c_library(fresh: Arena) -> None:
+    empty((SMALLEST_BYTES // 4 - 1,))
+    assert not fresh._segments
+    empty((SMALLEST_BYTES // 4,))
+    assert len(fresh._segments) == 1
+
+
+def test_large_tensors_are_left_to_it_where_they_are_to_go_back(fresh: Arena) -> None:
+    arena.lend_below(1 << 20)
+    assert empty((1 << 18,)).numel() == 1 << 18
+    assert not fresh._segments
+    arena.lend_below()
+    kept = empty((1 << 18,))
+    assert len(fresh._segments) == 1
+    assert empty((20 << 20,)).numel() == 20 << 20, "more than a segment"
+    assert len(fresh._segments) == 1
+    del kept
+
+
+def test_a_tensor_on_another_device_is_torchs(fresh: Arena) -> None:
+    assert empty((1 << 20,), device=torch.device("meta")).is_meta
+    assert not fresh._segments
+
+
+def test_bytes_are_free_once_nothing_looks_at_them(fresh: Arena) -> None:
+    first = empty((1 << 18,))
+    where = _address(first)
+    row, numbers = first[5:7], first.numpy()
+    del first
+    assert _address(other := empty((1 << 18,))) != where, "a view looks at them"
+    del row, other
+    assert _address(other := empty((1 << 18,))) != where, "an array looks at them"
+    del numbers, other
+    assert _address(empty((1 << 18,))) == where
+
+
+def test_an_emptied_tensor_lets_go_of_its_bytes(fresh: Arena) -> None:
+    with torch.inference_mode():
+        held = empty((1 << 18,))
+        where = _address(held)
+        held.set_()  # type: ignore[call-overload]
+        assert _address(empty((1 << 18,))) == where
+
+
+def test_what_is_in_a_circle_is_free_once_it_is_collected(fresh: Arena) -> None:
+    circle: list[object] = [empty((1 << 18,))]
+    where = _address(circle[0])  # type: ignore[arg-type]
+    circle.append(circle)
+    del circle
+    gc.collect()
+    assert _address(empty((1 << 18,))) == where
+
+
+def test_free_neighbours_are_one_piece(fresh: Arena) -> None:
+    pieces = [empty((1 << 18,)) for _ in range(4)]
+    where = _address(pieces[0])
+    guard = empty((1 << 18,))
+    for at in (1, 3, 0, 2):  # alone, alone, before a free one, between two
+        pieces[at] = torch.empty(0)
+    assert _address(empty((4 << 18,))) == where
+    del guard
+
+
+def test_no_two_tensors_share_bytes(fresh: Arena) -> None:
+    chance = random.Random(0)
+    held: list[tuple[int, torch.Tensor]] = []
+    for step in range(2000):
+        if held and chance.random() < 0.5:
+            number, tensor = held.pop(chance.randrange(len(held)))
+            assert (tensor == number).all()
+        else:
+            tensor = empty((chance.randrange(1 << 17, 1 << 20),), torch.uint8).fill_(step % 251)
+            held.append((step % 251, tensor))
+    spans = sorted((_address(tensor), tensor.numel()) for _, tensor in held)
+    assert all(start + size <= behind for (start, size), (behind, _) in zip(spans, spans[1:], strict=False))
+    held.clear()
+    del tensor
+    assert len(fresh._segments) == 1
+    segment = fresh._segments[0]
+    segment.give_back()
+    assert (segment._starts, segment._ends) == ([0], [64 << 20])
+
+
+def test_another_segment_takes_what_the_first_has_no_room_for(fresh: Arena) -> None:
+    held = [empty((12 << 20,), torch.uint8) for _ in range(6)]  # five to a segment
+    assert len(fresh._segments) == 2
+    assert len({_address(tensor) for tensor in held}) == 6
+
+
+def test_where_no_addresses_are_lent_tensors_come_from_torch(fresh: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refused)
+    assert empty((1 << 18,)).fill_(1.0).sum() == 1 << 18
+
+
+def test_pages_of_what_is_free_go_back(fresh: Arena) -> None:
+    kept = empty((1 << 20,)).fill_(7.0)
+    free = empty((8 << 20,), torch.uint8).fill_(1)
+    behind = empty((1 << 20,)).fill_(8.0)
+    before = rss_bytes()
+    del free
+    assert before - rss_bytes() < 1 << 20, "pages stay for what comes next"
+    arena.give_back()
+    assert before - rss_bytes() > 7 << 20
+    assert (kept == 7.0).all()
+    assert (behind == 8.0).all()
+    assert not empty((8 << 20,), torch.uint8).any(), "pages that come again are empty"
+
+
+def test_threads_get_bytes_of_their_own(fresh: Arena) -> None:
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(300):
+            tensor = empty((1 << 17,), torch.uint8).fill_(number)
+            if not (tensor == number).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_arena_goes_when_nothing_is_left_of_it() -> None:
+    made = Arena(1 << 20)
+    lent = made.take(1 << 18)
+    watched = weakref.ref(made)
+    del made
+    gc.collect()
+    assert watched() is None
+    assert lent is not None
+    lent[0] = 1  # its bytes stay as long as they are looked at
