@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections import Counter
@@ -29,15 +28,15 @@ from quantkit.manifest import (
     Manifest,
     TensorRecord,
     file_record,
+    partial_path,
     read_manifest,
     write_manifest,
 )
 from quantkit.maths.ggml_export import BLOCK, HOLDERS, holding_type, to_blocks
 from quantkit.model.blocks import architecture_of
-from quantkit.output import check_space, no_space_explained
+from quantkit.output import check_file, check_space, no_space_explained
 from quantkit.progress import Progress
 from quantkit.tensors import CodebookBlocks, Grid, GroupTensor, Int8Rows, QuantizedTensor
-from quantkit.verbs import check_file
 
 SHOWN = 4
 """Problems that a message shows in full."""
@@ -64,10 +63,10 @@ def export(artifact: Path, out: Path, *, exact: bool, force: bool, progress: Pro
     VerificationError when the file read back does not decode to the artifact's weights; nothing is left behind then.
     """
     started = time.perf_counter()
+    _check_out(out, force=force)
     source = open_artifact(artifact)
     if source.format_name == "gguf":
         raise ModelError(f"{artifact}: is a GGUF file already", hint="expected a folder with quantized weights")
-    _check_out(out, force=force)
     plan = _plan(source, exact, progress)
     check_space(out, sum(info.size for info in tensor_table(source, plan.types).values()))
     with no_space_explained(out.parent), _beside(out) as folder:
@@ -86,12 +85,11 @@ def export(artifact: Path, out: Path, *, exact: bool, force: bool, progress: Pro
 
 
 def _check_out(out: Path, *, force: bool) -> None:
-    """Refuse an output that is no GGUF file's name, that exists, or whose folder has the manifest of something else."""
+    """Refuse an output that is no GGUF file's name, that exists or cannot be made, or whose folder has the manifest of
+    something else. Raises UsageError, ModelError for a manifest that is none."""
     if out.suffix != ".gguf":
         raise UsageError(f"{out}: expected the name of a file that ends in .gguf")
     check_file(out, force=force)
-    if out.parent.exists() and not out.parent.is_dir():
-        raise UsageError(f"{out.parent}: is a file; expected a folder, or a path that does not exist")
     known = read_manifest(out.parent) if out.parent.is_dir() else None
     files = {record.name for record in known.files} if known else set()
     if known is not None and files != {out.name}:
@@ -159,7 +157,7 @@ def _float_type(dtype: torch.dtype) -> str:
 def _beside(out: Path) -> Iterator[Path]:
     """A folder beside an output, on the same disk, that vanishes at the end."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = partial_path(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:

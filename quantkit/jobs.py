@@ -11,7 +11,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from quantkit.errors import ModelError, UsageError
-from quantkit.manifest import Manifest, write_atomic
+from quantkit.manifest import Manifest
 from quantkit.memory import NO_LIMIT, MemoryLimit
 from quantkit.progress import Progress
 from quantkit.quiet import collecting_only_new
@@ -87,12 +87,13 @@ def run(
     from quantkit.device import resolve_device
     from quantkit.gates.judge import judge, warnings
     from quantkit.memory import memory_limit
-    from quantkit.output import check_folder
+    from quantkit.output import check_file, check_folder, write_results
     from quantkit.recipe import load_suite, suite_recipes
 
     loaded = load_suite(suite, settings)
     folder = out or Path("reports") / loaded.name
     check_folder(folder)
+    check_file(folder / "results.json", force=True)
     memory = memory_limit(max_memory)
     target = resolve_device(device)
     source, _ = open_model(model, loaded.model.id, loaded.model.revision, suite)
@@ -109,7 +110,7 @@ def run(
             labels=[label for label, _, _ in outs],
         )
         results = results.model_copy(update={"gates": judge(results, loaded.gates)})
-        write_atomic(folder / "results.json", (results.model_dump_json(indent=2) + "\n").encode())
+        write_results(folder / "results.json", (results.model_dump_json(indent=2) + "\n").encode())
         report.rebuild([folder / "results.json"], folder)
         for path in (path for _, _, path in outs):
             fill_card(path, results)

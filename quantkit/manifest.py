@@ -126,9 +126,14 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ModelError(f"{path}: not a manifest that this version reads: {first}") from error
 
 
+def partial_path(path: Path) -> Path:
+    """Where this process makes what is to appear at `path` at once."""
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file's content at once: a reader sees the old or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = partial_path(path)
     try:
         with partial.open("wb") as stream:
             stream.write(content)

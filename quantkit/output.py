@@ -1,8 +1,9 @@
-"""Where artifacts go: refused before work starts when it would touch what a user had, or does not fit."""
+"""Where artifacts and results go: refused before work starts when it would touch what a user had, or does not fit."""
 
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,9 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quantkit.errors import DataError, UsageError
+from quantkit.manifest import partial_path, write_atomic
 from quantkit.place import partial_folder
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+RESULTS = re.compile(rb'\{\s*"schema_version"')
+"""How every file of results begins, whichever version wrote it."""
 
 
 def check_folder(out: Path) -> None:
@@ -34,8 +39,54 @@ def check_folder(out: Path) -> None:
     except (OSError, RuntimeError) as error:  # the latter of links in a circle, until Python 3.13
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             return  # how much is needed is said later
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{out}: no folder can be made in {where}: {reason}", hint="give another --out") from error
+        raise _unmade(out, "folder", where, error) from error
+
+
+def check_file(out: Path, *, force: bool) -> None:
+    """Refuse a path at which there can be no file, or at which there is one, unless `force` is set. Raises UsageError.
+
+    A file is made there on trial, or in the nearest folder that exists, and taken away.
+    """
+    where = out.parent
+    try:
+        if out.resolve().is_dir():
+            raise UsageError(f"{out}: is a folder; expected the name of a file")
+        where = _nearest(out.parent.resolve())
+        if not where.is_dir():
+            raise UsageError(f"{out}: {where} is a file; expected a folder", hint="name another place")
+        if out.exists() and not force:
+            raise UsageError(f"{out}: exists", hint="name another file, or give --force to replace it")
+        if out.exists() and not out.is_file():
+            raise UsageError(f"{out}: is a device or a pipe; expected the name of a file")
+        trial = where / partial_path(out).name
+        trial.touch()
+        trial.unlink()
+    except (OSError, RuntimeError) as error:
+        raise _unmade(out, "file", where, error) from error
+
+
+def check_results(out: Path, *, force: bool) -> None:
+    """Refuse a file for results as `check_file` does, and with `force` one that is there and holds none, even damaged
+    ones. Raises UsageError."""
+    check_file(out, force=force)
+    if out.exists() and out.stat().st_size and not RESULTS.match(_start(out)):
+        raise UsageError(
+            f"{out}: holds no results of quantkit, so it is not replaced", hint="move it away, or give another --out"
+        )
+
+
+def _start(path: Path) -> bytes:
+    """The first bytes of a file, none of one that may not be read."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(64)
+    except OSError:
+        return b""
+
+
+def _unmade(out: Path, what: str, where: Path, error: OSError | RuntimeError) -> UsageError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return UsageError(f"{out}: no {what} can be made in {where}: {reason}", hint="name another place")
 
 
 def check_output(out: Path, *, force: bool) -> None:
@@ -55,6 +106,23 @@ def check_space(folder: Path, needed_bytes: int) -> None:
             f"{folder}: needs about {needed_bytes / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free",
             hint="free some space or give --out on another disk",
         )
+
+
+def write_results(out: Path, content: bytes) -> None:
+    """Write a file that took long to get, with the folders on its way.
+
+    Raises DataError when the place cannot be written any more, and says where else the content is then.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, content)
+    except OSError as error:
+        kept = Path(tempfile.mkdtemp(prefix="quantkit-results-")) / out.name
+        kept.write_bytes(content)
+        raise DataError(
+            f"{out}: could not be written: {error.strerror}; the results are in {kept}",
+            hint="move them to a place of yours before that folder is cleared",
+        ) from error
 
 
 def _nearest(path: Path) -> Path:

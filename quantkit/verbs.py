@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.errors import DataError, ModelError, RecipeError, UsageError
+from quantkit.errors import DataError, ModelError, RecipeError
+from quantkit.output import check_file, check_results, write_results
 from quantkit.progress import Progress
 from quantkit.shipped import header_comment
 from quantkit.validation import suggestion
@@ -30,19 +31,18 @@ def bench(
     """Measure artifacts beside their baseline, and write the results to `out` when it is given.
 
     recipe: name or file of the recipe or suite whose `bench` section says what to measure; None is everything that
-    needs no network. Raises, before anything runs, UsageError when `out` exists without `force`, ModelError when an
-    artifact is missing.
+    needs no network. Raises, before anything is read or runs, UsageError when `out` cannot be written or exists
+    without `force`, ModelError when an artifact is missing.
     """
     missing = [str(path) for path in artifacts if not path.exists()]
     if missing:
         raise ModelError("\n".join(f"{path}: no such artifact" for path in missing), hint="quantkit quantize makes one")
     if out is not None:
-        check_file(out, force=force)
+        check_results(out, force=force)
     sections, name = _bench_sections(recipe)
 
     from quantkit.bench.runner import bench as measure
     from quantkit.device import resolve_device
-    from quantkit.manifest import write_atomic
 
     results = measure(
         list(artifacts),
@@ -53,8 +53,7 @@ def bench(
         progress=progress,
     )
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out, (results.model_dump_json(indent=2) + "\n").encode())
+        write_results(out, (results.model_dump_json(indent=2) + "\n").encode())
     return results
 
 
@@ -74,12 +73,11 @@ def compare(
     """Give a recipe's job to several engines, and write the figures to `out` when it is given.
 
     engines: names with commas between them; None is every engine that does the method. Raises UsageError, before
-    anything runs, when `out` exists without `force`.
+    anything is read or runs, when `out` cannot be written or exists without `force`.
     """
     if out is not None:
-        check_file(out, force=force)
+        check_results(out, force=force)
 
-    from quantkit.manifest import write_atomic
     from quantkit.reference.compare import compare as measure
 
     results = measure(
@@ -93,8 +91,7 @@ def compare(
         progress=progress,
     )
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out, (results.model_dump_json(indent=2) + "\n").encode())
+        write_results(out, (results.model_dump_json(indent=2) + "\n").encode())
     return results
 
 
@@ -136,14 +133,6 @@ def calibration_text(name: str) -> str:
     if name not in known:
         raise DataError(f'"{name}": no calibration set of that name; {suggestion(name, known)}')
     return known[name].read_text()
-
-
-def check_file(out: Path, *, force: bool) -> None:
-    """Refuse to write over what is there. Raises UsageError."""
-    if out.is_dir():
-        raise UsageError(f"{out}: is a folder; expected the name of a file")
-    if out.exists() and not force:
-        raise UsageError(f"{out}: exists", hint="give another --out, or --force to replace it")
 
 
 def build_calibration(

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from fakes.runs import quietly
+from quantkit import export as exporting
 from quantkit import jobs, unfinished
+from quantkit.cli import execute
 from quantkit.errors import DataError, ModelError, UsageError
 from quantkit.manifest import read_manifest
-from quantkit.output import check_folder, check_output, check_space
+from quantkit.output import check_file, check_folder, check_output, check_results, check_space, write_results
 from quantkit.place import partial_folder
 from quantkit.progress import Progress
 
@@ -170,3 +172,110 @@ def test_a_suite_without_room_on_the_disk_leaves_nothing(
             force=False, progress=Progress(quiet=True),
         )  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["suite.yaml"]
+
+
+NO_FILES = {
+    "file/r.gguf": "{}/file is a file; expected a folder",
+    "file/x/r.gguf": "{}/file is a file; expected a folder",
+    "/proc/r.gguf": "no file can be made in /proc: No such file or directory",
+    "/proc/x/r.gguf": "no file can be made in /proc: No such file or directory",
+    "a" * 255 + ".gguf": "no file can be made in .: File name too long",
+    "a" * 245 + ".gguf": "no file can be made in {}: File name too long",
+    "loop/r.gguf": "no file can be made in loop: Symlink loop",
+    "folder.gguf": "is a folder; expected the name of a file",
+    "link.gguf": "is a folder; expected the name of a file",
+    "old.gguf": "exists",
+}
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with what is in the way of NO_FILES."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "old.gguf").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "link.gguf").symlink_to("folder.gguf")
+    return tmp_path
+
+
+@pytest.mark.parametrize("out", NO_FILES)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "artifact"],
+        ["bench", "artifact", "--baseline", "model", "--out"],
+        ["compare", "recipe.yaml", "--out"],
+        ["calibration", "build", "pydoc", "--model", "model", "--out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_read(
+    command: list[str], out: str, places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (places / "artifact").mkdir()
+    monkeypatch.setattr(exporting, "open_artifact", None)
+    before = sorted(places.iterdir())
+    assert execute([*command, out]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {out}: {NO_FILES[out].format(places)}") and said.count("error: ") == 1
+    assert sorted(places.iterdir()) == before and (places / "old.gguf").read_text() == "mine"
+
+
+def test_a_file_is_taken_where_there_is_one_to_replace_or_none(places: Path) -> None:
+    before = sorted(places.iterdir())
+    for out in ("new", "new/a/b", "folder.gguf/../x", "link.gguf/x"):
+        check_file(Path(out), force=False)
+    check_file(Path("old.gguf"), force=True)
+    with pytest.raises(UsageError, match="x/..: is a folder"):
+        check_file(Path("x/.."), force=True)
+    with pytest.raises(UsageError, match="/dev/null: is a device or a pipe"):
+        check_file(Path("/dev/null"), force=True)
+    assert sorted(places.iterdir()) == before and (places / "old.gguf").read_text() == "mine"
+
+
+def test_only_results_are_replaced_by_results(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    for content, taken in (("", True), ('{\n  "schema_version": 0, "dam', True), ("mine", False), ('{"a": 1}', False)):
+        out.write_text(content)
+        with pytest.raises(UsageError, match="exists"):
+            check_results(out, force=False)
+        if taken:
+            check_results(out, force=True)
+        else:
+            with pytest.raises(UsageError, match="holds no results of quantkit, so it is not replaced"):
+                check_results(out, force=True)
+        assert out.read_text() == content
+
+
+@pytest.mark.parametrize("command", [["bench", "artifact", "--baseline", "model"], ["compare", "recipe.yaml"]])
+def test_a_users_file_is_not_replaced_by_results(
+    command: list[str], places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (places / "artifact").mkdir()
+    assert execute([*command, "--out", "old.gguf", "--force"]) == 2
+    assert "old.gguf: holds no results of quantkit, so it is not replaced" in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_written_any_more_are_kept_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    write_results(tmp_path / "new" / "a" / "r.json", b"figures")
+    assert (tmp_path / "new" / "a" / "r.json").read_bytes() == b"figures"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(
+        DataError, match=r"file/r\.json: could not be written: File exists; the results are in"
+    ) as caught:
+        write_results(tmp_path / "file" / "r.json", b"figures")
+    assert Path(caught.value.message.split()[-1]).read_bytes() == b"figures"
+
+
+def test_a_run_looks_at_the_place_of_its_results_before_the_model(tmp_path: Path) -> None:
+    (tmp_path / "out" / "results.json").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"results\.json: is a folder"):
+        jobs.run(
+            "demo", model="no-model", out=tmp_path / "out", settings=[], device="cpu", force=True,
+            progress=Progress(quiet=True),
+        )  # fmt: skip
