@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from quantkit.bench.process import WorkerFailed
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.progress import Progress, Tracker
-from quantkit.recipe import DivergenceBench, Recipe, load_recipe
+from quantkit.recipe import DivergenceBench, load_recipe
 from quantkit.reference.engines import OWN, REFERENCE_ENGINES, Request, chosen_engines
 from quantkit.reference.entries import Entry, Setting, own_entry, reference_entry, request_of
 from quantkit.reference.process import JobFailed, run_job
 from quantkit.reference.results import ComparisonResults, EngineRow, Figure
-from quantkit.reference.together import IDS_KEYS, check_engines, shared_calibration
+from quantkit.reference.together import IDS_KEYS, check_engines, shared_sections
 from quantkit.sections import CalibrationSection
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from quantkit.reference.quality import Judge
 
 EVALUATED = 16
-"""Held-out sequences, each as long as those of the calibration, where the recipe has no divergence bench of its own."""
+"""Held-out sequences, each as long as those of the calibration, where no recipe has a divergence bench."""
 
 FLOORED = ("gptq", "awq")
 """Methods whose time has a floor worth telling: the others do not calibrate."""
@@ -48,9 +48,9 @@ def compare(
     """Give the job of the first recipe to every engine; quantkit also does the further recipes, each a row.
 
     engines: names; None is quantkit and every engine that does the method. runs: of each; the first one's artifact is
-    measured. timeout_s: of one run. All rows calibrate on the same token ids; a recipe that asks for others is refused.
-    What an engine cannot do is a row with the reason. Raises RecipeError, UsageError, ModelError, DataError before
-    anything runs.
+    measured. timeout_s: of one run. All rows calibrate on the same token ids and are judged on the same text; a recipe
+    that asks for others is refused. What an engine cannot do is a row with the reason. Raises RecipeError, UsageError,
+    ModelError, DataError before anything runs.
     """
     import torch
 
@@ -67,13 +67,13 @@ def compare(
     request = request_of(recipes[0], first)
     names = _names(engines, request)
     check_engines(recipes, names)
-    section = shared_calibration(recipes, loaded, model)
+    section, held_out = shared_sections(recipes, loaded, model)
+    held_out = held_out or _held_out(first.calibration)
     target = resolve_device(device)
     source, model_name = open_model(model, first.model.id, first.model.revision, recipes[0])
     if source.kind != "safetensors" and set(names) != {"quantkit"}:
         raise UsageError(f"{source.path}: a {source.kind} model; the other engines read Hugging Face folders only")
     tokenizer = source.tokenizer_folder()
-    held_out = _held_out(first)
     wanted = CalibrationSection(set=held_out.set, sequences=held_out.sequences, length=held_out.length)
     text = load_calibration(wanted, tokenizer, "evaluation")
     calibration = load_calibration(section, tokenizer) if section is not None else None
@@ -131,12 +131,8 @@ def _names(engines: Sequence[str] | None, request: Request) -> list[str]:
     return [OWN, *able]
 
 
-def _held_out(recipe: Recipe) -> DivergenceBench:
-    """The text that artifacts are judged on: the recipe's own, else the held-out part of its calibration set."""
-    for section in recipe.bench:
-        if isinstance(section, DivergenceBench):
-            return section
-    calibration = recipe.calibration
+def _held_out(calibration: CalibrationSection) -> DivergenceBench:
+    """The held-out part of a calibration set, for recipes that name no text to judge by."""
     return DivergenceBench(set=calibration.set, sequences=EVALUATED, length=calibration.length)
 
 

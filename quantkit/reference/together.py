@@ -1,7 +1,9 @@
-"""What the recipes of one comparison have to have in common: quantkit to run them, one model, one calibration."""
+"""What the recipes of one comparison have in common: quantkit to run them, one model, one calibration, one text to be
+judged on."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -9,10 +11,13 @@ from typing import Any
 
 from quantkit.errors import RecipeError, UsageError
 from quantkit.reference.engines import OWN
-from quantkit.sections import CalibrationSection, Recipe, merge_override
+from quantkit.sections import CalibrationSection, DivergenceBench, Recipe, merge_override
 
 IDS_KEYS = ("set", "sequences", "length", "seed")
 """Keys of the calibration section that decide its token ids; how they are multiplied stays a recipe's own."""
+
+TEXT_KEYS = ("set", "sequences", "length")
+"""Keys of a divergence bench."""
 
 
 def check_engines(files: Sequence[str], engines: Sequence[str]) -> None:
@@ -25,11 +30,14 @@ def check_engines(files: Sequence[str], engines: Sequence[str]) -> None:
         )
 
 
-def shared_calibration(files: Sequence[str], recipes: Sequence[Recipe], model: str | None) -> CalibrationSection | None:
-    """The calibration of all recipes, that of the first that has use for one; None when none has.
+def shared_sections(
+    files: Sequence[str], recipes: Sequence[Recipe], model: str | None
+) -> tuple[CalibrationSection | None, DivergenceBench | None]:
+    """The calibration of all recipes, that of the first that has use for one, and their divergence bench, that of the
+    first that has one; None when none has.
 
     files: what messages call the recipes. model: of the command line, which goes before those of all recipes. Raises
-    RecipeError for every recipe that asks for another model or for other token ids than the first.
+    RecipeError for every recipe that asks for another model, other token ids or another text to be judged on.
     """
     problems: list[str] = []
     remedies: dict[str, None] = {}
@@ -40,11 +48,14 @@ def shared_calibration(files: Sequence[str], recipes: Sequence[Recipe], model: s
     calibrated = [(file, recipe) for file, recipe in zip(files, recipes, strict=True) if calibrates(recipe)]
     for file, recipe in calibrated[1:]:
         problems += _other_ids(file, recipe, *calibrated[0], remedies)
+    judged = [(file, found) for file, recipe in zip(files, recipes, strict=True) if (found := _divergence(recipe))]
+    for file, found in judged[1:]:
+        problems += _other_text(file, found, *judged[0], remedies)
     if problems:
         raise RecipeError.from_problems(
             problems, hint=f"make them the same, or give all of them {' '.join(remedies)}; or compare them one by one"
         )
-    return calibrated[0][1].calibration if calibrated else None
+    return calibrated[0][1].calibration if calibrated else None, judged[0][1] if judged else None
 
 
 def calibrates(recipe: Recipe) -> bool:
@@ -67,17 +78,34 @@ def _other_model(file: str, recipe: Recipe, first_file: str, first: Recipe, reme
 
 def _other_ids(file: str, recipe: Recipe, first_file: str, first: Recipe, remedies: dict[str, None]) -> list[str]:
     problems = []
-    for key in IDS_KEYS:
-        given, wanted = getattr(recipe.calibration, key), getattr(first.calibration, key)
-        same = _place(given) == _place(wanted) if key == "set" else given == wanted
-        if not same:
-            remedies[f"--set calibration.{key}={shlex.quote(str(wanted))}"] = None
-            problems.append(_problem(file, f"calibration.{key}", given, first_file, wanted))
+    for key, given, wanted in _differing(IDS_KEYS, recipe.calibration, first.calibration):
+        remedies[f"--set calibration.{key}={shlex.quote(str(wanted))}"] = None
+        problems.append(_problem(file, f"calibration.{key}", given, first_file, wanted))
     return problems
 
 
+def _divergence(recipe: Recipe) -> DivergenceBench | None:
+    return next((section for section in recipe.bench if isinstance(section, DivergenceBench)), None)
+
+
+def _other_text(
+    file: str, found: DivergenceBench, first_file: str, first: DivergenceBench, remedies: dict[str, None]
+) -> list[str]:
+    differing = _differing(TEXT_KEYS, found, first)
+    if differing:  # the whole list: a recipe without an entry of that name has no place for a key of it
+        setting = f"bench=[{json.dumps(first.model_dump(mode='json'))}]"
+        remedies[f"--set {shlex.quote(setting)}"] = None
+    return [_problem(file, f"bench.divergence.{key}", given, first_file, wanted) for key, given, wanted in differing]
+
+
+def _differing(keys: Sequence[str], one: Any, other: Any) -> list[tuple[str, Any, Any]]:
+    """The keys whose values differ between two sections, with both values."""
+    pairs = [(key, getattr(one, key), getattr(other, key)) for key in keys]
+    return [(key, a, b) for key, a, b in pairs if (_place(a) != _place(b) if key == "set" else a != b)]
+
+
 def _problem(file: str, key: str, given: Any, first_file: str, wanted: Any) -> str:
-    what = "model" if key.startswith("model") else "calibration"
+    what = {"model": "model", "calibration": "calibration", "bench": "text to judge by"}[key.split(".")[0]]
     return f"{file}: {key}: found {given}, expected {wanted} as in {first_file}: a comparison has one {what}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,14 @@ def test_recipes_that_ask_for_different_things_are_refused(
     assert f"{other}: calibration.sequences: found 3, expected 4 as in {recipe}" in capsys.readouterr().err
     # a setting of the command line is for all of them: the next thing that is wrong is said
     assert execute([*command, "--set", "calibration.sequences=4", "--set", "calibration.set=gone"]) == 3
+    assert "gone" in capsys.readouterr().err
+    other.write_text(RECIPE.replace("sequences: 2", "sequences: 3"))
+    assert execute(command) == 2
+    said = capsys.readouterr().err
+    assert f"{other}: bench.divergence.sequences: found 3, expected 2 as in {recipe}" in said
+    remedy = next(word for word in shlex.split(said.split("hint: ")[1]) if word.startswith("bench=")).rstrip(";")
+    # what the hint says mends it: the next thing that is wrong is said, also beside a recipe without a bench
+    assert execute([*command, "nf4", "--set", remedy, "--set", "calibration.set=gone"]) == 3
     assert "gone" in capsys.readouterr().err
     assert execute(["compare", recipe, "nf4", "--engines", "auto-gptq", "--model", str(tiny_llama)]) == 2
     assert "--engines auto-gptq: nothing would run nf4" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from quantkit.errors import RecipeError, UsageError
 from quantkit.recipe import Recipe, load_recipe
-from quantkit.reference.together import calibrates, check_engines, shared_calibration
+from quantkit.reference.together import calibrates, check_engines, shared_sections
 
 ROOT = Path(__file__).resolve().parents[2]
 GPTQ = {"name": "gptq", "bits": 4, "group_size": 32}
@@ -23,13 +24,13 @@ def _recipe(method: object = GPTQ, model: dict[str, Any] | None = None, **calibr
 
 def _refused(*recipes: Recipe, model: str | None = None) -> tuple[list[str], str]:
     with pytest.raises(RecipeError) as caught:
-        shared_calibration(FILES, recipes, model)
+        shared_sections(FILES[: len(recipes)], recipes, model)
     assert caught.value.hint is not None
     return caught.value.message.split("\n"), caught.value.hint
 
 
 def _shared(*recipes: Recipe, model: str | None = None) -> Any:
-    return shared_calibration(FILES[: len(recipes)], recipes, model)
+    return shared_sections(FILES[: len(recipes)], recipes, model)[0]
 
 
 def test_recipes_may_differ_in_all_but_the_token_ids() -> None:
@@ -40,7 +41,7 @@ def test_recipes_may_differ_in_all_but_the_token_ids() -> None:
 
 def test_the_committed_comparisons_can_be_run() -> None:
     files = sorted(str(path) for path in (ROOT / "benchmarks").glob("compare_*.yaml"))
-    assert len(files) > 5 and shared_calibration(files, [load_recipe(file) for file in files], None)
+    assert len(files) > 5 and all(shared_sections(files, [load_recipe(file) for file in files], None))
 
 
 def test_every_key_of_every_recipe_that_asks_for_other_ids_is_named() -> None:
@@ -83,6 +84,28 @@ def test_another_model_is_refused_unless_the_command_line_names_one() -> None:
     problems, hint = _refused(one, _recipe(model={"id": "me/one", "revision": "v2"}), one)
     assert problems == ["p2.yaml: model.revision: found v2, expected main as in p1.yaml: a comparison has one model"]
     assert "--set model.revision=main" in hint
+
+
+def _judged(recipe: Recipe, *sections: dict[str, Any]) -> Recipe:
+    return Recipe.model_validate(recipe.model_dump(exclude={"format"}) | {"bench": sections})
+
+
+def test_a_comparison_has_one_text_to_judge_by() -> None:
+    text = {"name": "divergence", "set": "texts/a.txt", "sequences": 4, "length": 64}
+    plain, first = _recipe(), _judged(_recipe(), text)
+    same = _judged(_recipe({"name": "nf4"}), {"name": "memory"}, text | {"set": "./texts//a.txt"})
+    found = shared_sections(FILES, [plain, first, same], None)[1]
+    assert found is not None and found.model_dump() == text, "that of the first recipe that has one"
+    assert shared_sections(FILES, [plain, plain, _judged(plain, {"name": "memory"})], None)[1] is None
+    other = _judged(_recipe(sequences=16), text | {"sequences": 8, "set": "my b.txt"})
+    problems, hint = _refused(plain, first, other)
+    assert problems == [
+        "p3.yaml: calibration.sequences: found 16, expected 96 as in p1.yaml: a comparison has one calibration",
+        "p3.yaml: bench.divergence.set: found my b.txt, expected texts/a.txt as in p2.yaml: a comparison has one text "
+        "to judge by",
+        "p3.yaml: bench.divergence.sequences: found 8, expected 4 as in p2.yaml: a comparison has one text to judge by",
+    ]
+    assert f"--set 'bench=[{json.dumps(text)}]'" in hint
 
 
 def test_further_recipes_need_quantkit_among_the_engines() -> None:
