@@ -98,9 +98,14 @@ def check_output(out: Path, *, force: bool) -> None:
         )
 
 
+def free_bytes(folder: Path) -> int:
+    """Of the disk that holds a folder, or will when it is made."""
+    return shutil.disk_usage(_nearest(folder.resolve())).free
+
+
 def check_space(folder: Path, needed_bytes: int) -> None:
     """Raises DataError when the disk that holds `folder` has less than `needed_bytes` free."""
-    free = shutil.disk_usage(_nearest(folder.resolve())).free
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise DataError(
             f"{folder}: needs about {needed_bytes / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 
 from quantkit.formats.base import LinearPlan
 from quantkit.formats.gguf_types import substitutes_of
 from quantkit.memory import MemoryLimit
 from quantkit.model.blocks import architecture_of
+from quantkit.model.scratch import SPARE_BYTES
 from quantkit.model.source import Source
+from quantkit.output import free_bytes
 from quantkit.plan import unmatched
 from quantkit.planning.shapes import Work
 from quantkit.recipe import Recipe
@@ -49,6 +52,18 @@ def over_limit(limit: MemoryLimit, peak_bytes: int) -> list[str]:
     return [
         f"memory: the limit of {limit.limit_bytes / 1e6:.0f} MB is less than what cannot be spilled, about "
         f"{peak_bytes / 1e6:.0f} MB; the run goes over it"
+    ]
+
+
+def short_disk(folder: Path, artifact_bytes: int, scratch_bytes: int) -> list[str]:
+    """That rows which are to wait in a scratch file beside an artifact in `folder` start again, for want of room."""
+    free, needed = free_bytes(folder), artifact_bytes + scratch_bytes + SPARE_BYTES
+    if free >= needed:
+        return []
+    return [
+        f"disk: that of {folder} has {free / 1e6:.0f} MB free; with less than {needed / 1e6:.0f} MB, rows that are to "
+        "wait in a file may start again instead, which takes longer than said here: free some, or give quantize an "
+        "--out on another disk"
     ]
 
 

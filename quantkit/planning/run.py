@@ -20,7 +20,7 @@ from quantkit.model.source import Source
 from quantkit.plan import check_length, given_importance, plan_linears, problems_of_plans
 from quantkit.planning import memory as memory_model
 from quantkit.planning import times as time_model
-from quantkit.planning.cautions import cautions_of, over_limit
+from quantkit.planning.cautions import cautions_of, over_limit, short_disk
 from quantkit.planning.document import ArtifactForecast, Disk, Memory, PlanDocument, PlannedModel, Time
 from quantkit.planning.memory import memory_of
 from quantkit.planning.probe import probe
@@ -126,8 +126,10 @@ def _forecasts(
     peak = memory_of(work, device, room, limited=limited, device_room_bytes=device_room)
     took = time_of(work, plans, probe(device.type, again=probe_again), written, peak.filed_bytes, peak.again)
     remote = isinstance(source, HeaderSource) and source.hub_id is not None
+    # where quantize writes unless told
+    told = short_disk(Path.cwd() / "artifacts", written, peak.scratch_bytes) if peak.filed_bytes else []
     return {
-        "cautions": over_limit(limit, peak.peak_rss_bytes) + cautions_of(recipe, source, plans, work),
+        "cautions": over_limit(limit, peak.peak_rss_bytes) + told + cautions_of(recipe, source, plans, work),
         "artifact": ArtifactForecast(
             tensor_bytes=layout.total_bytes,
             weight_file_bytes=file_bytes,

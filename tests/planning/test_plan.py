@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
 from conftest import write_tiny_llama
 from quantkit.cli import execute
+from quantkit.model.scratch import SPARE_BYTES
 from quantkit.planning.document import PlanDocument
 from quantkit.planning.run import plan
 from quantkit.planning.text import text
@@ -98,6 +101,25 @@ def test_hidden_states_go_to_scratch_when_memory_is_short(odd: Path) -> None:
     assert held.time.parts_s.pop("scratch file") > 0 and held.time.parts_s == free.time.parts_s
     roomy = make("gptq-4bit-g64", odd, *settings, max_memory="1TB")
     assert roomy.time and roomy.time.parts_s == free.time.parts_s
+
+
+def test_a_disk_without_room_for_waiting_rows_is_told(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cautions(free: int, *settings: str) -> list[str]:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
+        held = make("gptq-4bit-g64", odd, "calibration.sequences=512", *settings, max_memory="100MB")
+        assert held.disk and held.disk.scratch_bytes > 0
+        needed.append(held.disk.artifact_bytes + held.disk.scratch_bytes + SPARE_BYTES)
+        return [line for line in held.cautions if line.startswith("disk: ")]
+
+    needed: list[int] = []
+    assert not cautions(10**15) and not cautions(needed[0])
+    (line,) = cautions(needed[0] - 1)
+    assert (
+        f"{Path.cwd()}/artifacts has {needed[0] / 1e6:.0f} MB free" in line
+        and "rows that are to wait in a file" in line
+    )
+    assert not cautions(0, "method.propagate=unquantized"), "no rows wait there"
 
 
 def test_more_text_takes_longer_and_more_memory(odd: Path) -> None:
