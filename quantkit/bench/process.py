@@ -15,6 +15,7 @@ from typing import IO
 from pydantic import ValidationError
 
 from quantkit.bench.worker import Answer, Job
+from quantkit.family import Family
 from quantkit.progress import Tracker
 from quantkit.validation import in_one_line
 
@@ -24,14 +25,18 @@ class WorkerFailed(Exception):  # noqa: N818  # carries the reason for a missing
 
 
 def run_worker(job: Job, timeout_s: float, tracker: Tracker | None = None) -> Answer:
-    """Run a job in a process of its own. Raises WorkerFailed with the last thing it said when it gives no answer."""
+    """Run a job in a process of its own, which ends with all it started.
+
+    Raises WorkerFailed with the last thing it said when it gives no answer.
+    """
     with tempfile.TemporaryDirectory(prefix="job-", dir=job.scratch) as folder:
         files = [Path(folder) / name for name in ("job.json", "out.json", "log.txt")]
         files[0].write_text(job.model_dump_json())
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # what this process imports from
         # numba starts as many threads as there are cores otherwise, and changes torch's number with its own
         threads = {"OMP_NUM_THREADS": str(job.threads), "NUMBA_NUM_THREADS": str(job.threads)}
-        environment = os.environ | threads | {"PYTHONPATH": path}
+        family = Family()
+        environment = os.environ | threads | {"PYTHONPATH": path} | family.environment
         if job.offline:
             environment["HF_HUB_OFFLINE"] = "1"
         # -P: a folder named like a package where the user stands must not be imported in its stead
@@ -42,13 +47,13 @@ def run_worker(job: Job, timeout_s: float, tracker: Tracker | None = None) -> An
         reader = threading.Thread(target=_follow, args=(process.stdout, tracker), daemon=True)
         reader.start()
         try:
+            family.begin(process.pid)
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired as error:
             raise WorkerFailed(f"stopped after {timeout_s:.0f} s without an answer") from error
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            family.end()
+            process.wait()
             reader.join(5)
         if code != 0 or not files[1].is_file():
             raise WorkerFailed(how_it_ended(code, files[2].read_text(errors="replace")))

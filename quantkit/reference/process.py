@@ -16,8 +16,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from quantkit.bench.process import how_it_ended
+from quantkit.family import Family
 from quantkit.progress import Tracker
-from quantkit.reference.family import Family
 from quantkit.reference.results import Cost
 from quantkit.validation import in_one_line
 

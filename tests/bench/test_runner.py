@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -72,6 +77,38 @@ def test_a_worker_that_fails_says_how(tmp_path: Path) -> None:
 def test_a_worker_that_takes_too_long_is_ended(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed, match="stopped after 0 s without an answer"):
         run_worker(_job(tiny_llama, "baseline", tmp_path), 0.05)
+
+
+@pytest.mark.parametrize("end", ["a time limit", "an interruption", "no answer"])
+def test_what_a_worker_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """In a session of its own, where no signal to the worker's group reaches it."""
+    started = tmp_path / "started"
+    text = (
+        "import os, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+        f"open({str(started)!r}, 'w').write(str(child.pid))\n"
+    )
+    text += {
+        "a time limit": "time.sleep(60)",
+        "an interruption": f"os.kill({os.getpid()}, 2); time.sleep(60)",
+        "no answer": "",
+    }[end]
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(text)}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(KeyboardInterrupt if end == "an interruption" else WorkerFailed):
+        run_worker(_job(tmp_path, "baseline", tmp_path), 5)
+    child = int(started.read_text())
+    try:
+        for _ in range(100):
+            if not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+                return
+            time.sleep(0.1)
+        pytest.fail("it goes on")
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, 9)
 
 
 @pytest.mark.parametrize(

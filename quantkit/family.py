@@ -23,6 +23,7 @@ class Family:
     def __init__(self) -> None:
         self._mark = secrets.token_hex(16)
         self._first: psutil.Process | None = None
+        self._leads = False  # the first one, a process group of its own
         self._known: set[psutil.Process] = set()
 
     @property
@@ -33,6 +34,8 @@ class Family:
     def begin(self, pid: int) -> None:
         """Say which process is the first: a child of this one that nobody has waited for yet."""
         self._first = psutil.Process(pid)
+        with suppress(ProcessLookupError):
+            self._leads = os.getpgid(pid) == pid
         self._known = {self._first}
 
     def look(self) -> None:
@@ -64,10 +67,10 @@ class Family:
                     with suppress(psutil.Error):
                         process.suspend()
         finally:
-            if self._first is not None:
+            if self._first is not None and self._leads:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._first.pid, signal.SIGKILL)
-            for process in met:
+            for process in met | self._known:  # the first one in any case, also when this is interrupted
                 with suppress(psutil.Error):
                     process.kill()
 

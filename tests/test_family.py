@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from quantkit.reference.family import Family
+from quantkit.family import Family
 
 SLEEPER = "import time; time.sleep(60)"
 
