@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import math
 import mmap
+import resource
 import sys
 import weakref
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,59 +32,69 @@ SMALLEST_BYTES = 128 << 10
 SEGMENT_BYTES = 1 << 30
 """Addresses that are asked for at once; those that were never written to take no memory."""
 
-CPU = torch.device("cpu")
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+"""Of Linux: 2 where addresses are lent against memory that there is."""
+
+class _Lent(weakref.ref):
+    """What is lent: its owner, and the piece of addresses that is free once that is gone."""
+
+    __slots__ = ("piece",)
+
+    piece: tuple[int, int]
 
 
 class Segment:
-    """A stretch of addresses, and what of it is free. Raises OSError when the system lends none."""
+    """A stretch of addresses, and what of it is free. Raises OSError when the system lends none.
+
+    An interrupt may come between any two steps. So what is free changes in one: at worst a piece is never lent again.
+    """
 
     def __init__(self, size: int):
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._starts, self._ends = [0], [size]  # of free pieces, in order
+        self._free = [(0, size)]  # in order, no two of them neighbours
         self._touched = 0  # what lies behind was not lent since its pages were given back
-        self._freed: deque[tuple[int, int]] = deque()
+        self._lent: dict[int, _Lent] = {}
+        self._gone: deque[_Lent] = deque()
 
     def take(self, size: int) -> memoryview | None:
         """The first free bytes, so many, which are free again once nothing looks at them; None where there are none."""
         length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._join_freed()
-        for place, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
+        self._join_gone()
+        for place, (start, end) in enumerate(self._free):
             if end - start >= length:
-                self._starts[place] += length
-                if end - start == length:
-                    del self._starts[place], self._ends[place]
+                self._free[place : place + 1] = [(start + length, end)] if end - start > length else []
                 self._touched = max(self._touched, start + length)
-                return self._lent(start, size, (start, start + length))
+                return self._lend(start, size, start + length)
         return None
 
-    def _lent(self, start: int, size: int, piece: tuple[int, int]) -> memoryview:
+    def _lend(self, start: int, size: int, end: int) -> memoryview:
         owner: NDArray[np.uint8] = np.ndarray(size, np.uint8, self._map, start)
-        # the garbage collector may call this anywhere, so it does no more than that
-        weakref.finalize(owner, self._freed.append, piece).atexit = False
+        # not a function of Python's: the garbage collector may call it anywhere, and an interrupt in it would be lost
+        lent = _Lent(owner, self._gone.append)
+        lent.piece = (start, end)
+        self._lent[start] = lent
         return owner.data
 
-    def _join_freed(self) -> None:
+    def _join_gone(self) -> None:
         """Make pieces that nothing looks at any more free, one with free neighbours."""
-        while self._freed:
-            start, end = self._freed.popleft()
-            place = bisect_left(self._starts, start)
-            if place < len(self._starts) and self._starts[place] == end:
-                end = self._ends.pop(place)
-                del self._starts[place]
-            if place and self._ends[place - 1] == start:
-                self._ends[place - 1] = end
-            else:
-                self._starts.insert(place, start)
-                self._ends.insert(place, end)
+        while self._gone:
+            start, end = self._gone.popleft().piece
+            del self._lent[start]
+            first = last = bisect_left(self._free, (start, end))
+            if last < len(self._free) and self._free[last][0] == end:
+                end, last = self._free[last][1], last + 1
+            if first and self._free[first - 1][1] == start:
+                start, first = self._free[first - 1][0], first - 1
+            self._free[first:last] = [(start, end)]
 
     def give_back(self) -> None:
         """Let the system have the pages of what is free."""
-        self._join_freed()
-        for start, end in zip(self._starts, self._ends, strict=True):
+        self._join_gone()
+        for start, end in self._free:
             if start < self._touched:
                 self._map.madvise(mmap.MADV_DONTNEED, start, min(end, self._touched) - start)
-        if self._ends and self._ends[-1] >= self._touched:
-            self._touched = min(self._touched, self._starts[-1])
+        if self._free and self._free[-1][1] >= self._touched:
+            self._touched = min(self._touched, self._free[-1][0])
 
 
 class Arena:
@@ -113,19 +127,42 @@ class Arena:
                 segment.give_back()
 
 
-_ARENA = Arena() if sys.platform == "linux" else None  # elsewhere free pages stay, or addresses count as memory
+def _arena() -> Arena | None:
+    """None where addresses count as memory that is held: under `ulimit -v`, where the kernel lends no more than it has,
+    and on systems other than Linux."""
+    if sys.platform != "linux" or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return None
+    with suppress(OSError):
+        if OVERCOMMIT.read_text().strip() == "2":
+            return None
+    return Arena()
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
-    """A tensor that holds anything, in one piece: from the arena on a CPU, from torch, which has its own, elsewhere."""
+_ARENA = _arena()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor on the CPU that holds anything, in one piece, as compiled loops write to. What may run on another device
+    takes `empty_on`."""
+    return _empty(shape, dtype)
+
+
+def empty_on(device: torch.device, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same on any device; torch has an arena of its own on others than the CPU."""
+    return _empty(shape, dtype, device=device)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, **where: Any) -> Tensor:
+    """where: the device, unless it is torch's own choice, which is the CPU."""
     size = math.prod(shape) * dtype.itemsize
-    if _ARENA is not None and device.type == "cpu" and size >= SMALLEST_BYTES:
+    if _ARENA is not None and size >= SMALLEST_BYTES and ("device" not in where or where["device"].type == "cpu"):
         lent = _ARENA.take(size)
         if lent is not None:
-            made = torch.empty(0, dtype=dtype)  # frombuffer's, in this shape, would be a view of another tensor
-            made.set_(torch.frombuffer(lent, dtype=dtype).untyped_storage(), 0, torch.Size(shape))  # type: ignore[call-overload]
+            storage = torch.frombuffer(lent, dtype=dtype).untyped_storage()
+            made = torch.empty(0, dtype=dtype, **where)  # a reshaped buffer would be a view of another tensor
+            made.set_(storage, 0, torch.Size(shape))  # type: ignore[call-overload]
             return made
-    return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return torch.empty(tuple(shape), dtype=dtype, **where)
 
 
 def lend_below(size: int = SEGMENT_BYTES) -> None:

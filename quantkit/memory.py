@@ -56,7 +56,7 @@ def map_large_memory() -> None:
 
 
 def keep_freed_memory(columns: int = 0) -> None:
-    """Have the C library keep what is freed for what is allocated next, where it is glibc.
+    """Have what is freed kept for what is allocated next, by the arena and by the C library, where it is glibc.
 
     Otherwise blocks of several megabytes come from the system and go back to it each time, and a page that it gives
     takes longer (0.5 to 2 microseconds for 4 KB) than most of what is done with it. columns: of the hidden states that
@@ -94,8 +94,8 @@ def trim() -> float:
 
 
 class FreedMemory:
-    """Gives freed memory back to the system now and then: the pieces that the C library keeps between the ones in use
-    grow with every block of a model, though nothing more is in use.
+    """Gives freed memory back to the system now and then, the arena's and the C library's: the pieces that the latter
+    keeps between the ones in use grow with every block of a model, though nothing more is in use.
 
     sparing: give it back only where the process would else hold more than ever, and only when `SHARE` of the time since
     it was done last pays for that; else whenever it is called for.

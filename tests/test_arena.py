@@ -4,16 +4,20 @@ import errno
 import gc
 import mmap
 import random
+import resource
+import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from quantkit import arena
-from quantkit.arena import SMALLEST_BYTES, Arena, empty
+from quantkit.arena import SMALLEST_BYTES, Arena, Segment, empty, empty_on
 from quantkit.environment import rss_bytes
 
 PAGE = mmap.PAGESIZE
@@ -67,7 +71,7 @@ def test_large_tensors_are_left_to_it_where_they_are_to_go_back(fresh: Arena) ->
 
 
 def test_a_tensor_on_another_device_is_torchs(fresh: Arena) -> None:
-    assert empty((1 << 20,), device=torch.device("meta")).is_meta
+    assert empty_on(torch.device("meta"), (1 << 20,)).is_meta
     assert not fresh._segments
 
 
@@ -127,7 +131,7 @@ def test_no_two_tensors_share_bytes(fresh: Arena) -> None:
     assert len(fresh._segments) == 1
     segment = fresh._segments[0]
     segment.give_back()
-    assert (segment._starts, segment._ends) == ([0], [64 << 20])
+    assert segment._free == [(0, 64 << 20)] and not segment._lent
 
 
 def test_another_segment_takes_what_the_first_has_no_room_for(fresh: Arena) -> None:
@@ -158,21 +162,88 @@ def test_pages_of_what_is_free_go_back(fresh: Arena) -> None:
     assert not empty((8 << 20,), torch.uint8).any(), "pages that come again are empty"
 
 
-def test_threads_get_bytes_of_their_own(fresh: Arena) -> None:
-    wrong: list[int] = []
+def test_threads_take_turns(fresh: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most = [0], [0]
+    take = Segment.take
 
-    def work(number: int) -> None:
-        for _ in range(300):
-            tensor = empty((1 << 17,), torch.uint8).fill_(number)
-            if not (tensor == number).all():
-                wrong.append(number)
+    def slow(self: Segment, size: int) -> memoryview | None:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.01)  # the others come here meanwhile
+        found = take(self, size)
+        inside[0] -= 1
+        return found
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    monkeypatch.setattr(Segment, "take", slow)
+    threads = [threading.Thread(target=empty, args=((1 << 18,),)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert most == [1]
+
+
+class _Interrupt(Exception):
+    pass
+
+
+def test_an_interrupt_at_any_time_loses_a_piece_at_most(fresh: Arena) -> None:
+    def interrupted(*_: object) -> None:
+        raise _Interrupt
+
+    before = signal.signal(signal.SIGALRM, interrupted)
+    held: list[tuple[int, torch.Tensor]] = []
+    chance = random.Random(0)
+    came = 0
+    try:
+        while came < 300:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 0.0005))
+                while True:
+                    made = empty((chance.randrange(1 << 17, 1 << 19),), torch.uint8)
+                    if len(held) == 8:
+                        held.pop(chance.randrange(8))
+                    held.append((0, made))
+            except _Interrupt:
+                came += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            held = [(number, tensor.fill_(number)) for number, (_, tensor) in enumerate(held)]
+            assert all((tensor == number).all() for number, tensor in held), "two have the same bytes"
+            for segment in fresh._segments:
+                ends = [end for _, end in segment._free]
+                assert all(end < start for end, (start, _) in zip(ends, segment._free[1:], strict=False))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    ("system", "limit", "overcommit", "there"),
+    [
+        ("linux", resource.RLIM_INFINITY, "0", True),
+        ("linux", resource.RLIM_INFINITY, "1", True),
+        ("linux", resource.RLIM_INFINITY, None, True),
+        ("linux", resource.RLIM_INFINITY, "2", False),
+        ("linux", 8 << 30, "0", False),
+        ("darwin", resource.RLIM_INFINITY, "0", False),
+    ],
+)
+def test_there_is_none_where_addresses_count_as_memory(
+    system: str, limit: int, overcommit: str | None, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if overcommit is not None:
+        (tmp_path / "overcommit").write_text(f"{overcommit}\n")
+    monkeypatch.setattr(arena, "OVERCOMMIT", tmp_path / "overcommit")
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert (arena._arena() is not None) == there
+
+
+def test_without_one_tensors_come_from_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "_ARENA", None)
+    arena.lend_below(1 << 20)
+    arena.give_back()
+    assert empty((1 << 18,)).fill_(2.0).sum() == 2 << 18
 
 
 def test_an_arena_goes_when_nothing_is_left_of_it() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from quantkit.model import eight_bit
 from quantkit.model.blocks import LinearGroup
 from quantkit.model.eight_bit import EightBitLinear
 from quantkit.model.forward import BlockRunner
+from quantkit.model.room import BlockSizes
 from quantkit.model.waiting import Rows
 from quantkit.tensors import GroupTensor
 
@@ -180,18 +180,26 @@ def test_no_gram_matrix_is_held_while_rounded_weights_are_assigned(
     assert behind == 8, "two blocks of four groups"
 
 
-def test_freed_memory_goes_back_before_each_rounding_under_a_limit(
+def test_freed_memory_goes_back_before_and_behind_each_rounding_under_a_limit(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    round_group = CalibratedBlock.round
 
-    def note_round(self: CalibratedBlock, *args: Any) -> Any:
-        done.append("round")
-        return round_group(self, *args)
+    def noted(owner: type, name: str) -> None:
+        own = getattr(owner, name)
 
+        def note(*args: Any) -> Any:
+            done.append(name)
+            return own(*args)
+
+        monkeypatch.setattr(owner, name, note)
+
+    noted(CalibratedBlock, "round")
+    noted(BlockRunner, "assign_rounded")
+    noted(BlockSizes, "rounding_bytes")
     monkeypatch.setattr(memory, "trim", lambda: done.append("trim") or 0.0)
-    monkeypatch.setattr(CalibratedBlock, "round", note_round)
     small = ["calibration.sequences=6", "calibration.length=64", "method.propagate=quantized"]
     quietly("gptq-4bit-g64-plain", tiny_llama, tmp_path / "out", small, max_memory="3GB")
-    assert [before for before, now in pairwise(done) if now == "round"] == ["trim"] * 8
+    each = ["rounding_bytes", "trim", "round", "assign_rounded", "trim"]
+    places = [at for at, name in enumerate(done) if name == "round"]
+    assert [done[at - 2 : at + 3] for at in places] == [each] * 8

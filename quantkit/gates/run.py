@@ -12,6 +12,7 @@ from quantkit.errors import UsageError
 from quantkit.gates.judge import judge
 from quantkit.gates.outcome import GateOutcome
 from quantkit.gates.outputs import append_summary, summary_path, write_junit
+from quantkit.output import check_file
 from quantkit.sections import GateSection
 
 
@@ -19,10 +20,12 @@ def gate(results: Path, bars: Mapping[str, Any], *, junit: Path | None, github_s
     """Judge a results file, and leave the outcomes where they are asked for.
 
     bars: keys of a GateSection. Without a bar the outcomes are those that `run` left in the file. Raises UsageError for
-    a bar that is none, or when there are none, DataError for what is no results file.
+    a bar that is none, when there are none, or when `junit` cannot be written, DataError for what is no results file.
     """
     from quantkit.report import load
 
+    if junit is not None:
+        check_file(junit, force=True)
     try:
         section = GateSection.model_validate(bars)
     except ValidationError as error:

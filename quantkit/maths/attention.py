@@ -37,16 +37,18 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     values = value.reshape(batch * groups, length, value.shape[-1])
     gathered = empty((batch, length, groups, shared, values.shape[-1]), value.dtype)
     chunk = min(CHUNK, length)
-    room = empty((batch * heads * chunk * length,))  # taken once, since fresh pages cost as much as the product
+    room = empty((batch * heads * chunk * length,))  # for the largest chunk, and all before it
     weights_room = empty(room.shape, value.dtype)
     for first in range(0, length, chunk):
         end = min(first + chunk, length)
         wide = (batch * groups, shared * (end - first), end)
         count = wide[0] * wide[1] * end
         scores, weights = room[:count].view(wide), weights_room[:count].view(wide)
-        asking = empty((batch, groups, shared, end - first, width)).copy_(queries[:, :, :, first:end])
+        asking = queries[:, :, :, first:end]
+        if shared > 1:  # else they lie in one piece for each head
+            asking = empty(asking.shape).copy_(asking)
         with rounding_allowed() if value.dtype == torch.bfloat16 else nullcontext():
-            torch.bmm(asking.view(*wide[:2], width), keys[:, :, :end], out=scores)
+            torch.bmm(asking.reshape(*wide[:2], width), keys[:, :, :end], out=scores)
         rows = (batch * heads, end - first, end)
         causal_softmax(bands_of(*rows[:2]), scores.view(rows).numpy(), first, scale, writable(weights.view(rows)))
         found = empty((*wide[:2], values.shape[-1]), value.dtype)

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantkit.arena import empty
+from quantkit.arena import empty, empty_on
 from quantkit.maths.gram_factor import GramFactor
 from quantkit.maths.order import reordered
 from quantkit.maths.products import product_bands, times_transposed
@@ -63,8 +63,8 @@ def _compensated_rows(weight: Tensor, factor: GramFactor, round_block: Callable[
     """Codes of some rows in the order of rounding: uint8 [rows, in]."""
     columns, order = weight.shape[1], factor.order
     # the weight itself is brought to that order a block at a time, so that no copy of it is held
-    codes = empty(weight.shape, torch.uint8, weight.device)
-    owed = empty(weight.shape, device=weight.device).zero_()
+    codes = empty_on(weight.device, weight.shape, torch.uint8)
+    owed = empty_on(weight.device, weight.shape).zero_()
     for start in range(0, columns, BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, columns)
         part = slice(start, end)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkit.arena import empty
+from quantkit.arena import empty, empty_on
 from quantkit.maths.compiled import readable
 from quantkit.maths.int_products import add_gram
 from quantkit.maths.order import mirror
@@ -191,7 +191,7 @@ class GramAccumulator:
 
     def __init__(self, in_features: int, device: torch.device, *, eight_bit: bool = False, every: int = 1):
         # nothing is in it until the first product, which need not be added to zeros
-        self._gram = empty((in_features, in_features), device=device)
+        self._gram = empty_on(device, (in_features, in_features))
         self._fresh = True
         self.sum_abs = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.tokens = 0
@@ -245,8 +245,8 @@ class GramAccumulator:
             near = tokens - sum(int(piece.far.sum()) for piece in pieces)
         beyond = [rows[piece.far].float() for rows, piece in self._waiting] if near < tokens else []
         codes = round_columns(pieces, scale)
-        del pieces, found
-        self._waiting.clear()  # inputs are not held while their codes are multiplied
+        del pieces
+        self._waiting.clear()  # inputs of earlier batches are not held while their codes are multiplied
         self._add_codes(codes, scale)
         if beyond:
             self._add_beyond(torch.cat(beyond), reach)

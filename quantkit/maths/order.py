@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.arena import empty
+from quantkit.arena import empty_on
 from quantkit.maths.products import strips
 
 MIRROR_BAND = 128
@@ -24,7 +24,7 @@ def reordered(matrix: Tensor, columns: Tensor, rows: Tensor | None = None) -> Te
 
     if rows is None:
         rows = torch.arange(len(matrix), device=matrix.device)
-    out = empty((len(rows), len(columns)), matrix.dtype)
+    out = empty_on(matrix.device, (len(rows), len(columns)), matrix.dtype)
     pick(len(rows), matrix.contiguous().numpy(), rows.numpy(), columns.numpy(), out.numpy())
     return out
 

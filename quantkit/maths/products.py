@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.arena import empty
+from quantkit.arena import empty_on
 from quantkit.device import has_avx512
 
 BAND_VALUES = 1 << 21
@@ -30,7 +30,7 @@ def times_transposed(left: Tensor, right: Tensor) -> Tensor:
     """
     linear = _onednn_linear() if left.device.type == "cpu" else None
     if linear is None:
-        return torch.mm(left, right.T, out=empty((len(left), len(right)), device=left.device))
+        return torch.mm(left, right.T, out=empty_on(left.device, (len(left), len(right)), left.dtype))
     # a turned view would go through its reference loops, a thousand times slower
     return linear(left.contiguous(), right.contiguous(), None, "none", [], "")  # type: ignore[no-any-return]
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from quantkit.arena import empty
+from quantkit.arena import empty_on
 from quantkit.maths.affine import as_stored
 from quantkit.maths.pairs import move_pairs
 from quantkit.maths.products import product_bands, times_transposed
@@ -67,7 +67,7 @@ def _refine_rows(
     columns = weight.shape[1]
     size = grid.group_size or columns
     groups = columns // size
-    steps = empty((len(codes), groups, size), device=codes.device).copy_(codes.view(-1, groups, size))
+    steps = empty_on(codes.device, (len(codes), groups, size)).copy_(codes.view(-1, groups, size))
     steps -= middle.unsqueeze(2)
     error = steps.mul_(scale.unsqueeze(2)).view_as(weight).sub_(weight)
     width = max(1, BLOCK_COLUMNS // size) * size

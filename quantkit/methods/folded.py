@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 import torch
 from torch import Tensor
 
-from quantkit.arena import empty
+from quantkit.arena import empty_on
 
 
 class FoldedWeights(MutableMapping[str, Tensor]):
@@ -26,7 +26,7 @@ class FoldedWeights(MutableMapping[str, Tensor]):
         stored = self._stored[linear]
         if stored.dtype == torch.float32 and not self._factors[linear]:
             return stored
-        return self.write(linear, empty(stored.shape, device=stored.device))
+        return self.write(linear, empty_on(stored.device, stored.shape))
 
     def __setitem__(self, linear: str, weight: Tensor) -> None:
         self._stored[linear], self._factors[linear] = weight, []
@@ -72,7 +72,7 @@ class FoldedWeights(MutableMapping[str, Tensor]):
         starts = [-sum(lengths[:at]) % step for at in range(len(lengths))]
         counts = [len(range(start, length, step)) for start, length in zip(starts, lengths, strict=True)]
         first = self._stored[linears[0]]
-        whole = empty((sum(counts), first.shape[1]), device=first.device)
+        whole = empty_on(first.device, (sum(counts), first.shape[1]))
         for name, start, out in zip(linears, starts, whole.split(counts), strict=True):
             self.write(name, out, slice(start, None, step))
         return whole

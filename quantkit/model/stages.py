@@ -84,7 +84,7 @@ def _round_group(
     del accumulator, correction  # a Gram matrix is not held while weights are laid out to run
     runner.assign_rounded(way.module, rows.block, rounded)
     del rounded
-    runner.expect(sizes.batch_bytes)  # what rounding left lies beside it otherwise
+    runner.expect(sizes.batch_bytes)  # what rounding left would lie beside the next batch
 
 
 def _add_inputs(

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from quantkit.bench.measurement import RESULTS_SCHEMA_VERSION, Results
 from quantkit.errors import DataError
 from quantkit.manifest import write_atomic
+from quantkit.output import check_folder
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,8 +34,10 @@ def rebuild(results: Sequence[Path], out: Path, *, price_per_hour: float | None 
 def write(comparisons: Sequence[Comparison], out: Path) -> list[Path]:
     """Write report.md, report.html, report.json and plots/ into `out`, and return their paths.
 
-    Plots that an earlier report left and that have nothing to show any more are removed.
+    Plots that an earlier report left and that have nothing to show any more are removed. Raises UsageError when there
+    can be no such folder.
     """
+    check_folder(out)
     from quantkit.report.html import page
     from quantkit.report.markdown import markdown
 

@@ -89,6 +89,15 @@ def write(given: Results, path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("where", ["file/gates.xml", "folder", "/proc/gates.xml"])
+def test_a_place_where_no_file_can_be_is_told(where: str, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    path = write(results(row("GPTQ")), tmp_path / "r.json")
+    assert cli.execute(["gate", path, "--max-kl", "0.05", "--junit", str(tmp_path / where)]) == 2
+    assert str(tmp_path / where) in capsys.readouterr().err
+
+
 def test_one_fails_one_warns_one_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     steps = tmp_path / "summary.md"
     steps.write_text("earlier\n")

@@ -13,7 +13,7 @@ import pytest
 
 from quantkit import report
 from quantkit.bench.measurement import Results
-from quantkit.errors import DataError
+from quantkit.errors import DataError, UsageError
 from report.results_samples import missing, results, row
 
 
@@ -29,6 +29,13 @@ def demo() -> Results:
 def save(result: Results, path: Path) -> Path:
     path.write_text(result.model_dump_json())
     return path
+
+
+@pytest.mark.parametrize("where", ["file", "file/report", "/proc/report"])
+def test_a_place_where_no_folder_can_be_is_told(where: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=re.escape(str(tmp_path / where))):
+        report.rebuild([save(demo(), tmp_path / "results.json")], tmp_path / where)
 
 
 def rebuilt(tmp_path: Path, *given: Results) -> str:
