@@ -35,12 +35,11 @@ SEGMENT_BYTES = 1 << 30
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 """Of Linux: 2 where addresses are lent against memory that there is."""
 
+
 class _Lent(weakref.ref):
     """What is lent: its owner, and the piece of addresses that is free once that is gone."""
 
-    __slots__ = ("piece",)
-
-    piece: tuple[int, int]
+    piece: tuple[int, int] | None = None
 
 
 class Segment:
@@ -78,8 +77,11 @@ class Segment:
     def _join_gone(self) -> None:
         """Make pieces that nothing looks at any more free, one with free neighbours."""
         while self._gone:
-            start, end = self._gone.popleft().piece
-            del self._lent[start]
+            piece = self._gone.popleft().piece
+            if piece is None:
+                continue  # an interrupt came before it was known
+            start, end = piece
+            self._lent.pop(start, None)
             first = last = bisect_left(self._free, (start, end))
             if last < len(self._free) and self._free[last][0] == end:
                 end, last = self._free[last][1], last + 1

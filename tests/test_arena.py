@@ -217,6 +217,31 @@ def test_an_interrupt_at_any_time_loses_a_piece_at_most(fresh: Arena) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.parametrize("step", ["piece", "_lent"])
+def test_an_interrupt_while_a_piece_is_lent_loses_that_one(
+    step: str, fresh: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = empty((1 << 17,)).fill_(3.0)
+    segment = fresh._segments[0]
+
+    class Interrupting(dict[int, object]):
+        def __setitem__(self, *_: object) -> None:
+            raise _Interrupt
+
+    def interrupt(self: object, *_: object) -> None:
+        raise _Interrupt
+
+    with monkeypatch.context() as patched, pytest.raises(_Interrupt):
+        if step == "piece":
+            patched.setattr(arena._Lent, "__setattr__", interrupt, raising=False)
+        else:
+            patched.setattr(segment, "_lent", Interrupting(segment._lent))
+        empty((1 << 17,))
+    made = [empty((1 << 17,)).fill_(number) for number in range(8)]
+    assert (kept == 3.0).all()
+    assert all((tensor == number).all() for number, tensor in enumerate(made))
+
+
 @pytest.mark.parametrize(
     ("system", "limit", "overcommit", "there"),
     [

@@ -220,13 +220,11 @@ class CalibratedBlock:
                 [self.weights[name] for name in ours], gram, steps.damp, steps.correction
             )
         except ModelError as error:
-            for name in ours:
-                self._note(name, f"no correction: {error.message}")
+            self._note(ours, f"no correction: {error.message}")
             return
         self.weights.update(zip(ours, after, strict=True))
         if damp != steps.damp:
-            for name in ours:
-                self._note(name, f"damping of the correction raised from {steps.damp:g} to {damp:g}")
+            self._note(ours, f"damping of the correction raised from {steps.damp:g} to {damp:g}")
 
     def _to_run(self, name: str, *, by_codes: bool) -> Tensor | GroupTensor:
         """A rounded linear as it is to run. How far it is from the weight that it was made of is noted, and that is not
@@ -258,7 +256,7 @@ class CalibratedBlock:
             own_zero = None if zero is None else zero[rows].contiguous()
             rounded[name] = GroupTensor(codes[rows].contiguous(), scale[rows].contiguous(), own_zero, grid)
             if note := lost_digits(rounded[name]):
-                self._note(name, note)
+                self._note([name], note)
         return rounded
 
     def _stacked(self, linears: list[str]) -> Tensor:
@@ -301,9 +299,10 @@ class CalibratedBlock:
                 codes, scale = refine(stacked, codes, scale, zero, grid, matrix, steps.refine, steps.pairs)
         return codes, scale
 
-    def _note(self, name: str, text: str) -> None:
-        """Add to what is odd about a linear."""
-        self._notes[name] = "; ".join(filter(None, (self._notes.get(name), text)))
+    def _note(self, linears: list[str], text: str) -> None:
+        """Add to what is odd about some linears."""
+        for name in linears:
+            self._notes[name] = "; ".join(filter(None, (self._notes.get(name), text)))
 
     @contextmanager
     def _factored(self, linears: list[str], gram: Tensor) -> Iterator[GramFactor]:
@@ -322,14 +321,14 @@ class CalibratedBlock:
         """Note more damping than was asked for, and dead columns."""
         steps = self.steps
         dead = int(factor.dead.sum())
-        for name in linears:
-            if factor.damp != steps.damp:
-                self._note(
-                    name, f"damping raised from {steps.damp:g} to {factor.damp:g}: the Gram matrix is near singular"
-                )
-            if dead:
+        if factor.damp != steps.damp:
+            self._note(
+                linears, f"damping raised from {steps.damp:g} to {factor.damp:g}: the Gram matrix is near singular"
+            )
+        if dead:
+            self._note(linears, f"{dead} of {len(factor.dead)} columns had no input and are rounded to nearest")
+            for name in linears:
                 self._marks[name].append(f"{dead} dead columns")
-                self._note(name, f"{dead} of {len(factor.dead)} columns had no input and are rounded to nearest")
 
     def _other(self, name: str) -> Tensor | None:
         """An unquantized tensor of the block as it stands now."""
@@ -342,8 +341,7 @@ class CalibratedBlock:
         """Find the scale of one shared input and move it from the linears that read it to what produces it."""
         reason = self._why_no_scale(group, ours)
         if reason is not None:
-            for name in ours:
-                self._note(name, f"no scale: {reason}")
+            self._note(ours, f"no scale: {reason}")
             return
         assert group.producer is not None
         channels = repeats = 0
@@ -358,8 +356,7 @@ class CalibratedBlock:
         scale, exponent = self._search_scale(ours, mean_abs, seen.gram, tie)
         if group.producer_kind == "norm" and not self._norm_holds(f"{group.producer}.weight", scale):
             reason = f"{group.producer}.weight divided by it would leave float16's range"
-            for name in ours:
-                self._note(name, f"no scale: {reason}")
+            self._note(ours, f"no scale: {reason}")
             return
         for name in ours:
             self._marks[name].append(f"scale^{exponent:g}")

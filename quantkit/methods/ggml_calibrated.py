@@ -48,7 +48,7 @@ class GGMLBlock(CalibratedBlock):
             assert isinstance(own, GGML)
             self._types[name] = own.type_for(weight.shape[1])
             if self._types[name] != own.wanted:
-                self._note(name, misfit_reason(own.wanted, weight.shape[1]))
+                self._note([name], misfit_reason(own.wanted, weight.shape[1]))
 
     def label(self, linear: str) -> str:
         type_name = self._types[linear]
