@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -97,8 +98,12 @@ def test_what_a_worker_has_started_ends_with_it(tmp_path: Path, monkeypatch: pyt
     python.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(text)}\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(KeyboardInterrupt if end == "an interruption" else WorkerFailed):
-        run_worker(_job(tmp_path, "baseline", tmp_path), 5)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt if end == "an interruption" else WorkerFailed):
+            run_worker(_job(tmp_path, "baseline", tmp_path), 5 if end == "a time limit" else 120)
+    finally:
+        signal.signal(signal.SIGINT, before)
     child = int(started.read_text())
     try:
         for _ in range(100):
