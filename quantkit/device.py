@@ -99,8 +99,19 @@ def multiplies_integers() -> bool:
 def has_avx2() -> bool:
     """Whether the processor has vectors of 256 bits for integers, and compiled loops may use them: numba can be told to
     do without, and to ask for what it then has not ends the process."""
+    return _can("avx2") and _loops_may()
+
+
+def multiplies_quads() -> bool:
+    """Whether compiled loops may use AVX-512's units for products of 8-bit integers (`maths/quads_kernel.py`). Where
+    there are matrix units besides, those of torch are left to it."""
+    return _can("avx512_vnni") and not _can("amx_int8") and _loops_may()
+
+
+def _loops_may() -> bool:
+    """Whether numba compiles for the processor as it is."""
     told = any(name in os.environ for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"))
-    return _can("avx2") and not told and os.environ.get("NUMBA_ENABLE_AVX", "1") != "0"
+    return not told and os.environ.get("NUMBA_ENABLE_AVX", "1") != "0"
 
 
 def has_avx512() -> bool:

@@ -101,6 +101,31 @@ def lay_rows(low: int, high: int, codes: NDArray[np.int8], panels: NDArray[np.in
         _lay_rows(codes[at * TILE_COLUMNS : (at + 1) * TILE_COLUMNS], panels[at])
 
 
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def scale_row(
+    found: NDArray[np.int32],
+    factor: np.float32,
+    steps: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    output: NDArray[Any],
+) -> None:
+    """output = found * factor * steps + offset, float32 or the bits of bfloat16; all but `found`, which may have more,
+    [columns]."""
+    for column in range(len(output)):
+        output[column] = stored_as(np.float32(found[column]) * factor * steps[column] + offset[column], output[column])
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def add_row(
+    found: NDArray[np.int32], factor: np.float32, steps: NDArray[np.float32], own: NDArray[np.float32], fresh: bool
+) -> None:
+    """own += found * factor * steps; all but `found`, which may have more, [columns]. fresh: `own` holds nothing."""
+    if fresh:
+        own[:] = 0.0
+    for column in range(len(own)):
+        own[column] += np.float32(found[column]) * factor * steps[column]
+
+
 def blocks_of(rows: int) -> int:
     """How many blocks of rows there are."""
     return -(-rows // BLOCK_ROWS)
@@ -145,10 +170,7 @@ def multiply_panels(
             for start in range(first, last, TILE_ROWS):
                 add_pairs(panels[(start - first) // TILE_ROWS], right[at], pairs, sums)
                 for row in range(start, min(start + TILE_ROWS, last)):
-                    output, found, factor = outputs[row, begin:end], sums[row - start], along[row]
-                    for column in range(end - begin):
-                        number = np.float32(found[column]) * factor * steps[column] + offset[column]
-                        output[column] = stored_as(number, output[column])
+                    scale_row(sums[row - start], along[row], steps, offset, outputs[row, begin:end])
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -224,8 +246,4 @@ def add_panels(
             for top in range(first, min(last, end) if upper else last, TILE_ROWS):
                 add_pairs(left[top // TILE_ROWS], right[at], right.shape[1], sums)
                 for row in range(top, min(top + TILE_ROWS, last)):
-                    own, found, factor = total[row, begin:end], sums[row - top], across[row]
-                    if fresh:
-                        own[:] = 0.0
-                    for column in range(end - begin):
-                        own[column] += np.float32(found[column]) * factor * steps[column]
+                    add_row(sums[row - top], across[row], steps, total[row, begin:end], fresh)

@@ -1,42 +1,170 @@
-"""Products of 8-bit integers on a CPU, summed in 32 bits: torch's where the processor has units for them, else our own.
+"""Products of 8-bit integers on a CPU, summed in 32 bits: by loops of our own for AVX-512's units and for AVX2, else
+torch's.
 
-Without such units torch multiplies them one by one, a hundred times slower than float32 is there.
+Without units torch multiplies them one by one, a hundred times slower than float32 is there; with them it writes
+sums of 32 bits for another loop to scale, and of a Gram matrix it multiplies what is below the diagonal too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quantkit.arena import empty
-from quantkit.device import has_avx2, has_int8_units
+from quantkit.device import has_avx2, has_int8_units, multiplies_quads
 from quantkit.maths.compiled import writable
 from quantkit.maths.products import strips
 
 
+class Way(Protocol):
+    """A way to multiply codes."""
+
+    name: str
+    code_bytes: int
+    """Bytes that a code of a right factor takes."""
+
+    def lay(self, codes: Tensor) -> Tensor:
+        """Codes int8 [n, k] in the order in which they are multiplied as the right factor of `left @ right.T`."""
+
+    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any) -> None:
+        """outputs = products of codes int8 [m, k] and a right factor, scaled. numbers: along, across, bias and outputs,
+        as in `RightFactor.scaled_products`."""
+
+    def add(
+        self, left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
+    ) -> None:
+        """Add left^T right, scaled, to `total`, as `add_gram` and `add_products` do. upper: what is below the diagonal
+        may be left out."""
+
+
+class Torch:
+    """torch's products, and loops that scale them."""
+
+    name = "torch"
+    code_bytes = 1
+
+    def lay(self, codes: Tensor) -> Tensor:
+        """int8 [k, n], a view."""
+        return codes.T
+
+    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any) -> None:
+        """As of all ways."""
+        from quantkit.maths.eight_bit_kernels import scale_products
+
+        scale_products(len(left), self._products(left, laid).numpy(), *numbers)
+
+    def add(
+        self, left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
+    ) -> None:
+        """As of all ways."""
+        from quantkit.maths.gram_kernels import add_scaled
+
+        for strip in strips(len(total)):
+            behind = slice(strip.start if upper else 0, None)
+            product = self._products(left[:, strip].T, right[:, behind])
+            own: Any = total[strip, behind].numpy()
+            add_scaled(len(product), product.numpy(), across[strip].numpy(), along[behind].numpy(), own, fresh)
+
+    @staticmethod
+    def _products(left: Tensor, right: Tensor) -> Tensor:
+        """left @ right: int32 [m, n] for int8 [m, k] and [k, n]."""
+        return torch._int_mm(left, right, out=empty((left.shape[0], right.shape[1]), torch.int32))
+
+
+class Pairs:
+    """Loops for AVX2 (`maths/int_kernel.py`): panels int32 [panels, pairs, 16], two 16-bit integers in each."""
+
+    name = "pairs"
+    code_bytes = 2
+
+    def lay(self, codes: Tensor) -> Tensor:
+        """As panels."""
+        from quantkit.maths.int_kernel import TILE_COLUMNS, lay_rows
+
+        return _laid(lay_rows, codes.contiguous(), _panels(len(codes), -(-codes.shape[1] // 2), TILE_COLUMNS))
+
+    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any) -> None:
+        """As of all ways."""
+        from quantkit.maths.int_kernel import multiply_panels
+
+        count, tasks = _tasks(len(left))
+        multiply_panels(count, left.numpy(), laid.numpy(), *numbers, tasks)
+
+    def add(
+        self, left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
+    ) -> None:
+        """As of all ways."""
+        from quantkit.maths.int_kernel import TILE_COLUMNS, TILE_ROWS, add_panels, lay_left, lay_right
+
+        pairs = -(-len(left) // 2)
+        rows = _laid(lay_left, left, _panels(left.shape[1], pairs, TILE_ROWS))
+        columns = _laid(lay_right, right, _panels(right.shape[1], pairs, TILE_COLUMNS))
+        count, tasks = _tasks(len(total))
+        given = (part.numpy() for part in (rows, columns, across, along, total))
+        add_panels(count, *given, upper, fresh, tasks)
+
+
+class Quads:
+    """Loops for AVX-512's units (`maths/quads_kernel.py`): panels int32 [panels, 1 + quads, 64], four codes in each but
+    for the first line, which is what sums begin with."""
+
+    name = "quads"
+    code_bytes = 1
+
+    def lay(self, codes: Tensor) -> Tensor:
+        """As panels."""
+        from quantkit.maths.quads_kernel import QUAD, TILE_COLUMNS, lay_rows
+
+        whole = _whole(codes)
+        return _laid(lay_rows, whole, _panels(len(whole), 1 + whole.shape[1] // QUAD, TILE_COLUMNS))
+
+    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any) -> None:
+        """As of all ways."""
+        from quantkit.maths.quads_kernel import multiply_quads
+
+        count, tasks = _tasks(len(left))
+        multiply_quads(count, _whole(left).numpy(), laid.numpy(), *numbers, tasks)
+
+    def add(
+        self, left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
+    ) -> None:
+        """As of all ways."""
+        from quantkit.maths.quads_kernel import QUAD, TILE_COLUMNS, add_quad_panels, lay_columns
+
+        def laid(codes: Tensor) -> Tensor:
+            return _laid(lay_columns, codes, _panels(codes.shape[1], 1 + -(-len(codes) // QUAD), TILE_COLUMNS))
+
+        columns = laid(right)
+        rows = columns if left is right else laid(left)
+        count, tasks = _tasks(len(total))
+        given = (part.numpy() for part in (rows, columns, across, along, total))
+        add_quad_panels(count, *given, upper, fresh, tasks)
+
+
+def way() -> Way:
+    """The way of this processor. Where there are neither units nor AVX2 it is torch's, which runs anywhere, though
+    nothing asks for it."""
+    if multiplies_quads():
+        return Quads()
+    return Pairs() if has_avx2() and not has_int8_units() else Torch()
+
+
 def code_bytes() -> int:
     """Bytes that a code of a right factor takes."""
-    return 2 if _by_own_loops() else 1
-
-
-def _by_own_loops() -> bool:
-    """Where there are neither units nor AVX2, torch's way is what runs anywhere, though nothing asks for it."""
-    return has_avx2() and not has_int8_units()
+    return way().code_bytes
 
 
 @dataclass(frozen=True)
 class RightFactor:
-    """The right factor of `left @ right.T` in the order in which it is multiplied.
-
-    laid: int8 [k, n] for torch; int32 [panels, pairs, 16], two 16-bit integers in each, for the loops of
-    `maths/int_kernel.py`. rows: n.
-    """
+    """The right factor of `left @ right.T`. laid: its codes, in the order of `way`. rows: n."""
 
     laid: Tensor
     rows: int
+    way: Way
 
     def scaled_products(
         self, left: Tensor, along: Tensor, across: Tensor, bias: Tensor, dtype: torch.dtype = torch.float32
@@ -47,28 +175,14 @@ class RightFactor:
         bias: float32 [n].
         """
         outputs = empty((len(left), self.rows), dtype)
-        numbers = (along.numpy(), across.numpy(), bias.numpy(), writable(outputs))
-        if self.laid.dtype == torch.int8:
-            from quantkit.maths.eight_bit_kernels import scale_products
-
-            scale_products(len(left), _products(left, self.laid).numpy(), *numbers)
-        else:
-            from quantkit.maths.int_kernel import blocks_of, multiply_panels, tasks_of_block
-
-            tasks = tasks_of_block(len(left), torch.get_num_threads())
-            multiply_panels(blocks_of(len(left)) * tasks, left.numpy(), self.laid.numpy(), *numbers, tasks)
+        self.way.multiply(left, self.laid, along.numpy(), across.numpy(), bias.numpy(), writable(outputs))
         return outputs
 
 
 def right_factor(codes: Tensor) -> RightFactor:
     """Codes int8 [n, k] as the right factor of products."""
-    if not _by_own_loops():
-        return RightFactor(codes.T, len(codes))
-    from quantkit.maths.int_kernel import TILE_COLUMNS, lay_rows
-
-    panels = _panels(len(codes), codes.shape[1], TILE_COLUMNS)
-    lay_rows(len(panels), codes.contiguous().numpy(), panels.numpy())
-    return RightFactor(panels, len(codes))
+    ours = way()
+    return RightFactor(ours.lay(codes), len(codes), ours)
 
 
 def add_gram(codes: Tensor, scale: Tensor, gram: Tensor, *, fresh: bool) -> None:
@@ -77,50 +191,37 @@ def add_gram(codes: Tensor, scale: Tensor, gram: Tensor, *, fresh: bool) -> None
     codes: int8 [tokens, n], of at most 133144 tokens, beyond which sums might overflow. scale: float32 [n], the step of
     each column. fresh: `gram` holds nothing yet.
     """
-    _add(codes, scale, codes, scale, gram, upper=True, fresh=fresh)
+    way().add(codes, scale, codes, scale, gram, upper=True, fresh=fresh)
 
 
 def add_products(left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor) -> None:
     """Add left^T right, scaled, to `total` float32 [m, n]: codes int8 [tokens, m] and [tokens, n], of as many tokens at
     most, steps of their columns float32 [m] and [n]."""
-    _add(left, across, right, along, total, upper=False, fresh=False)
+    way().add(left, across, right, along, total, upper=False, fresh=False)
 
 
-def _add(
-    left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
-) -> None:
-    if _by_own_loops():
-        from quantkit.maths.int_kernel import (
-            TILE_COLUMNS,
-            TILE_ROWS,
-            add_panels,
-            blocks_of,
-            lay_left,
-            lay_right,
-            tasks_of_block,
-        )
-
-        laid = _panels(left.shape[1], len(left), TILE_ROWS), _panels(right.shape[1], len(right), TILE_COLUMNS)
-        lay_left(len(laid[0]), left.numpy(), laid[0].numpy())
-        lay_right(len(laid[1]), right.numpy(), laid[1].numpy())
-        tasks = tasks_of_block(len(total), torch.get_num_threads())
-        given = (laid[0].numpy(), laid[1].numpy(), across.numpy(), along.numpy(), total.numpy())
-        add_panels(blocks_of(len(total)) * tasks, *given, upper, fresh, tasks)
-        return
-    from quantkit.maths.gram_kernels import add_scaled
-
-    for strip in strips(len(total)):
-        behind = slice(strip.start if upper else 0, None)
-        product = _products(left[:, strip].T, right[:, behind])
-        own: Any = total[strip, behind].numpy()
-        add_scaled(len(product), product.numpy(), across[strip].numpy(), along[behind].numpy(), own, fresh)
+def _panels(rows: int, lines: int, width: int) -> Tensor:
+    """Room for so many rows as panels of `width` each: int32 [panels, lines, width]."""
+    return empty((-(-rows // width), lines, width), torch.int32)
 
 
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right: int32 [m, n] for int8 [m, k] and [k, n], by torch."""
-    return torch._int_mm(left, right, out=empty((left.shape[0], right.shape[1]), torch.int32))
+def _laid(lay: Any, codes: Tensor, panels: Tensor) -> Tensor:
+    """Panels, with codes laid in them by a loop."""
+    lay(len(panels), codes.numpy(), panels.numpy())
+    return panels
 
 
-def _panels(rows: int, inner: int, width: int) -> Tensor:
-    """Room for so many rows of `inner` numbers as panels: int32 [panels, pairs, width]."""
-    return empty((-(-rows // width), -(-inner // 2), width), torch.int32)
+def _whole(codes: Tensor) -> Tensor:
+    """Codes [rows, k] in one piece, with zeros behind them up to a whole number of quads."""
+    from quantkit.maths.quads_kernel import QUAD
+
+    missing = -codes.shape[1] % QUAD
+    return pad(codes, (0, missing)) if missing else codes.contiguous()
+
+
+def _tasks(rows: int) -> tuple[int, int]:
+    """How many tasks there are for so many rows, and how many of each block of rows."""
+    from quantkit.maths import int_kernel
+
+    tasks = int_kernel.tasks_of_block(rows, torch.get_num_threads())
+    return int_kernel.blocks_of(rows) * tasks, tasks

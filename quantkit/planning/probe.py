@@ -81,7 +81,7 @@ def _measure(identity: dict[str, str | int | None], device: str) -> Probe:
     import torch
 
     from quantkit.device import multiplies_bfloat16, multiplies_integers
-    from quantkit.maths.int_products import code_bytes, right_factor
+    from quantkit.maths.int_products import right_factor
     from quantkit.maths.products import times_transposed
 
     side = GEMM_SIDE
@@ -93,7 +93,7 @@ def _measure(identity: dict[str, str | int | None], device: str) -> Probe:
     if multiplies_integers():
         codes = torch.randint(-127, 128, (side, side), dtype=torch.int8)
         factor, ones = right_factor(codes), torch.ones(side)
-        own = code_bytes() > 1
+        own = factor.way.name != "torch"
         int8 = _rate(lambda: factor.scaled_products(codes, ones, ones, ones) if own else torch._int_mm(codes, codes))
     gpu = None
     if device == "cuda":

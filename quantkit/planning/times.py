@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.formats.base import LinearPlan
-from quantkit.maths.int_products import code_bytes
+from quantkit.maths.int_products import way
 from quantkit.planning.probe import Probe
 from quantkit.planning.shapes import Work
 
@@ -42,9 +42,9 @@ ATTENTION_SLOWDOWN = 6.0
 LINEAR_SLOWDOWN = 1.6
 """Linears of a block, coding tokens and weights in 8 bits with them, against the square products of the probe."""
 
-GRAM_SLOWDOWN = {1: 2.75, 2: 1.9}
-"""8-bit Gram matrices against such products: rounding, and, where codes take a byte, the strips' shape. Our own loops,
-which have codes of two bytes, leave out all of the lower triangle."""
+GRAM_SLOWDOWN = {"torch": 2.75, "pairs": 1.9, "quads": 1.9}
+"""8-bit Gram matrices against such products: rounding, and, where torch multiplies, the strips' shape. Our own loops
+leave out all of the lower triangle."""
 
 FOUR_BIT_SPEEDUP = 1.35
 """Products with weights of at most 4 bits (`maths/four_bit.py`) against those of 8, rounding of inputs included."""
@@ -155,9 +155,7 @@ def _passes(work: Work, probe: Probe, again: float) -> dict[str, float]:
     rows = sum(group.rows * times for group, times in zip(work.groups, passed, strict=True))
     passing = ACTIVATION_FLOP * tokens * (4 * work.hidden * (1 + 2 * again) + rows)
     crossed = sum(2 * tokens * group.columns**2 for group in work.groups) if work.corrects else 0
-    gram_rate = (
-        probe.int8_op_s / GRAM_SLOWDOWN[code_bytes()] if work.how.eight_bit_gram and probe.int8_op_s else float32
-    )
+    gram_rate = probe.int8_op_s / GRAM_SLOWDOWN[way().name] if work.how.eight_bit_gram and probe.int8_op_s else float32
     linear_rate = probe.int8_op_s if work.eight_bit_linears and probe.int8_op_s else rate
     by_codes = work.eight_bit_linears and work.propagates and work.run_columns is not None
     ways = (1 / FOUR_BIT_SPEEDUP if by_codes else 1) + work.ways - 1  # what goes along is not rounded

@@ -8,14 +8,18 @@ from torch import Tensor
 
 from quantkit import device as devices
 from quantkit.maths import int_products
-from quantkit.maths.int_products import add_gram, add_products, code_bytes, right_factor
+from quantkit.maths.int_products import Pairs, Quads, Torch, Way, add_gram, add_products, code_bytes, right_factor
 
 has_avx2 = pytest.mark.skipif(not devices.has_avx2(), reason="the loops are AVX2's")
+has_units = pytest.mark.skipif(not devices.multiplies_quads(), reason="the loops are those of AVX-512's units")
+OWN = [pytest.param(Pairs(), marks=has_avx2, id="pairs"), pytest.param(Quads(), marks=has_units, id="quads")]
 
 
-@pytest.fixture(params=["torch", pytest.param("own", marks=has_avx2)], autouse=True)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int_products, "_by_own_loops", lambda: request.param == "own")
+@pytest.fixture(params=[pytest.param(Torch(), id="torch"), *OWN], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
+    given: Way = request.param
+    monkeypatch.setattr(int_products, "way", lambda: given)
+    return given
 
 
 def _codes(*shape: int) -> Tensor:
@@ -26,7 +30,7 @@ def _codes(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "inner"), [(1, 1, 1), (6, 16, 2), (64, 48, 96), (100, 50, 33), (7, 257, 577)]
+    ("rows", "columns", "inner"), [(1, 1, 1), (6, 16, 2), (64, 48, 96), (100, 50, 33), (7, 257, 577), (13, 64, 130)]
 )
 def test_products_are_exact(rows: int, columns: int, inner: int) -> None:
     left, right = _codes(rows, inner), _codes(columns, inner)
@@ -69,15 +73,15 @@ def test_products_of_columns_are_added_to_what_is_there(tokens: int, rows: int, 
 
 
 def test_a_factor_takes_the_bytes_that_are_counted_on() -> None:
-    assert right_factor(_codes(160, 96)).laid.nbytes == 160 * 96 * code_bytes()
+    nbytes = right_factor(_codes(640, 960)).laid.nbytes
+    assert nbytes == pytest.approx(640 * 960 * code_bytes(), rel=0.01)  # and what sums begin with
 
 
-@has_avx2
-def test_both_ways_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ways_give_the_same_bits(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     codes, others, scale = _codes(130, 200), _codes(130, 90), torch.logspace(-1, 1, 200)
     found = []
-    for own in (True, False):
-        monkeypatch.setattr(int_products, "_by_own_loops", lambda own=own: own)
+    for each in (way, Torch()):
+        monkeypatch.setattr(int_products, "way", lambda each=each: each)
         gram, total = torch.linspace(-1, 1, 200 * 200).view(200, 200), torch.linspace(-3, 3, 200 * 90).view(200, 90)
         add_gram(codes, scale, gram, fresh=False)
         add_products(codes, scale, others, scale[:90], total)
@@ -90,7 +94,6 @@ def test_both_ways_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_columns_divided_among_tasks_are_all_there(tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantkit.maths import int_kernel
 
-    monkeypatch.setattr(int_products, "_by_own_loops", lambda: True)
     codes, right, ones = _codes(100, 33), _codes(50, 33), torch.ones(100)
     grams, products = [], []
     for each in (1, tasks):
@@ -118,7 +121,13 @@ def test_few_blocks_are_divided_among_many_threads() -> None:
 def test_loops_compiled_for_another_processor_are_not_asked_for(
     told: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "_can", lambda *names: "avx2" in names)
-    assert devices.multiplies_integers()
+    monkeypatch.setattr(devices, "_can", lambda *names: bool({"avx2", "avx512_vnni"} & {*names}))
+    assert devices.has_avx2() and devices.multiplies_quads()
     monkeypatch.setenv(*told)
-    assert not devices.multiplies_integers()
+    assert not devices.has_avx2() and not devices.multiplies_quads()
+
+
+def test_products_with_matrix_units_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # of the fixture
+    monkeypatch.setattr(devices, "_can", lambda *names: bool({"avx2", "avx512_vnni", "amx_int8"} & {*names}))
+    assert int_products.way().name == "torch"

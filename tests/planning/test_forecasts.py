@@ -10,7 +10,7 @@ import torch
 
 from quantkit.device import Arithmetic
 from quantkit.maths.attention import CHUNK
-from quantkit.maths.int_products import code_bytes
+from quantkit.maths.int_products import way
 from quantkit.memory import WIDE_COLUMNS
 from quantkit.model.blocks import ARCHITECTURES
 from quantkit.model.reader import open_source
@@ -228,7 +228,7 @@ def test_faster_products_count_where_they_are_used(tiny_llama: Path) -> None:
     mixed = replace(work, how=Arithmetic(torch.float32, torch.bfloat16, True, False))
     before, after = time_of(plain, plans, fast, 0).parts, time_of(mixed, plans, fast, 0).parts
     assert after["linears"] == pytest.approx(before["linears"] / 2)
-    assert after["Gram matrices"] == pytest.approx(before["Gram matrices"] * times.GRAM_SLOWDOWN[code_bytes()] / 4)
+    assert after["Gram matrices"] == pytest.approx(before["Gram matrices"] * times.GRAM_SLOWDOWN[way().name] / 4)
     eighth = replace(work, how=EIGHT_BITS, run_columns=None)
     in_eight = before["linears"] / 4
 
