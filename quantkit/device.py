@@ -108,6 +108,11 @@ def multiplies_quads() -> bool:
     return _can("avx512_vnni") and not _can("amx_int8") and _loops_may()
 
 
+def multiplies_wide_floats() -> bool:
+    """Whether compiled loops may multiply float32 in vectors of 512 bits (`maths/float_kernel.py`)."""
+    return has_avx512() and _loops_may()
+
+
 def _loops_may() -> bool:
     """Whether numba compiles for the processor as it is."""
     told = any(name in os.environ for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"))

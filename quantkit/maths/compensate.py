@@ -17,7 +17,7 @@ from torch import Tensor
 from quantkit.arena import empty, empty_on
 from quantkit.maths.gram_factor import GramFactor
 from quantkit.maths.order import reordered
-from quantkit.maths.products import product_bands, times_transposed
+from quantkit.maths.products import add_times_transposed, product_bands
 from quantkit.tensors import Grid
 
 BLOCK_COLUMNS = 128
@@ -72,7 +72,7 @@ def _compensated_rows(weight: Tensor, factor: GramFactor, round_block: Callable[
         upper = factor.upper[part, part].triu()
         codes[:, part], error = round_block(own, owed[:, part].contiguous(), order[part], upper)
         if end < columns:
-            owed[:, end:] += times_transposed(error, factor.upper[part, end:].T)
+            add_times_transposed(owed[:, end:], error, factor.upper[part, end:].T)
     return codes
 
 

@@ -50,7 +50,7 @@ def search_scale(
         scaled = (weight * scale).flatten(0, 1)  # [candidates * rows, in]
         rounded = nearest_values(scaled, *grid_for_range(*full_range(scaled, grid), grid), grid)
         error = rounded.view(len(steps), *weight.shape).div_(scale).sub_(weight).flatten(0, 1)
-        lost = times_transposed(error, gram).mul_(error)
+        lost = times_transposed(error, gram.T).mul_(error)
         return lost.view(len(steps), -1).sum(dim=1, dtype=torch.float64).tolist()  # type: ignore[no-any-return]
 
     best = exponents[_coarse_to_fine(losses, len(exponents))]

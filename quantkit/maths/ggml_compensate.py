@@ -92,7 +92,7 @@ def _refine_rows(
         for start in range(0, columns, BLOCK_COLUMNS):
             part = slice(start, min(start + BLOCK_COLUMNS, columns))
             of = slice(part.start // layout.group, part.stop // layout.group)
-            gradient = times_transposed(error, gram[part]).cpu()
+            gradient = times_transposed(error, gram[:, part].T).cpu()
             inner = gram[part, part].contiguous().cpu()
             own_codes, own_step, own_base = (
                 tensor.contiguous() for tensor in (codes[:, part], step[:, of], base[:, of])

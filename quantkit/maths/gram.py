@@ -16,7 +16,7 @@ from quantkit.arena import empty, empty_on
 from quantkit.maths.compiled import readable
 from quantkit.maths.int_products import add_gram
 from quantkit.maths.order import mirror
-from quantkit.maths.products import padded, strips, times_transposed
+from quantkit.maths.products import add_times_transposed, strips, times_transposed
 
 EIGHT_BIT_TOKENS = 2048
 """Tokens whose 8-bit products are summed as integers before they are scaled: far below where 32 bits would overflow
@@ -219,12 +219,10 @@ class GramAccumulator:
 
     def _add_product(self, rows: Tensor) -> None:
         """rows: float32 [tokens, in]."""
-        tokens, columns = rows.shape
-        turned = rows.new_zeros(columns, padded(tokens))
-        turned[:, :tokens] = rows.T
-        for strip in strips(columns):
-            product, own = times_transposed(turned[strip], turned[strip.start :]), self._gram[strip, strip.start :]
-            own.copy_(product) if self._fresh else own.add_(product)
+        turned = rows.T.contiguous()
+        for strip in strips(len(turned)):
+            left, right, own = turned[strip], turned[strip.start :], self._gram[strip, strip.start :]
+            own.copy_(times_transposed(left, right)) if self._fresh else add_times_transposed(own, left, right)
         self._fresh = False
 
     def _add_waiting(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.maths.order import mirror, reorder_upper
-from quantkit.maths.products import times_transposed
+from quantkit.maths.products import add_times_transposed, times_transposed
 
 FACTORED_WHOLE = 192
 """Rows of a matrix that is factored at once; below it the products are too small to gain anything."""
@@ -166,7 +166,7 @@ def _divide(left: Tensor, upper: Tensor, inverses: Tensor) -> None:
         return
     half = size // 2
     _divide(left[:, half:], upper[half:, half:], inverses[half:])
-    left[:, :half] -= times_transposed(left[:, half:], upper[:half, half:])
+    add_times_transposed(left[:, :half], left[:, half:], upper[:half, half:], -1.0)
     _divide(left[:, :half], upper[:half, :half], inverses[:half])
 
 

@@ -126,14 +126,14 @@ def add_row(
         own[column] += np.float32(found[column]) * factor * steps[column]
 
 
-def blocks_of(rows: int) -> int:
+def blocks_of(rows: int, height: int = BLOCK_ROWS) -> int:
     """How many blocks of rows there are."""
-    return -(-rows // BLOCK_ROWS)
+    return -(-rows // height)
 
 
-def tasks_of_block(rows: int, threads: int) -> int:
+def tasks_of_block(rows: int, threads: int, height: int = BLOCK_ROWS) -> int:
     """Into how many tasks the columns of a block of rows are divided, where so many rows have too few blocks."""
-    return -(-TASKS * threads // max(1, blocks_of(rows)))
+    return -(-TASKS * threads // max(1, blocks_of(rows, height)))
 
 
 @parallel()

@@ -34,7 +34,7 @@ def move_pairs(codes: Tensor, scale: Tensor, error: Tensor, gram: Tensor, levels
     bands = (tensor.split(ROW_BAND) for tensor in (codes, scale, error))
     for own_codes, own_scale, own_error in zip(*bands, strict=True):
         before, steps = own_codes.float(), own_scale.repeat_interleave(size, dim=1)
-        _sweep_pairs(own_codes, steps, times_transposed(own_error, gram), gram, levels)
+        _sweep_pairs(own_codes, steps, times_transposed(own_error, gram.T), gram, levels)
         own_error += (own_codes.float() - before).mul_(steps)
 
 

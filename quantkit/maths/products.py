@@ -1,21 +1,18 @@
-"""Float32 products on a CPU by oneDNN, whose loops are made for the processor at hand.
-
-PyTorch gives float32 to MKL, which takes its AVX2 loops on processors of other makers: half the rate where AVX-512 is
-there at full width (210 beside 450 GFLOP/s on two cores of an AMD EPYC of family 26).
-"""
+"""Float32 products: by compiled loops of our own on a CPU with AVX-512 (`maths/float_kernel.py`), else torch's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkit.arena import empty_on
-from quantkit.device import has_avx512
+from quantkit.device import multiplies_wide_floats
 
 BAND_VALUES = 1 << 21
 """Values that are worked on together where each row stands alone: products are large, and what is held for a wide
@@ -23,22 +20,52 @@ layer, several times as much, is small beside its weight. All of a group of Smol
 
 
 def times_transposed(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right.T`: float32 [m, n] for float32 [m, k] and [n, k] of one device.
-
-    A shape is compiled when it comes first, and takes memory from then on: one that is different every time should be
-    `padded`.
-    """
-    linear = _onednn_linear() if left.device.type == "cpu" else None
-    if linear is None:
-        return torch.mm(left, right.T, out=empty_on(left.device, (len(left), len(right)), left.dtype))
-    # a turned view would go through its reference loops, a thousand times slower
-    return linear(left.contiguous(), right.contiguous(), None, "none", [], "")  # type: ignore[no-any-return]
+    """`left @ right.T`: float32 [m, n] for float32 [m, k] and [n, k] of one device."""
+    found = empty_on(left.device, (len(left), len(right)), left.dtype)
+    if not _by_own_loops(left):
+        return torch.mm(left, right.T, out=found)
+    _multiply(left, right, found, 1.0, fresh=True)
+    return found
 
 
-def padded(count: int) -> int:
-    """A number of rows or columns rounded up to one of a few: powers of two from 64 on, thousands from 1024 on."""
-    unit = min(max(64, 1 << (count - 1).bit_length()), 1024)
-    return -(-count // unit) * unit
+def add_times_transposed(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
+    """Add factor * left @ right.T to `total` float32 [m, n], whose rows are each in one piece: factor 1 or -1, the
+    others as in `times_transposed`."""
+    if _by_own_loops(left):
+        _multiply(left, right, total, factor, fresh=False)
+    else:
+        total.add_(times_transposed(left, right), alpha=factor)
+
+
+def _by_own_loops(left: Tensor) -> bool:
+    return left.device.type == "cpu" and multiplies_wide_floats()
+
+
+def _multiply(left: Tensor, right: Tensor, total: Tensor, factor: float, *, fresh: bool) -> None:
+    from quantkit.maths.float_kernel import BLOCK_ROWS, TILE_COLUMNS, lay_panels, multiply_floats
+    from quantkit.maths.int_kernel import blocks_of, tasks_of_block
+
+    rows, columns = total.shape
+    if not total.numel():
+        return
+    if 1 not in right.stride():
+        right = right.contiguous()
+    if left.stride(1) != 1:
+        left = left.contiguous()
+    panels = empty_on(left.device, (-(-columns // TILE_COLUMNS), right.shape[1], TILE_COLUMNS))
+    lay_panels(len(panels), _flat(right), *right.stride(), columns, panels.numpy())
+    tasks = tasks_of_block(rows, torch.get_num_threads(), BLOCK_ROWS)
+    given = (_flat(left), left.stride(0), panels.numpy(), _flat(total), total.stride(0), rows, columns)
+    multiply_floats(blocks_of(rows, BLOCK_ROWS) * tasks, *given, np.float32(factor), fresh, tasks)
+
+
+def _flat(matrix: Tensor) -> NDArray[np.float32]:
+    """All numbers from the first one of a matrix to its last, what lies between its rows included."""
+    span = 1 + sum((size - 1) * step for size, step in zip(matrix.shape, matrix.stride(), strict=True))
+    found: NDArray[np.float32] = torch.as_strided(
+        matrix.detach(), (max(0, span) if matrix.numel() else 0,), (1,)
+    ).numpy()
+    return found
 
 
 def product_bands(matrix: Tensor) -> Iterator[slice]:
@@ -63,15 +90,6 @@ def strips(columns: int) -> Iterator[slice]:
     width = max(64, -(-columns // 4))
     for start in range(0, columns, width):
         yield slice(start, min(start + width, columns))
-
-
-@cache
-def _onednn_linear() -> Any:
-    """The operator that torch.compile uses for linears, None where it is not there or not the faster one."""
-    if not (has_avx512() and torch.backends.mkldnn.is_available()):
-        return None
-    operators = torch.ops.mkldnn
-    return operators._linear_pointwise.default if hasattr(operators, "_linear_pointwise") else None
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def _refine_rows(
         for start in range(0, columns, width):
             part = slice(start, min(start + width, columns))
             of = slice(part.start // size, part.stop // size)
-            gradient = times_transposed(error, gram[part])
+            gradient = times_transposed(error, gram[:, part].T)  # its own mirror, so read by columns
             inner = gram[part, part].contiguous()
             part_codes, part_scale = codes[:, part].contiguous(), scale[:, of].contiguous()
             part_error = error[:, part].contiguous()

@@ -53,8 +53,8 @@ def test_rows_come_in_bands_without_a_seam(rows: int, monkeypatch: pytest.Monkey
     factor = factor_of(gram, 0.01, True)
     whole = round_compensated(weight, scale, zero, grid, factor)
     seen = []
-    multiply = compensate.times_transposed
-    monkeypatch.setattr(compensate, "times_transposed", lambda *given: seen.append(len(given[0])) or multiply(*given))
+    add = compensate.add_times_transposed
+    monkeypatch.setattr(compensate, "add_times_transposed", lambda *given: seen.append(len(given[1])) or add(*given))
     monkeypatch.setattr(products, "BAND_VALUES", 8 * 300)
     bands = round_compensated(weight, scale, zero, grid, factor)
     assert sum(seen) == 2 * rows and max(seen) <= 8 and min(seen) > 1, "behind each of two blocks"

@@ -1,0 +1,152 @@
+"""Compiled float32 products for AVX-512.
+
+PyTorch gives float32 to MKL, which takes its AVX2 loops on processors of other makers: half the rate where AVX-512 is
+there at full width. oneDNN's are as fast as these, but it compiles for each shape, and keeps what it compiled.
+
+Rows of the right factor lie in panels of TILE_COLUMNS, so that a step along what is summed over is one step through
+memory. A tile of TILE_ROWS x TILE_COLUMNS sums stays in registers: 24 of 32, four hold numbers of the right factor and
+one a number of the left. Matrices are given as numbers in one piece and the steps between rows and columns, so that
+parts of larger ones need no copy and each loop is compiled once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types  # type: ignore[import-untyped]
+from numba.core import cgutils  # type: ignore[import-untyped]
+from numba.extending import intrinsic  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from quantkit.maths.int_kernel import TILE_ROWS
+from quantkit.maths.parallel import parallel
+
+TILE_COLUMNS = 64
+
+BLOCK_ROWS = 16 * TILE_ROWS
+"""Rows of the left factor that one thread takes together: as many as serve a panel, which comes from memory."""
+
+DEPTH = 384
+"""Numbers that are summed before a sum goes to memory: so many of a panel, 98 KB, stay in the second-level cache."""
+
+_TURNED = 16
+"""Numbers of a row that are laid together: a line of memory."""
+
+_LANES = 16
+_FLOAT, _INT, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_NUMBERS = ir.VectorType(_FLOAT, _LANES)
+
+
+def _add_steps(typing_context: Any, left: Any, places: Any, right: Any, depth: Any, sums: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        left, places, right, sums = (
+            builder.bitcast(context.make_array(signature.args[at])(context, builder, args[at]).data, kind.as_pointer())
+            for at, kind in ((0, _FLOAT), (1, _LONG), (2, _FLOAT), (4, _FLOAT))
+        )
+        vectors = range(TILE_COLUMNS // _LANES)
+        kind = ir.FunctionType(_NUMBERS, [_NUMBERS] * 3)
+        multiply = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
+        none, nothing = ir.Constant(_NUMBERS, [0.0] * _LANES), ir.Constant(_NUMBERS, ir.Undefined)
+        lane = ir.Constant(ir.VectorType(_INT, _LANES), [0] * _LANES)
+        found = [[cgutils.alloca_once_value(builder, none) for _ in vectors] for _ in range(TILE_ROWS)]
+
+        def place(start: Any, offset: int, kind: Any) -> Any:
+            return builder.bitcast(builder.gep(start, [ir.Constant(_LONG, offset)]), kind.as_pointer())
+
+        rows = [builder.gep(left, [builder.load(place(places, row, _LONG))]) for row in range(TILE_ROWS)]
+        with cgutils.for_range(builder, args[3]) as loop:
+            beside = builder.gep(right, [builder.mul(loop.index, ir.Constant(_LONG, TILE_COLUMNS))])
+            numbers = [builder.load(place(beside, v * _LANES, _NUMBERS), align=4) for v in vectors]
+            for row, own in zip(rows, found, strict=True):
+                number = builder.insert_element(
+                    nothing, builder.load(builder.gep(row, [loop.index])), ir.Constant(_INT, 0)
+                )
+                number = builder.shuffle_vector(number, nothing, lane)  # lane 0 in all
+                for v in vectors:
+                    builder.store(builder.call(multiply, [number, numbers[v], builder.load(own[v])]), own[v])
+        for row, own in enumerate(found):
+            for v in vectors:
+                builder.store(builder.load(own[v]), place(sums, row * TILE_COLUMNS + v * _LANES, _NUMBERS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(left, places, right, depth, sums), generate
+
+
+add_steps: Any = intrinsic(_add_steps)
+"""sums float32 [TILE_ROWS, TILE_COLUMNS] of left times right over `depth` numbers of each.
+
+left: an array; places: int64 [TILE_ROWS], the numbers of it that rows begin at. right: part of a panel, [depth,
+TILE_COLUMNS].
+"""
+
+
+@parallel()
+def lay_panels(
+    low: int, high: int, right: NDArray[np.float32], down: int, along: int, rows: int, panels: NDArray[np.float32]
+) -> None:
+    """Rows of a right factor, of which number [n, k] is right[n * down + k * along], as panels [panels, k,
+    TILE_COLUMNS]; what is not there is 0."""
+    depth = panels.shape[1]
+    for at in range(low, high):
+        panel, first = panels[at], at * TILE_COLUMNS
+        there = min(TILE_COLUMNS, rows - first)
+        if there < TILE_COLUMNS:
+            panel[:] = 0.0
+        if down == 1:
+            for step in range(depth):
+                begin = first + step * along
+                panel[step, :there] = right[begin : begin + there]
+            continue
+        for start in range(0, depth, _TURNED):
+            end = min(start + _TURNED, depth)
+            for row in range(there):
+                begin = (first + row) * down
+                for step in range(start, end):
+                    panel[step, row] = right[begin + step * along]
+
+
+@parallel()
+def multiply_floats(
+    low: int,
+    high: int,
+    left: NDArray[np.float32],
+    left_step: int,
+    panels: NDArray[np.float32],
+    total: NDArray[np.float32],
+    total_step: int,
+    rows: int,
+    columns: int,
+    factor: np.float32,
+    fresh: bool,
+    tasks: int,
+) -> None:
+    """total += factor * products [rows, columns].
+
+    left, total: their rows begin so many numbers apart. panels: of the right factor, by `lay_panels`. factor: 1 or -1.
+    fresh: total holds nothing yet. tasks: of each block of rows.
+    """
+    depth = panels.shape[1]
+    for task in range(low, high):
+        block, share = task // tasks, task % tasks
+        first, last = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, rows)
+        sums, places = np.empty((TILE_ROWS, TILE_COLUMNS), np.float32), np.empty(TILE_ROWS, np.int64)
+        for step in range(0, max(depth, 1), DEPTH):
+            steps = min(DEPTH, depth - step)
+            for at in range(len(panels) * share // tasks, len(panels) * (share + 1) // tasks):
+                begin = at * TILE_COLUMNS
+                there = min(TILE_COLUMNS, columns - begin)
+                for start in range(first, last, TILE_ROWS):
+                    for row in range(TILE_ROWS):
+                        places[row] = min(start + row, last - 1) * left_step + step
+                    add_steps(left, places, panels[at, step:], steps, sums)
+                    for row in range(start, min(start + TILE_ROWS, last)):
+                        place, found = row * total_step + begin, sums[row - start]
+                        own = total[place : place + there]
+                        if fresh and step == 0:
+                            for column in range(there):
+                                own[column] = factor * found[column]
+                        else:
+                            for column in range(there):
+                                own[column] += factor * found[column]
