@@ -114,9 +114,10 @@ def multiplies_wide_floats() -> bool:
 
 
 def _loops_may() -> bool:
-    """Whether numba compiles for the processor as it is."""
+    """Whether numba compiles, and for the processor as it is."""
     told = any(name in os.environ for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"))
-    return not told and os.environ.get("NUMBA_ENABLE_AVX", "1") != "0"
+    switches = {"NUMBA_ENABLE_AVX": "1", "NUMBA_DISABLE_JIT": "0"}
+    return not told and all(os.environ.get(name, usual) == usual for name, usual in switches.items())
 
 
 def has_avx512() -> bool:

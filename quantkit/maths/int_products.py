@@ -160,10 +160,11 @@ def code_bytes() -> int:
 
 @dataclass(frozen=True)
 class RightFactor:
-    """The right factor of `left @ right.T`. laid: its codes, in the order of `way`. rows: n."""
+    """The right factor of `left @ right.T`. laid: its codes, in the order of `way`. rows, columns: n, k."""
 
     laid: Tensor
     rows: int
+    columns: int
     way: Way
 
     def scaled_products(
@@ -172,8 +173,10 @@ class RightFactor:
         """left @ right.T * along[:, None] * across + bias: float32 or bfloat16 [m, n].
 
         left: codes int8 [m, k]; k is at most 133144, beyond which sums might overflow. along: float32 [m]. across,
-        bias: float32 [n].
+        bias: float32 [n]. Raises ValueError for codes of another k.
         """
+        if left.shape[1] != self.columns:
+            raise ValueError(f"{left.shape[1]} columns times {self.columns}")
         outputs = empty((len(left), self.rows), dtype)
         self.way.multiply(left, self.laid, along.numpy(), across.numpy(), bias.numpy(), writable(outputs))
         return outputs
@@ -182,7 +185,7 @@ class RightFactor:
 def right_factor(codes: Tensor) -> RightFactor:
     """Codes int8 [n, k] as the right factor of products."""
     ours = way()
-    return RightFactor(ours.lay(codes), len(codes), ours)
+    return RightFactor(ours.lay(codes), codes.shape[0], codes.shape[1], ours)
 
 
 def add_gram(codes: Tensor, scale: Tensor, gram: Tensor, *, fresh: bool) -> None:

@@ -157,10 +157,11 @@ def parallel(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., 
     """Compile a body (begin, end, ...), the steps of a loop from one to behind another, into a function (count, ...)
     that shares steps 0 to count out among the threads of numba, while other threads of Python go on.
 
-    Steps have to be independent of each other: in which order they come, and in which thread, is not said. Arrays may
-    not overlap, which loops are vectorized by. Division by zero gives infinity. Compiled code is kept beside the body's
-    file, as numba keeps it; with $NUMBA_DISABLE_JIT the body is called as it is. Raises MemoryError where a body has no
-    memory, the only error that it may have, and TypeError for a body inside a function whose variables it uses.
+    Steps have to be independent of each other: in which order they come, and in which thread, is not said. No
+    element that is written may be one of another array as well, which loops are vectorized by. Division by zero gives
+    infinity. Compiled code is kept beside the body's file, as numba keeps it; with $NUMBA_DISABLE_JIT the body is
+    called as it is. Raises MemoryError where a body has no memory, the only error that it may have, and TypeError for a
+    body inside a function whose variables it uses.
     """
 
     def made(body: Callable[..., None]) -> Any:

@@ -18,6 +18,9 @@ BAND_VALUES = 1 << 21
 """Values that are worked on together where each row stands alone: products are large, and what is held for a wide
 layer, several times as much, is small beside its weight. All of a group of SmolLM2's linears are one band."""
 
+PANEL_VALUES = 1 << 22
+"""Values of a right factor that are laid out at once: 16 MB."""
+
 
 def times_transposed(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right.T`: float32 [m, n] for float32 [m, k] and [n, k] of one device."""
@@ -38,33 +41,41 @@ def add_times_transposed(total: Tensor, left: Tensor, right: Tensor, factor: flo
 
 
 def _by_own_loops(left: Tensor) -> bool:
-    return left.device.type == "cpu" and multiplies_wide_floats()
+    return left.device.type == "cpu" and left.dtype == torch.float32 and multiplies_wide_floats()
 
 
 def _multiply(left: Tensor, right: Tensor, total: Tensor, factor: float, *, fresh: bool) -> None:
+    """Write or add factor * left @ right.T to `total`, which may lie in one matrix with the factors, but shares no
+    element with them. Raises ValueError where shapes, dtypes or steps are not those of `add_times_transposed`."""
     from quantkit.maths.float_kernel import BLOCK_ROWS, TILE_COLUMNS, lay_panels, multiply_floats
     from quantkit.maths.int_kernel import blocks_of, tasks_of_block
 
     rows, columns = total.shape
+    depth = right.shape[1]
+    if left.shape != (rows, depth) or len(right) != columns:
+        raise ValueError(f"{list(left.shape)} times {list(right.shape)} turned is not {list(total.shape)}")
+    if {left.dtype, right.dtype, total.dtype} != {torch.float32} or (columns > 1 and total.stride(1) != 1):
+        raise ValueError("the loops are for float32 matrices and whole rows")
     if not total.numel():
         return
     if 1 not in right.stride():
         right = right.contiguous()
     if left.stride(1) != 1:
         left = left.contiguous()
-    panels = empty_on(left.device, (-(-columns // TILE_COLUMNS), right.shape[1], TILE_COLUMNS))
-    lay_panels(len(panels), _flat(right), *right.stride(), columns, panels.numpy())
     tasks = tasks_of_block(rows, torch.get_num_threads(), BLOCK_ROWS)
-    given = (_flat(left), left.stride(0), panels.numpy(), _flat(total), total.stride(0), rows, columns)
-    multiply_floats(blocks_of(rows, BLOCK_ROWS) * tasks, *given, np.float32(factor), fresh, tasks)
+    band = max(1, PANEL_VALUES // max(1, TILE_COLUMNS * depth)) * TILE_COLUMNS
+    for start in range(0, columns, band):
+        part, own = right[start : start + band], total[:, start : start + band]
+        panels = empty_on(left.device, (-(-len(part) // TILE_COLUMNS), depth, TILE_COLUMNS))
+        lay_panels(len(panels), _flat(part), *part.stride(), len(part), panels.numpy())
+        given = (_flat(left), left.stride(0), panels.numpy(), _flat(own), own.stride(0), rows, len(part))
+        multiply_floats(blocks_of(rows, BLOCK_ROWS) * tasks, *given, np.float32(factor), fresh, tasks)
 
 
 def _flat(matrix: Tensor) -> NDArray[np.float32]:
     """All numbers from the first one of a matrix to its last, what lies between its rows included."""
     span = 1 + sum((size - 1) * step for size, step in zip(matrix.shape, matrix.stride(), strict=True))
-    found: NDArray[np.float32] = torch.as_strided(
-        matrix.detach(), (max(0, span) if matrix.numel() else 0,), (1,)
-    ).numpy()
+    found: NDArray[np.float32] = torch.as_strided(matrix.detach(), (span if matrix.numel() else 0,), (1,)).numpy()
     return found
 
 
@@ -72,7 +83,7 @@ def product_bands(matrix: Tensor) -> Iterator[slice]:
     """Rows of a matrix [rows, columns] that are worked on together, where what is held for each is as large as it: of
     about BAND_VALUES values on a CPU, at least one; all elsewhere.
 
-    Bands are even: products of a single row would go by other loops, to other bits.
+    Bands are even: torch multiplies a single row by other loops, to other bits.
     """
     rows = len(matrix)
     bands = max(1, min(rows, -(-matrix.numel() // BAND_VALUES))) if matrix.device.type == "cpu" else 1

@@ -39,7 +39,7 @@ ROWS = "rows that wait inside a block"
 
 GRAM_BYTES = 6.5
 """Of a Gram matrix that is solved, for each element: itself in float32, with its factor in one half of it, and products
-of half of its rows or less while that is made, with copies of what oneDNN multiplies (5 without). Where pivots are too
+of half of its rows or less while that is made, with panels of what own loops multiply (5 without). Where pivots are too
 small for float32, two copies in float64 come on top, which is rare."""
 
 ERROR = 0.15

@@ -1,4 +1,4 @@
-"""Products of 8-bit integers against 64-bit ones: by torch, and by the loops for processors without units for them."""
+"""Products of 8-bit integers against 64-bit ones: by torch and by loops of our own."""
 
 from __future__ import annotations
 
@@ -42,6 +42,34 @@ def test_products_are_exact(rows: int, columns: int, inner: int) -> None:
     assert torch.equal(alone.long(), exact[:1])
 
 
+def test_the_largest_sums_do_not_overflow() -> None:
+    right = torch.tensor([127, -127], dtype=torch.int8)[:, None].repeat(1, 133144)
+    exact = (right.long() @ right.long().T).float()
+    found = right_factor(right).scaled_products(right[:1], torch.ones(1), torch.ones(2), torch.zeros(2))
+    assert torch.equal(found, exact[:1])
+    gram = torch.full((2, 2), torch.nan)
+    add_gram(right.T.contiguous(), torch.ones(2), gram, fresh=True)
+    assert torch.equal(gram.triu(), exact.triu())
+
+
+@pytest.mark.parametrize("way", OWN, indirect=True)
+def test_products_of_nothing_are_0(way: Way) -> None:
+    for rows, columns, inner in ((0, 3, 5), (3, 5, 0)):
+        factor = right_factor(torch.zeros(columns, inner, dtype=torch.int8))
+        left = torch.zeros(rows, inner, dtype=torch.int8)
+        found = factor.scaled_products(left, torch.ones(rows), torch.ones(columns), torch.zeros(columns))
+        assert found.shape == (rows, columns) and not found.any()
+    gram = torch.full((5, 5), torch.nan)
+    add_gram(torch.zeros(0, 5, dtype=torch.int8), torch.ones(5), gram, fresh=True)
+    assert not gram.triu().any()
+
+
+def test_codes_of_another_length_are_refused() -> None:
+    factor = right_factor(_codes(4, 8))
+    with pytest.raises(ValueError, match="4 columns times 8"):
+        factor.scaled_products(_codes(4, 4), torch.ones(4), torch.ones(4), torch.zeros(4))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_scaled_and_rounded_once(dtype: torch.dtype) -> None:
     left, right = _codes(50, 70), _codes(33, 70)
@@ -77,6 +105,7 @@ def test_a_factor_takes_the_bytes_that_are_counted_on() -> None:
     assert nbytes == pytest.approx(640 * 960 * code_bytes(), rel=0.01)  # and what sums begin with
 
 
+@pytest.mark.parametrize("way", OWN, indirect=True)
 def test_all_ways_give_the_same_bits(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     codes, others, scale = _codes(130, 200), _codes(130, 90), torch.logspace(-1, 1, 200)
     found = []
@@ -89,18 +118,18 @@ def test_all_ways_give_the_same_bits(way: Way, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(*found)
 
 
-@has_avx2
+@pytest.mark.parametrize("way", OWN, indirect=True)
 @pytest.mark.parametrize("tasks", [2, 3, 20])
 def test_columns_divided_among_tasks_are_all_there(tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantkit.maths import int_kernel
 
-    codes, right, ones = _codes(100, 33), _codes(50, 33), torch.ones(100)
+    codes, right, ones = _codes(100, 33), _codes(250, 33), torch.ones(250)
     grams, products = [], []
     for each in (1, tasks):
         monkeypatch.setattr(int_kernel, "tasks_of_block", lambda *_, each=each: each)
         grams.append(torch.full((100, 100), torch.nan))
         add_gram(_codes(33, 100), torch.logspace(-1, 1, 100), grams[-1], fresh=True)
-        products.append(right_factor(right).scaled_products(codes, ones, ones[:50], 0 * ones[:50]))
+        products.append(right_factor(right).scaled_products(codes, ones[:100], ones, 0 * ones))
     assert torch.equal(grams[0].triu(), grams[1].triu())
     assert torch.equal(*products) and torch.equal(products[1].long(), codes.long() @ right.long().T)
 
@@ -116,15 +145,22 @@ def test_few_blocks_are_divided_among_many_threads() -> None:
 
 @has_avx2
 @pytest.mark.parametrize(
-    "told", [("NUMBA_CPU_NAME", "generic"), ("NUMBA_CPU_FEATURES", "-avx2"), ("NUMBA_ENABLE_AVX", "0")]
+    "told",
+    [
+        ("NUMBA_CPU_NAME", "generic"),
+        ("NUMBA_CPU_FEATURES", "-avx2"),
+        ("NUMBA_ENABLE_AVX", "0"),
+        ("NUMBA_DISABLE_JIT", "1"),
+    ],
 )
 def test_loops_compiled_for_another_processor_are_not_asked_for(
     told: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "_can", lambda *names: bool({"avx2", "avx512_vnni"} & {*names}))
-    assert devices.has_avx2() and devices.multiplies_quads()
+    monkeypatch.setattr(devices, "_can", lambda *names: bool({"avx2", "avx512_f", "avx512_vnni"} & {*names}))
+    asked = (devices.has_avx2, devices.multiplies_quads, devices.multiplies_wide_floats)
+    assert all(each() for each in asked)
     monkeypatch.setenv(*told)
-    assert not devices.has_avx2() and not devices.multiplies_quads()
+    assert not any(each() for each in asked)
 
 
 def test_products_with_matrix_units_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

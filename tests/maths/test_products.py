@@ -29,6 +29,9 @@ def _pairs() -> list[tuple[Tensor, Tensor]]:
         (deep, deep[:, :]),  # more than is summed at once
         (deep[:7], deep),
         (whole[:1], whole[:1]),
+        (whole.T, whole.T),  # several blocks of rows and panels of columns
+        (whole[:, :1], whole[:50, :1]),
+        (whole[:1].expand(8, 300), whole[:1].expand(70, 300)),
         (whole[:0], whole),
         (whole[:, :0], whole[:, :0]),
     ]
@@ -55,6 +58,32 @@ def test_products_are_added_to_part_of_a_matrix(case: int, factor: float) -> Non
     around = torch.ones_like(whole, dtype=torch.bool)
     around[part] = False
     assert torch.equal(whole[around], before[around])
+
+
+def test_bands_of_a_right_factor_and_tasks_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantkit.maths import int_kernel
+
+    left, right = (part.T for part in (torch.linspace(-1, 1, 40 * 300).view(40, 300).sin() for _ in range(2)))
+    whole = times_transposed(left, right)
+    monkeypatch.setattr(products, "PANEL_VALUES", 64 * 40)
+    assert torch.equal(times_transposed(left, right), whole)
+    for tasks in (1, 3, 20):
+        monkeypatch.setattr(int_kernel, "tasks_of_block", lambda *_, tasks=tasks: tasks)
+        assert torch.equal(times_transposed(left, right), whole)
+
+
+def test_what_loops_cannot_multiply_is_refused_before() -> None:
+    whole = torch.ones(6, 6)
+    for total, left, right in [
+        (whole, whole[:, :4], whole),
+        (whole, whole[:4], whole),
+        (whole, whole, whole[:4]),
+    ]:
+        with pytest.raises((ValueError, RuntimeError)):
+            add_times_transposed(total, left, right)
+    assert torch.equal(whole, torch.ones(6, 6))
+    double = times_transposed(whole.double(), whole.double())
+    assert double.dtype == torch.float64 and bool((double == 6).all())
 
 
 def test_what_does_not_end_in_a_number_stays_that() -> None:
