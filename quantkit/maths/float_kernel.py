@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from quantkit.maths.int_kernel import TILE_ROWS
 from quantkit.maths.parallel import parallel
+from quantkit.maths.vectors import data_of, in_all_lanes, pointer_at
 
 TILE_COLUMNS = 64
 
@@ -35,40 +36,35 @@ _TURNED = 16
 """Numbers of a row that are laid together: a line of memory."""
 
 _LANES = 16
-_FLOAT, _INT, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_FLOAT, _LONG = ir.FloatType(), ir.IntType(64)
 _NUMBERS = ir.VectorType(_FLOAT, _LANES)
 
 
 def _add_steps(typing_context: Any, left: Any, places: Any, right: Any, depth: Any, sums: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         left, places, right, sums = (
-            builder.bitcast(context.make_array(signature.args[at])(context, builder, args[at]).data, kind.as_pointer())
+            data_of(context, builder, signature.args[at], args[at], kind)
             for at, kind in ((0, _FLOAT), (1, _LONG), (2, _FLOAT), (4, _FLOAT))
         )
         vectors = range(TILE_COLUMNS // _LANES)
         kind = ir.FunctionType(_NUMBERS, [_NUMBERS] * 3)
         multiply = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
-        none, nothing = ir.Constant(_NUMBERS, [0.0] * _LANES), ir.Constant(_NUMBERS, ir.Undefined)
-        lane = ir.Constant(ir.VectorType(_INT, _LANES), [0] * _LANES)
+        none = ir.Constant(_NUMBERS, [0.0] * _LANES)
         found = [[cgutils.alloca_once_value(builder, none) for _ in vectors] for _ in range(TILE_ROWS)]
 
-        def place(start: Any, offset: int, kind: Any) -> Any:
-            return builder.bitcast(builder.gep(start, [ir.Constant(_LONG, offset)]), kind.as_pointer())
-
-        rows = [builder.gep(left, [builder.load(place(places, row, _LONG))]) for row in range(TILE_ROWS)]
+        rows = [builder.gep(left, [builder.load(pointer_at(builder, places, row, _LONG))]) for row in range(TILE_ROWS)]
         with cgutils.for_range(builder, args[3]) as loop:
             beside = builder.gep(right, [builder.mul(loop.index, ir.Constant(_LONG, TILE_COLUMNS))])
-            numbers = [builder.load(place(beside, v * _LANES, _NUMBERS), align=4) for v in vectors]
+            numbers = [builder.load(pointer_at(builder, beside, v * _LANES, _NUMBERS), align=4) for v in vectors]
             for row, own in zip(rows, found, strict=True):
-                number = builder.insert_element(
-                    nothing, builder.load(builder.gep(row, [loop.index])), ir.Constant(_INT, 0)
-                )
-                number = builder.shuffle_vector(number, nothing, lane)  # lane 0 in all
+                number = in_all_lanes(builder, builder.load(builder.gep(row, [loop.index])), _LANES)
                 for v in vectors:
                     builder.store(builder.call(multiply, [number, numbers[v], builder.load(own[v])]), own[v])
         for row, own in enumerate(found):
             for v in vectors:
-                builder.store(builder.load(own[v]), place(sums, row * TILE_COLUMNS + v * _LANES, _NUMBERS), align=4)
+                builder.store(
+                    builder.load(own[v]), pointer_at(builder, sums, row * TILE_COLUMNS + v * _LANES, _NUMBERS), align=4
+                )
         return context.get_dummy_value()
 
     return types.void(left, places, right, depth, sums), generate

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from quantkit.maths.float_bits import MAGNITUDE, bits_of, from_bits, stored_as, value_of
 from quantkit.maths.int_kernel import BLOCK_ROWS, TILE_COLUMNS, TILE_ROWS
 from quantkit.maths.parallel import parallel
+from quantkit.maths.vectors import data_of, in_all_lanes, pointer_at
 
 LARGEST_CODE = 15
 """Of a weight."""
@@ -45,18 +46,10 @@ def _add_runs(
             return context.make_array(given[at])(context, builder, args[at])
 
         def data(at: int, kind: Any) -> Any:
-            return builder.bitcast(array(at).data, kind.as_pointer())
+            return data_of(context, builder, given[at], args[at], kind)
 
         def number(value: int) -> Any:
             return ir.Constant(_LONG, value)
-
-        def vector(start: Any, offset: Any, kind: Any) -> Any:
-            return builder.bitcast(builder.gep(start, [offset]), kind.as_pointer())
-
-        def in_all_lanes(value: Any, kind: Any) -> Any:
-            nothing = ir.Constant(kind, ir.Undefined)
-            lane_0 = ir.Constant(ir.VectorType(_INT, _LANES), [0] * _LANES)
-            return builder.shuffle_vector(builder.insert_element(nothing, value, ir.Constant(_INT, 0)), nothing, lane_0)
 
         def rows_from(start: Any, width: Any) -> list[Any]:
             """Where the rows of the tile start; for one that is not there the last one is taken once more."""
@@ -87,11 +80,11 @@ def _add_runs(
                 four = builder.add(builder.mul(run.index, length), loop.index)
                 here = builder.mul(four, number(TILE_COLUMNS))
                 beside = {
-                    part: builder.load(vector(weights, builder.add(here, number(part)), _BYTES), align=4)
+                    part: builder.load(pointer_at(builder, weights, builder.add(here, number(part)), _BYTES), align=4)
                     for part in parts
                 }
                 places = [builder.add(builder.mul(four, number(TILE_ROWS)), number(row)) for row in tile]
-                taken = [in_all_lanes(builder.load(builder.gep(inputs, [place])), _SUMS) for place in places]
+                taken = [in_all_lanes(builder, builder.load(builder.gep(inputs, [place])), _LANES) for place in places]
                 taken = [builder.bitcast(value, _BYTES) for value in taken]
                 for (row, part), stack in stacks.items():
                     product = builder.call(multiply, [beside[part], taken[row]])
@@ -99,11 +92,11 @@ def _add_runs(
             here = builder.mul(run.index, number(TILE_COLUMNS))
             for (row, part), total in totals.items():
                 scale, offset = (
-                    builder.load(vector(start, builder.add(here, number(part)), _NUMBERS), align=4)
+                    builder.load(pointer_at(builder, start, builder.add(here, number(part)), _NUMBERS), align=4)
                     for start in (scales, offsets)
                 )
                 step, share = (
-                    in_all_lanes(builder.load(builder.gep(starts[row], [run.index])), _NUMBERS)
+                    in_all_lanes(builder, builder.load(builder.gep(starts[row], [run.index])), _LANES)
                     for starts in (step_rows, sum_rows)
                 )
                 sums = builder.call(widen, [builder.load(stacks[row, part]), ir.Constant(_SHORTS, [1] * 2 * _LANES)])
@@ -111,7 +104,7 @@ def _add_runs(
                 value = builder.fadd(builder.load(total), product, flags=_FUSED)
                 builder.store(builder.fsub(value, builder.fmul(offset, share, flags=_FUSED), flags=_FUSED), total)
         for (row, part), total in totals.items():
-            place = vector(data(7, _FLOAT), number(row * TILE_COLUMNS + part), _NUMBERS)
+            place = pointer_at(builder, data(7, _FLOAT), row * TILE_COLUMNS + part, _NUMBERS)
             builder.store(builder.load(total), place, align=4)
         return context.get_dummy_value()
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import stored_as
 from quantkit.maths.parallel import FASTMATH, parallel
+from quantkit.maths.vectors import data_of, in_all_lanes, pointer_at
 
 TILE_ROWS = 6
 TILE_COLUMNS = 16
@@ -37,32 +38,28 @@ _SUMS, _NUMBERS = ir.VectorType(_INT, _LANES), ir.VectorType(ir.IntType(16), 2 *
 
 def _add_pairs(typing_context: Any, left: Any, right: Any, pairs: Any, sums: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        left, right, sums = (
-            builder.bitcast(context.make_array(signature.args[i])(context, builder, args[i]).data, _INT.as_pointer())
-            for i in (0, 1, 3)
-        )
+        left, right, sums = (data_of(context, builder, signature.args[i], args[i], _INT) for i in (0, 1, 3))
         vectors = range(TILE_COLUMNS // _LANES)
         multiply = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_SUMS, [_NUMBERS, _NUMBERS]), "llvm.x86.avx2.pmadd.wd"
         )
-        zeros, nothing = ir.Constant(_SUMS, [0] * _LANES), ir.Constant(_SUMS, ir.Undefined)
+        zeros = ir.Constant(_SUMS, [0] * _LANES)
         found = [[cgutils.alloca_once_value(builder, zeros) for _ in vectors] for _ in range(TILE_ROWS)]
-
-        def place(start: Any, offset: int, kind: Any) -> Any:
-            return builder.bitcast(builder.gep(start, [ir.Constant(_LONG, offset)]), kind.as_pointer())
 
         with cgutils.for_range(builder, args[2]) as loop:
             here = builder.gep(left, [builder.mul(loop.index, ir.Constant(_LONG, TILE_ROWS))])
             beside = builder.gep(right, [builder.mul(loop.index, ir.Constant(_LONG, TILE_COLUMNS))])
-            numbers = [builder.load(place(beside, v * _LANES, _NUMBERS), align=4) for v in vectors]
+            numbers = [builder.load(pointer_at(builder, beside, v * _LANES, _NUMBERS), align=4) for v in vectors]
             for row, own in enumerate(found):
-                pair = builder.insert_element(nothing, builder.load(place(here, row, _INT)), ir.Constant(_INT, 0))
-                pair = builder.bitcast(builder.shuffle_vector(pair, nothing, zeros), _NUMBERS)  # lane 0 in all
+                pair = in_all_lanes(builder, builder.load(pointer_at(builder, here, row, _INT)), _LANES)
+                pair = builder.bitcast(pair, _NUMBERS)
                 for v in vectors:
                     builder.store(builder.add(builder.load(own[v]), builder.call(multiply, [pair, numbers[v]])), own[v])
         for row, own in enumerate(found):
             for v in vectors:
-                builder.store(builder.load(own[v]), place(sums, row * TILE_COLUMNS + v * _LANES, _SUMS), align=4)
+                builder.store(
+                    builder.load(own[v]), pointer_at(builder, sums, row * TILE_COLUMNS + v * _LANES, _SUMS), align=4
+                )
         return context.get_dummy_value()
 
     return types.void(left, right, types.intp, sums), generate

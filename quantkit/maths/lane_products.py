@@ -14,6 +14,8 @@ from numba.core import cgutils  # type: ignore[import-untyped]
 from numba.core.errors import TypingError  # type: ignore[import-untyped]
 from numba.extending import intrinsic  # type: ignore[import-untyped]
 
+from quantkit.maths.vectors import in_all_lanes, pointer_at
+
 LANES = 64
 """Numbers side by side, as lanes of the vectors: one factor serves all of them."""
 
@@ -32,21 +34,14 @@ def _add_products(typing_context: Any, factors: Any, lanes: Any, sums: Any) -> A
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         row, columns, totals = (context.make_array(signature.args[i])(context, builder, args[i]) for i in range(3))
         count = builder.extract_value(row.shape, 0)
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
-        nothing = ir.Constant(_VECTOR, ir.Undefined)
         even, odd = cgutils.alloca_once(builder, _VECTOR), cgutils.alloca_once(builder, _VECTOR)
 
-        def place(data: Any, at: Any) -> Any:
-            return builder.bitcast(builder.gep(data, [at]), _VECTOR.as_pointer())
-
         def add(total: Any, k: Any, start: Any) -> None:
-            factor = builder.insert_element(
-                nothing, builder.load(builder.gep(row.data, [k])), ir.Constant(ir.IntType(32), 0)
-            )
+            factor = in_all_lanes(builder, builder.load(builder.gep(row.data, [k])), WIDTH)
             at = builder.add(builder.mul(k, ir.Constant(_LONG, LANES)), start)
             product = builder.fmul(
-                builder.shuffle_vector(factor, nothing, zeros),
-                builder.load(place(columns.data, at), align=4),
+                factor,
+                builder.load(pointer_at(builder, columns.data, at, _VECTOR), align=4),
                 flags=_FUSED,
             )
             builder.store(builder.fadd(builder.load(total), product, flags=_FUSED), total)
@@ -54,14 +49,15 @@ def _add_products(typing_context: Any, factors: Any, lanes: Any, sums: Any) -> A
         none, one, whole = ir.Constant(_LONG, 0), ir.Constant(_LONG, 1), builder.and_(count, ir.Constant(_LONG, -2))
         ends = ir.Constant(_LONG, LANES), ir.Constant(_LONG, WIDTH)
         with cgutils.for_range_slice(builder, none, *ends) as (start, _):
-            builder.store(builder.load(place(totals.data, start), align=4), even)
+            builder.store(builder.load(pointer_at(builder, totals.data, start, _VECTOR), align=4), even)
             builder.store(ir.Constant(_VECTOR, [0.0] * WIDTH), odd)
             with cgutils.for_range_slice(builder, none, whole, ir.Constant(_LONG, 2)) as (k, _):
                 add(even, k, start)
                 add(odd, builder.add(k, one), start)
             with builder.if_then(builder.icmp_signed("<", whole, count)):
                 add(even, whole, start)
-            builder.store(builder.fadd(builder.load(even), builder.load(odd)), place(totals.data, start), align=4)
+            sums = builder.fadd(builder.load(even), builder.load(odd))
+            builder.store(sums, pointer_at(builder, totals.data, start, _VECTOR), align=4)
         return context.get_dummy_value()
 
     return types.void(factors, lanes, sums), generate

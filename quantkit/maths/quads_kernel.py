@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from quantkit.maths.int_kernel import BLOCK_ROWS, TILE_ROWS, add_row, long_and_short, scale_row
 from quantkit.maths.parallel import FASTMATH, parallel
+from quantkit.maths.vectors import data_of, in_all_lanes, pointer_at
 
 TILE_COLUMNS = 64
 
@@ -39,37 +40,33 @@ _SIGNS = 0x80808080 - (1 << 32)
 def _add_quads(typing_context: Any, left: Any, places: Any, stride: Any, right: Any, quads: Any, sums: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         left, places, right, sums = (
-            builder.bitcast(context.make_array(signature.args[at])(context, builder, args[at]).data, kind.as_pointer())
+            data_of(context, builder, signature.args[at], args[at], kind)
             for at, kind in ((0, _BYTE), (1, _LONG), (3, _INT), (5, _INT))
         )
         vectors = range(TILE_COLUMNS // _LANES)
         multiply = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_SUMS, [_SUMS, _NUMBERS, _NUMBERS]), "llvm.x86.avx512.vpdpbusd.512"
         )
-        zeros, nothing = ir.Constant(_SUMS, [0] * _LANES), ir.Constant(_SUMS, ir.Undefined)
-
-        def place(start: Any, offset: int, kind: Any) -> Any:
-            return builder.bitcast(builder.gep(start, [ir.Constant(_LONG, offset)]), kind.as_pointer())
-
-        first = [builder.load(place(right, v * _LANES, _SUMS), align=4) for v in vectors]
+        first = [builder.load(pointer_at(builder, right, v * _LANES, _SUMS), align=4) for v in vectors]
         found = [[cgutils.alloca_once_value(builder, first[v]) for v in vectors] for _ in range(TILE_ROWS)]
-        rows = [builder.gep(left, [builder.load(place(places, row, _LONG))]) for row in range(TILE_ROWS)]
+        rows = [builder.gep(left, [builder.load(pointer_at(builder, places, row, _LONG))]) for row in range(TILE_ROWS)]
         behind = builder.gep(right, [ir.Constant(_LONG, TILE_COLUMNS)])
         with cgutils.for_range(builder, args[4]) as loop:
             there = builder.mul(loop.index, args[2])
             beside = builder.gep(behind, [builder.mul(loop.index, ir.Constant(_LONG, TILE_COLUMNS))])
-            numbers = [builder.load(place(beside, v * _LANES, _NUMBERS), align=4) for v in vectors]
+            numbers = [builder.load(pointer_at(builder, beside, v * _LANES, _NUMBERS), align=4) for v in vectors]
             for row, own in zip(rows, found, strict=True):
                 quad = builder.load(builder.bitcast(builder.gep(row, [there]), _INT.as_pointer()), align=1)
                 # one by one: LLVM comes to no end with the same of a vector
                 quad = builder.xor(quad, ir.Constant(_INT, _SIGNS))
-                quad = builder.insert_element(nothing, quad, ir.Constant(_INT, 0))
-                quad = builder.bitcast(builder.shuffle_vector(quad, nothing, zeros), _NUMBERS)  # lane 0 in all
+                quad = builder.bitcast(in_all_lanes(builder, quad, _LANES), _NUMBERS)
                 for v in vectors:
                     builder.store(builder.call(multiply, [builder.load(own[v]), quad, numbers[v]]), own[v])
         for row, own in enumerate(found):
             for v in vectors:
-                builder.store(builder.load(own[v]), place(sums, row * TILE_COLUMNS + v * _LANES, _SUMS), align=4)
+                builder.store(
+                    builder.load(own[v]), pointer_at(builder, sums, row * TILE_COLUMNS + v * _LANES, _SUMS), align=4
+                )
         return context.get_dummy_value()
 
     return types.void(left, places, stride, right, quads, sums), generate

@@ -44,7 +44,7 @@ LINEAR_SLOWDOWN = 1.6
 
 GRAM_SLOWDOWN = {"torch": 2.75, "pairs": 1.9, "quads": 1.9}
 """8-bit Gram matrices against such products: rounding, and, where torch multiplies, the strips' shape. Our own loops
-leave out all of the lower triangle."""
+leave out all of the lower triangle; what quads take was not fitted by itself, but taken from pairs."""
 
 FOUR_BIT_SPEEDUP = 1.35
 """Products with weights of at most 4 bits (`maths/four_bit.py`) against those of 8, rounding of inputs included."""
