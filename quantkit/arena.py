@@ -160,10 +160,8 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, **where: Any) -> Tensor:
     if _ARENA is not None and size >= SMALLEST_BYTES and ("device" not in where or where["device"].type == "cpu"):
         lent = _ARENA.take(size)
         if lent is not None:
-            storage = torch.frombuffer(lent, dtype=dtype).untyped_storage()
-            made = torch.empty(0, dtype=dtype, **where)  # a reshaped buffer would be a view of another tensor
-            made.set_(storage, 0, torch.Size(shape))  # type: ignore[call-overload]
-            return made
+            # a reshaped one would be a view of another tensor
+            return torch.frombuffer(lent, dtype=dtype).resize_(tuple(shape))
     return torch.empty(tuple(shape), dtype=dtype, **where)
 
 

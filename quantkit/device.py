@@ -113,6 +113,12 @@ def multiplies_wide_floats() -> bool:
     return has_avx512() and _loops_may()
 
 
+def multiplies_wide_bfloat16() -> bool:
+    """Whether compiled loops may use AVX-512's units for products of bfloat16 (`maths/bfloat16_kernel.py`). Where there
+    are matrix units besides, those of torch are left to it."""
+    return _can("avx512_bf16") and not _can("amx_bf16") and _loops_may()
+
+
 def _loops_may() -> bool:
     """Whether numba compiles, and for the processor as it is."""
     told = any(name in os.environ for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"))

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from quantkit.quiet import collecting_only_new
+from quantkit.quiet import collecting_later, collecting_only_new
 
 
 def test_collection_passes_over_what_was_there_and_comes_back_to_it() -> None:
@@ -26,3 +26,17 @@ def test_what_someone_else_set_aside_stays_so() -> None:
         assert gc.get_freeze_count() > 1000
     finally:
         gc.unfreeze()
+
+
+def test_what_is_loaded_during_a_run_is_passed_over_as_well() -> None:
+    with collecting_only_new():
+        before = gc.get_freeze_count()
+        with collecting_later():
+            assert not gc.isenabled()
+            loaded = [[] for _ in range(5000)]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() >= before + len(loaded)
+    assert gc.get_freeze_count() == 0
+    with collecting_later():
+        pass
+    assert gc.get_freeze_count() == 0

@@ -1,39 +1,89 @@
-"""Causal attention on a CPU: scores in float32, weights and values in bfloat16 where the processor has units for it.
+"""Causal attention on a CPU: by loops of our own with AVX-512, else by torch's products.
 
-PyTorch's kernel rounds queries, keys and scores to bfloat16 and takes most of its time for the softmax. Here the scores
-keep float32 and a chunk of queries meets only the keys that it may see, which is faster and nearer to float32 at once;
-docs/performance.md has the figures.
+PyTorch's kernel rounds scores to bfloat16, where values are, and takes most of its time for the softmax. Here scores
+keep float32, whatever is multiplied, and a query meets few keys that it may not see, which is faster and as near to
+float32 or nearer; docs/performance.md has the figures.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkit.arena import empty
-from quantkit.maths.compiled import writable
+from quantkit.device import multiplies_bfloat16, multiplies_wide_bfloat16, multiplies_wide_floats
+from quantkit.maths.compiled import all_between, writable
 from quantkit.maths.products import rounding_allowed
 
 CHUNK = 128
-"""Queries whose scores are held at once: few enough to stay in the second-level cache."""
+"""Queries whose scores are held at once by torch's products: few enough to stay in the second-level cache."""
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """What each token gathers from itself and those before it: [batch, length, heads, value width], as the values are.
 
     query: [batch, heads, length, width]; key: [batch, key heads, length, width]; any float dtype. value: bfloat16 or
-    float32 [batch, key heads, length, value width]; weights are rounded to its dtype. All on the CPU. heads is a
-    multiple of key heads, and as many neighbours share one. scale multiplies the scores.
+    float32 [batch, key heads, length, value width]; the others and weights may be rounded to its dtype. All on the CPU.
+    heads is a multiple of key heads, and as many neighbours share one. scale multiplies the scores.
     """
+    if not _own_loops(value.itemsize):
+        return _by_torch(query.float(), key.float(), value, scale)
+    numbers = value if multiplies_wide_bfloat16() else value.float()
+    return _by_own_loops(query, key, numbers, scale).to(value.dtype)
+
+
+def scores_bytes(heads: int, length: int, value_bytes: int) -> int:
+    """What scores and weights of attention over so many tokens take at once, where a value takes so many bytes."""
+    if not _own_loops(value_bytes):
+        return CHUNK * heads * length * (4 + value_bytes)
+    from quantkit.maths.attention_kernel import QUERIES
+
+    return torch.get_num_threads() * QUERIES * length * (4 + value_bytes)
+
+
+def _own_loops(value_bytes: int) -> bool:
+    """Whether values of so many bytes are gathered by loops of our own."""
+    if value_bytes == 2 and multiplies_bfloat16():
+        return multiplies_wide_bfloat16()
+    return multiplies_wide_floats()
+
+
+def _by_own_loops(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """value: of the dtype that is multiplied."""
+    from quantkit.maths.attention_kernel import TILE_COLUMNS, attend, blocks_of, lay_heads
+
+    query, key, value = (given if given.stride(-1) == 1 else given.contiguous() for given in (query, key, value))
+    batch, groups, length, wide = value.shape
+    heads, width = query.shape[1], query.shape[3]
+    size = 4 // value.itemsize  # numbers in a word
+    word = torch.float32 if size == 1 else torch.int32
+    keys = empty((batch, groups, -(-length // TILE_COLUMNS), -(-width // size), TILE_COLUMNS), word)
+    values = empty((batch, groups, -(-wide // TILE_COLUMNS), -(-length // size), TILE_COLUMNS), word)
+    gathered = empty((batch, length, heads, wide), value.dtype)
+    right = (all_between(key), _steps(key), all_between(value), _steps(value))
+    lay_heads(batch * groups, *right, (length, width, wide), keys.numpy(), values.numpy())
+    given = (all_between(query), _steps(query), keys.numpy(), values.numpy(), width, scale)
+    attend(batch * groups * blocks_of(length), *given, writable(gathered))
+    return gathered
+
+
+def _steps(heads: Tensor) -> NDArray[np.int64]:
+    """From one of a batch, a head and a token to the next."""
+    return np.array(heads.stride()[:3], np.int64)
+
+
+def _by_torch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     from quantkit.maths.softmax_kernel import bands_of, causal_softmax
 
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     shared = heads // groups
-    queries = query.float().view(batch, groups, shared, length, width)
-    keys = key.float().reshape(batch * groups, length, width).transpose(1, 2)
+    queries = query.reshape(batch, groups, shared, length, width)
+    keys = key.reshape(batch * groups, length, width).transpose(1, 2)
     values = value.reshape(batch * groups, length, value.shape[-1])
     gathered = empty((batch, length, groups, shared, values.shape[-1]), value.dtype)
     chunk = min(CHUNK, length)

@@ -8,6 +8,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quantkit.quiet import collecting_later
+
+
+def ready_loops() -> None:
+    """Import what the first compiled loop asks for, two hundred modules."""
+    with collecting_later():
+        from numba.core.registry import cpu_target  # type: ignore[import-untyped]
+
+        cpu_target.target_context.refresh()
+
 
 def readable(numbers: Tensor) -> NDArray[Any]:
     """Numbers of any shape and float dtype as compiled loops read them: float32, or the bits of bfloat16; a copy where
@@ -22,3 +32,10 @@ def writable(numbers: Tensor) -> NDArray[Any]:
     if numbers.dtype not in (torch.float32, torch.bfloat16) or not numbers.is_contiguous():
         raise TypeError(f"compiled loops write float32 or bfloat16 in one piece, not {numbers.dtype}")
     return readable(numbers)
+
+
+def all_between(numbers: Tensor) -> NDArray[Any]:
+    """Float32, or the bits of bfloat16, from the first of such numbers to the last, what lies between them included:
+    how compiled loops read part of a larger tensor by its steps, without a copy."""
+    span = 1 + sum((size - 1) * step for size, step in zip(numbers.shape, numbers.stride(), strict=True))
+    return readable(torch.as_strided(numbers.detach(), (span if numbers.numel() else 0,), (1,)))

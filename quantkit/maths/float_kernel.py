@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types  # type: ignore[import-untyped]
+from numba import njit, types  # type: ignore[import-untyped]
 from numba.core import cgutils  # type: ignore[import-untyped]
 from numba.extending import intrinsic  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.int_kernel import TILE_ROWS
 from quantkit.maths.parallel import parallel
-from quantkit.maths.vectors import data_of, in_all_lanes, pointer_at
+from quantkit.maths.vectors import SQUARE, data_of, in_all_lanes, pointer_at, turn_square
 
 TILE_COLUMNS = 64
 
@@ -32,15 +32,12 @@ BLOCK_ROWS = 16 * TILE_ROWS
 DEPTH = 384
 """Numbers that are summed before a sum goes to memory: so many of a panel, 98 KB, stay in the second-level cache."""
 
-_TURNED = 16
-"""Numbers of a row that are laid together: a line of memory."""
-
 _LANES = 16
 _FLOAT, _LONG = ir.FloatType(), ir.IntType(64)
 _NUMBERS = ir.VectorType(_FLOAT, _LANES)
 
 
-def _add_steps(typing_context: Any, left: Any, places: Any, right: Any, depth: Any, sums: Any) -> Any:
+def _add_steps(typing_context: Any, left: Any, places: Any, right: Any, depth: Any, sums: Any, step: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         left, places, right, sums = (
             data_of(context, builder, signature.args[at], args[at], kind)
@@ -61,21 +58,41 @@ def _add_steps(typing_context: Any, left: Any, places: Any, right: Any, depth: A
                 for v in vectors:
                     builder.store(builder.call(multiply, [number, numbers[v], builder.load(own[v])]), own[v])
         for row, own in enumerate(found):
+            there = builder.gep(sums, [builder.mul(args[5], ir.Constant(_LONG, row))])
             for v in vectors:
-                builder.store(
-                    builder.load(own[v]), pointer_at(builder, sums, row * TILE_COLUMNS + v * _LANES, _NUMBERS), align=4
-                )
+                builder.store(builder.load(own[v]), pointer_at(builder, there, v * _LANES, _NUMBERS), align=4)
         return context.get_dummy_value()
 
-    return types.void(left, places, right, depth, sums), generate
+    return types.void(left, places, right, depth, sums, types.intp), generate
 
 
 add_steps: Any = intrinsic(_add_steps)
 """sums float32 [TILE_ROWS, TILE_COLUMNS] of left times right over `depth` numbers of each.
 
 left: an array; places: int64 [TILE_ROWS], the numbers of it that rows begin at. right: part of a panel, [depth,
-TILE_COLUMNS].
+TILE_COLUMNS]. sums: an array, the rows of which begin `step` numbers apart.
 """
+
+
+@njit  # type: ignore[untyped-decorator]
+def lay_panel(right: NDArray[Any], begin: int, down: int, along: int, rows: int, panel: NDArray[Any]) -> None:
+    """So many rows of a right factor as a panel [depth, TILE_COLUMNS]: number [n, k] is right[begin + n * down + k *
+    along]; what is not there is 0."""
+    depth = len(panel)
+    if rows < TILE_COLUMNS:
+        panel[:] = 0
+    if down == 1:
+        for step in range(depth):
+            start = begin + step * along
+            panel[step, :rows] = right[start : start + rows]
+        return
+    deep, wide = (depth - depth % SQUARE, rows - rows % SQUARE) if along == 1 else (0, 0)
+    for row in range(0, wide, SQUARE):
+        for step in range(0, deep, SQUARE):
+            turn_square(right, begin + row * down + step, down, panel, step * TILE_COLUMNS + row, TILE_COLUMNS)
+    for row in range(rows):
+        for step in range(deep if row < wide else 0, depth):
+            panel[step, row] = right[begin + row * down + step * along]
 
 
 @parallel()
@@ -84,23 +101,9 @@ def lay_panels(
 ) -> None:
     """Rows of a right factor, of which number [n, k] is right[n * down + k * along], as panels [panels, k,
     TILE_COLUMNS]; what is not there is 0."""
-    depth = panels.shape[1]
     for at in range(low, high):
-        panel, first = panels[at], at * TILE_COLUMNS
-        there = min(TILE_COLUMNS, rows - first)
-        if there < TILE_COLUMNS:
-            panel[:] = 0.0
-        if down == 1:
-            for step in range(depth):
-                begin = first + step * along
-                panel[step, :there] = right[begin : begin + there]
-            continue
-        for start in range(0, depth, _TURNED):
-            end = min(start + _TURNED, depth)
-            for row in range(there):
-                begin = (first + row) * down
-                for step in range(start, end):
-                    panel[step, row] = right[begin + step * along]
+        first = at * TILE_COLUMNS
+        lay_panel(right, first * down, down, along, min(TILE_COLUMNS, rows - first), panels[at])
 
 
 @parallel()
@@ -136,7 +139,7 @@ def multiply_floats(
                 for start in range(first, last, TILE_ROWS):
                     for row in range(TILE_ROWS):
                         places[row] = min(start + row, last - 1) * left_step + step
-                    add_steps(left, places, panels[at, step:], steps, sums)
+                    add_steps(left, places, panels[at, step:], steps, sums, TILE_COLUMNS)
                     for row in range(start, min(start + TILE_ROWS, last)):
                         place, found = row * total_step + begin, sums[row - start]
                         own = total[place : place + there]

@@ -8,9 +8,6 @@ from torch import Tensor
 from quantkit.arena import empty_on
 from quantkit.maths.products import strips
 
-MIRROR_BAND = 128
-"""Rows of a matrix whose squares are turned together: fastest of 16 to 192 from 1536 to 5632 columns."""
-
 
 def reordered(matrix: Tensor, columns: Tensor, rows: Tensor | None = None) -> Tensor:
     """`matrix[rows][:, columns]`: [rows, columns] of the matrix's dtype.
@@ -49,9 +46,9 @@ def reorder_upper(matrix: Tensor, order: Tensor) -> None:
 def mirror(matrix: Tensor, *, upper: bool = True) -> None:
     """Write the upper triangle of `matrix` [n, n], contiguous, over the lower one, or the lower over the upper one."""
     if matrix.device.type == "cpu":
-        from quantkit.maths.order_kernel import mirror_bands
+        from quantkit.maths.order_kernel import SQUARE, mirror_bands
 
-        mirror_bands(-(-len(matrix) // MIRROR_BAND), matrix.numpy(), upper, MIRROR_BAND)
+        mirror_bands(-(-len(matrix) // SQUARE), matrix.numpy(), upper)
         return
     given = matrix if upper else matrix.T
     for strip in strips(len(given)):

@@ -9,6 +9,7 @@ from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.parallel import parallel
+from quantkit.maths.vectors import SQUARE, turn_square
 
 
 @parallel()
@@ -42,37 +43,23 @@ def pick_upper(low: int, high: int, matrix: NDArray[Any], order: NDArray[np.int6
 
 
 @parallel()
-def mirror_bands(low: int, high: int, matrix: NDArray[Any], upper: bool, band: int) -> None:
+def mirror_bands(low: int, high: int, matrix: NDArray[Any], upper: bool) -> None:
     """Write the upper triangle of a matrix [n, n] over the lower one, or the lower over the upper one; a step is a band
-    of so many rows of the lower one, in squares. A square is turned beside the matrix, whose rows may lie so that few
-    of them fit the cache together."""
+    of SQUARE rows of the lower one."""
     size = len(matrix)
-    last = (size - 1) // band
-    turned = np.empty((band, band + 16), matrix.dtype)  # rows that do not lie one below the other in the cache
+    last = (size - 1) // SQUARE
     for step in range(low, high):
-        start = _in_turn(step, last) * band
-        end = min(start + band, size)
-        for left in range(0, start, band):
+        start = _in_turn(step, last) * SQUARE
+        end = min(start + SQUARE, size)
+        whole = start if end - start == SQUARE else 0
+        for left in range(0, whole, SQUARE):
+            below, above = start * size + left, left * size + start
             if upper:
-                for j in range(band):
-                    own = matrix[left + j]
-                    for i in range(start, end):
-                        turned[i - start, j] = own[i]
-                for i in range(start, end):
-                    own = matrix[i]
-                    for j in range(band):
-                        own[left + j] = turned[i - start, j]
+                turn_square(matrix, above, size, matrix, below, size)
             else:
-                for i in range(start, end):
-                    own = matrix[i]
-                    for j in range(band):
-                        turned[j, i - start] = own[left + j]
-                for j in range(band):
-                    own = matrix[left + j]
-                    for i in range(start, end):
-                        own[i] = turned[j, i - start]
+                turn_square(matrix, below, size, matrix, above, size)
         for i in range(start, end):
-            for j in range(start, i):
+            for j in range(whole, i):
                 if upper:
                     matrix[i, j] = matrix[j, i]
                 else:

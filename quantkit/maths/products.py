@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkit.arena import empty_on
 from quantkit.device import multiplies_wide_floats
+from quantkit.maths.compiled import all_between
 
 BAND_VALUES = 1 << 21
 """Values that are worked on together where each row stands alone: products are large, and what is held for a wide
@@ -67,16 +67,9 @@ def _multiply(left: Tensor, right: Tensor, total: Tensor, factor: float, *, fres
     for start in range(0, columns, band):
         part, own = right[start : start + band], total[:, start : start + band]
         panels = empty_on(left.device, (-(-len(part) // TILE_COLUMNS), depth, TILE_COLUMNS))
-        lay_panels(len(panels), _flat(part), *part.stride(), len(part), panels.numpy())
-        given = (_flat(left), left.stride(0), panels.numpy(), _flat(own), own.stride(0), rows, len(part))
+        lay_panels(len(panels), all_between(part), *part.stride(), len(part), panels.numpy())
+        given = (all_between(left), left.stride(0), panels.numpy(), all_between(own), own.stride(0), rows, len(part))
         multiply_floats(blocks_of(rows, BLOCK_ROWS) * tasks, *given, np.float32(factor), fresh, tasks)
-
-
-def _flat(matrix: Tensor) -> NDArray[np.float32]:
-    """All numbers from the first one of a matrix to its last, what lies between its rows included."""
-    span = 1 + sum((size - 1) * step for size, step in zip(matrix.shape, matrix.stride(), strict=True))
-    found: NDArray[np.float32] = torch.as_strided(matrix.detach(), (span if matrix.numel() else 0,), (1,)).numpy()
-    return found
 
 
 def product_bands(matrix: Tensor) -> Iterator[slice]:

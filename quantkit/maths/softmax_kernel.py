@@ -47,16 +47,25 @@ def _largest(row: NDArray[np.float32], lanes: NDArray[np.float32]) -> np.float32
     return most
 
 
+@njit(fastmath={"contract", "nsz"}, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
+def powers_of(row: NDArray[np.float32], steps: np.float32, lanes: NDArray[np.float32]) -> np.float32:
+    """Turn a row of scores into two to the power of `steps` times what each is off the largest; their sum.
+
+    lanes: [LANES], overwritten.
+    """
+    most = _largest(row, lanes)
+    for k in range(row.size):
+        row[k] = power_of_two((row[k] - most) * steps)
+    return lane_sum(row)
+
+
 @njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _soften(
     scores: NDArray[np.float32], weights: NDArray[Any], seen: int, steps: np.float32, lanes: NDArray[np.float32]
 ) -> None:
     """One query's part of `causal_softmax`: so many keys are `seen`, `steps` turns scores into powers of two."""
     row, own = scores[:seen], weights[:seen]
-    most = _largest(row, lanes)
-    for k in range(row.size):
-        row[k] = power_of_two((row[k] - most) * steps)
-    inverse = np.float32(1.0) / lane_sum(row)
+    inverse = np.float32(1.0) / powers_of(row, steps, lanes)
     for k in range(row.size):
         own[k] = stored_as(row[k] * inverse, own[k])
     weights[seen:] = 0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
+from quantkit.maths.compiled import ready_loops
 from quantkit.maths.gram import Accumulator, GramAccumulator, InputStatistics, Look, SquaresAccumulator
 from quantkit.memory import FreedMemory
 from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, group_shape
@@ -77,6 +78,7 @@ class BlockRunner:
         if arithmetic.compiled_on(device):
             from quantkit.model.attention import use_causal_attention
 
+            ready_loops()
             use_causal_attention(self.model)
             use_compiled_norms(self.model.modules())
             use_compiled_gates(self.model.modules())

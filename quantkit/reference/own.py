@@ -20,18 +20,17 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         import torch
         import transformers.generation
         import transformers.modeling_utils  # noqa: F401
-        from numba.core.registry import cpu_target  # type: ignore[import-untyped]
-
-        cpu_target.target_context.refresh()  # imports two hundred modules, which the first compiled loop asks for
 
         import quantkit.pipeline  # noqa: F401
         from quantkit.device import resolve_device
         from quantkit.environment import peak_rss_bytes
         from quantkit.jobs import run_passes
+        from quantkit.maths.compiled import ready_loops
         from quantkit.model.reader import open_source
         from quantkit.progress import Progress
         from quantkit.recipe import Recipe
 
+        ready_loops()
     torch.set_num_threads(job["threads"])
     device = resolve_device(job["device"])
     wanted = [("quantkit", Recipe.model_validate(job["recipe"]), Path(job["out"]))]

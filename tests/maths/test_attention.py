@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.maths.attention import CHUNK, causal_attention
+from quantkit import device as devices
+from quantkit.maths import attention
+from quantkit.maths.attention import CHUNK, causal_attention, scores_bytes
 
 HALF_STEP = 2.0**-8
 """The most that rounding to bfloat16 changes a number by, as a share of it."""
@@ -18,14 +20,40 @@ SHAPES = [  # heads, key heads, length, width, value width
     pytest.param(2, 1, CHUNK, 8, 8, id="one chunk"),
     pytest.param(3, 3, 2 * CHUNK, 24, 16, id="narrow values"),
     pytest.param(2, 2, 1, 8, 8, id="one token"),
+    pytest.param(4, 2, 65, 80, 72, id="wider than a panel of keys or values"),
+    pytest.param(5, 1, 6 * 25, 64, 64, id="whole tiles, one head for all"),
 ]
+
+
+WAYS = {
+    "bfloat16 loops": {"multiplies_wide_floats", "multiplies_wide_bfloat16"},
+    "float32 loops": {"multiplies_wide_floats"},
+    "torch": set(),
+}
+"""What the processor is taken to have."""
+
+
+@pytest.fixture(params=WAYS, autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All of this file by each way."""
+    for name, here in (
+        ("multiplies_wide_floats", attention.multiplies_wide_floats()),
+        ("multiplies_wide_bfloat16", attention.multiplies_wide_bfloat16()),
+    ):
+        if name in WAYS[request.param] and not here:
+            pytest.skip("not on this processor")
+        monkeypatch.setattr(attention, name, lambda name=name: name in WAYS[request.param])
+    if request.param == "float32 loops":
+        monkeypatch.setattr(attention, "multiplies_bfloat16", lambda: False)
+    return str(request.param)
 
 
 def _tensors(heads: int, groups: int, length: int, width: int, wide: int, spread: float = 1.0) -> list[Tensor]:
     made = torch.Generator().manual_seed(length)
     sizes = [(2, heads, length, width), (2, groups, length, width), (2, groups, length, wide)]
-    query, key, value = (torch.randn(size, generator=made) for size in sizes)
-    return [query * spread, key, value.bfloat16()]
+    # of bfloat16, so that no way rounds them
+    query, key, value = (torch.randn(size, generator=made).bfloat16() for size in sizes)
+    return [query.float() * spread, key.float(), value]
 
 
 def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -39,7 +67,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Ten
 
 
 @pytest.mark.parametrize(("heads", "groups", "length", "width", "wide"), SHAPES)
-@pytest.mark.parametrize("spread", [1.0, 40.0], ids=["even", "peaked"])
+@pytest.mark.parametrize("spread", [1.0, 32.0], ids=["even", "peaked"])
 def test_near_float64(heads: int, groups: int, length: int, width: int, wide: int, spread: float) -> None:
     query, key, value = _tensors(heads, groups, length, width, wide, spread)
     found = causal_attention(query, key, value, width**-0.5)
@@ -58,14 +86,47 @@ def test_float32_values_keep_float32(heads: int, groups: int, length: int, width
     assert bool(((found.double() - exact).abs() <= 2e-6 * sizes + 1e-30).all())
 
 
-def test_nearer_than_pytorchs_kernel() -> None:
+def test_queries_and_keys_are_rounded_to_bfloat16_at_most(way: str) -> None:
+    query, key, value = _tensors(6, 2, 300, 32, 32)
+    query, key = query + query.roll(1) / 3, key + key.roll(1) / 3
+    exact, sizes = _exact(query, key, value, 0.2)
+    rounded, _ = _exact(query.bfloat16(), key.bfloat16(), value, 0.2)
+    found = causal_attention(query, key, value, 0.2)
+    wanted = rounded if way == "bfloat16 loops" else exact
+    assert bool(((found.double() - wanted).abs() <= 2.1 * HALF_STEP * sizes + 1e-30).all())
+
+
+def test_as_near_as_pytorchs_kernel_and_nearer_where_nothing_is_rounded(way: str) -> None:
     query, key, value = _tensors(6, 2, 300, 32, 32, 4.0)
+    if way != "bfloat16 loops":
+        query, key = query + query.roll(1) / 3, key + key.roll(1) / 3
     exact, _ = _exact(query, key, value, 0.2)
     found = causal_attention(query, key, value, 0.2)
     theirs = F.scaled_dot_product_attention(
         query.bfloat16(), key.bfloat16(), value, is_causal=True, enable_gqa=True, scale=0.2
     ).transpose(1, 2)
-    assert (found.double() - exact).abs().mean() < 0.9 * (theirs.double() - exact).abs().mean()
+    share = 1.02 if way == "bfloat16 loops" else 0.9
+    assert (found.double() - exact).abs().mean() < share * (theirs.double() - exact).abs().mean()
+
+
+def test_parts_of_larger_tensors_give_the_same_bits() -> None:
+    """Heads beside each other, as a linear gives them; every second number; parts of a cache of keys."""
+    given = _tensors(6, 2, 130, 16, 16)
+    wanted = causal_attention(*given, 0.25)
+    side_by_side = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in given)
+    assert torch.equal(causal_attention(*side_by_side, 0.25), wanted)
+    apart = (torch.stack([tensor, tensor * torch.nan], dim=-1)[..., 0] for tensor in given)
+    assert torch.equal(causal_attention(*apart, 0.25), wanted)
+    longer = (F.pad(tensor, (0, 0, 3, 5), value=torch.nan)[:, :, 3:-5] for tensor in given)
+    assert torch.equal(causal_attention(*longer, 0.25), wanted)
+
+
+def test_a_sequence_gives_the_same_bits_in_any_batch() -> None:
+    query, key, value = _tensors(6, 2, 130, 16, 16)
+    whole = causal_attention(query, key, value, 0.25)
+    for row in range(2):
+        own = slice(row, row + 1)
+        assert torch.equal(causal_attention(query[own], key[own], value[own], 0.25), whole[own])
 
 
 def test_tokens_see_nothing_behind_them() -> None:
@@ -83,3 +144,22 @@ def test_nan_in_a_score_is_not_hidden() -> None:
     found = causal_attention(query, key, value, 0.25)
     assert bool(found[0, 70, 0].isnan().all())
     assert int(found.isnan().any(dim=-1).sum()) == 1
+
+
+def test_matrix_units_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, wide, narrow in (
+        ({"avx512_f"}, True, True),
+        ({"avx512_f", "avx512_bf16"}, True, True),
+        ({"avx512_f", "avx512_bf16", "amx_bf16"}, True, False),
+        ({"avx2"}, False, False),
+    ):
+        monkeypatch.setattr(devices, "_can", lambda *names, has=has: bool(has & {*names}))
+        for name in ("multiplies_bfloat16", "multiplies_wide_bfloat16", "multiplies_wide_floats"):
+            monkeypatch.setattr(attention, name, getattr(devices, name))
+        assert (attention._own_loops(4), attention._own_loops(2)) == (wide, narrow)
+
+
+def test_scores_that_are_held_are_a_few_queries(way: str) -> None:
+    by_torch = CHUNK * 9 * 4096 * 6
+    assert scores_bytes(9, 4096, 2) == by_torch if way == "torch" else 0 < scores_bytes(9, 4096, 2) < by_torch
+    assert scores_bytes(9, 0, 2) == 0

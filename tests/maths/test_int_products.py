@@ -156,8 +156,14 @@ def test_few_blocks_are_divided_among_many_threads() -> None:
 def test_loops_compiled_for_another_processor_are_not_asked_for(
     told: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "_can", lambda *names: bool({"avx2", "avx512_f", "avx512_vnni"} & {*names}))
-    asked = (devices.has_avx2, devices.multiplies_quads, devices.multiplies_wide_floats)
+    has = {"avx2", "avx512_f", "avx512_vnni", "avx512_bf16"}
+    monkeypatch.setattr(devices, "_can", lambda *names: bool(has & {*names}))
+    asked = (
+        devices.has_avx2,
+        devices.multiplies_quads,
+        devices.multiplies_wide_floats,
+        devices.multiplies_wide_bfloat16,
+    )
     assert all(each() for each in asked)
     monkeypatch.setenv(*told)
     assert not any(each() for each in asked)

@@ -43,11 +43,12 @@ def test_the_upper_triangle_takes_the_order_and_the_lower_one_stays(size: int, m
 
 @pytest.mark.parametrize("by_tensors", [False, True])
 @pytest.mark.parametrize("upper", [True, False])
-@pytest.mark.parametrize("columns", [1, 64, 128, 129, 333])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 64, 129, 333])
 def test_one_triangle_mirrors_the_other_whatever_it_held(
-    columns: int, upper: bool, by_tensors: bool, monkeypatch: pytest.MonkeyPatch
+    columns: int, dtype: torch.dtype, upper: bool, by_tensors: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    triangle = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0)).triu()
+    triangle = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0), dtype=dtype).triu()
     whole, lost = triangle + triangle.triu(1).T, torch.full_like(triangle, torch.nan).tril(-1)
     matrix = (triangle + lost if upper else (triangle + lost).T).contiguous()
     if by_tensors:
