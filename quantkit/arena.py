@@ -160,7 +160,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, **where: Any) -> Tensor:
     if _ARENA is not None and size >= SMALLEST_BYTES and ("device" not in where or where["device"].type == "cpu"):
         lent = _ARENA.take(size)
         if lent is not None:
-            # a reshaped one would be a view of another tensor
+            # resized: a reshaped tensor would be a view of another one
             return torch.frombuffer(lent, dtype=dtype).resize_(tuple(shape))
     return torch.empty(tuple(shape), dtype=dtype, **where)
 

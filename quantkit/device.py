@@ -32,10 +32,10 @@ class Arithmetic:
     """In what a model is run for its statistics.
 
     states: dtype of the hidden states and norms. linears: dtype that the linears multiply in, and the attention its
-    weights and values. eight_bit_gram: whether Gram matrices are summed from 8-bit integers (maths/gram.py) instead of
-    float32. eight_bit_linears: whether linears multiply 8-bit integers (maths/eight_bit.py) where that is near enough.
-    four_bit_linears: whether those that were rounded to at most 4 bits multiply by their codes (maths/four_bit.py), as
-    far as that is.
+    weights and values, where loops of our own do it (maths/attention.py) queries and keys too. eight_bit_gram:
+    whether Gram matrices are summed from 8-bit integers (maths/gram.py) instead of float32. eight_bit_linears:
+    whether linears multiply 8-bit integers (maths/eight_bit.py) where that is near enough. four_bit_linears: whether
+    those that were rounded to at most 4 bits multiply by their codes (maths/four_bit.py), as far as that is.
     """
 
     states: torch.dtype

@@ -67,30 +67,41 @@ def _is_news(record: logging.LogRecord) -> bool:
 @contextmanager
 def collecting_later() -> Iterator[None]:
     """No garbage collection while modules load, which make none to speak of: a fifth of the time that torch's and
-    transformers' take. Inside of `collecting_only_new` what is there at the end is passed over as well."""
+    transformers' take."""
     before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if gc.get_freeze_count():
-            gc.freeze()
         if before:
             gc.enable()
+
+
+_ASIDE = False
+"""Whether `collecting_only_new` lasts."""
 
 
 @contextmanager
 def collecting_only_new() -> Iterator[None]:
     """Garbage collection passes over what is there already, which is mostly the modules of torch and transformers: to
     look through them takes a quarter of a second."""
+    global _ASIDE
     if gc.get_freeze_count():  # someone's own, who has their reasons
         yield
         return
     gc.freeze()
+    _ASIDE = True
     try:
         yield
     finally:
+        _ASIDE = False
         gc.unfreeze()
+
+
+def set_aside() -> None:
+    """While `collecting_only_new` lasts, pass over what has been loaded since as well, and over garbage among it."""
+    if _ASIDE:
+        gc.freeze()
 
 
 @contextmanager

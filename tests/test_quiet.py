@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from quantkit.quiet import collecting_later, collecting_only_new
+from quantkit.quiet import collecting_only_new, set_aside
 
 
 def test_collection_passes_over_what_was_there_and_comes_back_to_it() -> None:
@@ -29,14 +29,22 @@ def test_what_someone_else_set_aside_stays_so() -> None:
 
 
 def test_what_is_loaded_during_a_run_is_passed_over_as_well() -> None:
+    loaded: list[list[int]] = []
     with collecting_only_new():
         before = gc.get_freeze_count()
-        with collecting_later():
-            assert not gc.isenabled()
-            loaded = [[] for _ in range(5000)]
-        assert gc.isenabled()
+        loaded += ([] for _ in range(5000))
+        set_aside()
         assert gc.get_freeze_count() >= before + len(loaded)
-    assert gc.get_freeze_count() == 0
-    with collecting_later():
-        pass
-    assert gc.get_freeze_count() == 0
+    set_aside()
+    assert gc.get_freeze_count() == 0  # nothing would ever bring it back
+
+
+def test_what_someone_else_set_aside_is_not_added_to() -> None:
+    gc.freeze()
+    try:
+        before, loaded = gc.get_freeze_count(), [[] for _ in range(5000)]
+        with collecting_only_new():
+            set_aside()
+        assert gc.get_freeze_count() < before + len(loaded)
+    finally:
+        gc.unfreeze()

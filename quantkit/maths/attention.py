@@ -1,4 +1,5 @@
-"""Causal attention on a CPU: by loops of our own with AVX-512, else by torch's products.
+"""Causal attention on a CPU: by loops of our own with AVX-512, else, and in bfloat16 where there are matrix units, by
+torch's products.
 
 PyTorch's kernel rounds scores to bfloat16, where values are, and takes most of its time for the softmax. Here scores
 keep float32, whatever is multiplied, and a query meets few keys that it may not see, which is faster and as near to
@@ -27,34 +28,34 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     """What each token gathers from itself and those before it: [batch, length, heads, value width], as the values are.
 
     query: [batch, heads, length, width]; key: [batch, key heads, length, width]; any float dtype. value: bfloat16 or
-    float32 [batch, key heads, length, value width]; the others and weights may be rounded to its dtype. All on the CPU.
-    heads is a multiple of key heads, and as many neighbours share one. scale multiplies the scores.
+    float32 [batch, key heads, length, value width]; weights, and where the processor multiplies bfloat16 queries and
+    keys as well, are rounded to its dtype. All on the CPU. heads is a multiple of key heads, and as many neighbours
+    share one. scale multiplies the scores. A value that is not finite may show in tokens shortly before it. Raises
+    ValueError for other shapes and dtypes.
     """
-    if not _own_loops(value.itemsize):
+    batch, heads, length, width = query.shape
+    groups = value.shape[1]
+    if key.shape != (batch, groups, length, width) or value.shape[:3] != key.shape[:3] or heads % max(1, groups):
+        raise ValueError(f"queries {list(query.shape)}, keys {list(key.shape)} and values {list(value.shape)}")
+    if value.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"values in {value.dtype}, expected float32 or bfloat16")
+    if not _own_loops(value.dtype):
         return _by_torch(query.float(), key.float(), value, scale)
     numbers = value if multiplies_wide_bfloat16() else value.float()
     return _by_own_loops(query, key, numbers, scale).to(value.dtype)
 
 
-def scores_bytes(heads: int, length: int, value_bytes: int) -> int:
-    """What scores and weights of attention over so many tokens take at once, where a value takes so many bytes."""
-    if not _own_loops(value_bytes):
-        return CHUNK * heads * length * (4 + value_bytes)
-    from quantkit.maths.attention_kernel import QUERIES
-
-    return torch.get_num_threads() * QUERIES * length * (4 + value_bytes)
-
-
-def _own_loops(value_bytes: int) -> bool:
-    """Whether values of so many bytes are gathered by loops of our own."""
-    if value_bytes == 2 and multiplies_bfloat16():
+def _own_loops(dtype: torch.dtype) -> bool:
+    """Whether values of a dtype are gathered by loops of our own."""
+    if dtype == torch.bfloat16 and multiplies_bfloat16():
         return multiplies_wide_bfloat16()
     return multiplies_wide_floats()
 
 
 def _by_own_loops(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """value: of the dtype that is multiplied."""
-    from quantkit.maths.attention_kernel import TILE_COLUMNS, attend, blocks_of, lay_heads
+    """As `causal_attention`, in the dtype of the values."""
+    from quantkit.maths.attention_kernel import QUERIES, TILE_COLUMNS, attend, lay_heads
+    from quantkit.maths.int_kernel import blocks_of
 
     query, key, value = (given if given.stride(-1) == 1 else given.contiguous() for given in (query, key, value))
     batch, groups, length, wide = value.shape
@@ -67,7 +68,7 @@ def _by_own_loops(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     right = (all_between(key), _steps(key), all_between(value), _steps(value))
     lay_heads(batch * groups, *right, (length, width, wide), keys.numpy(), values.numpy())
     given = (all_between(query), _steps(query), keys.numpy(), values.numpy(), width, scale)
-    attend(batch * groups * blocks_of(length), *given, writable(gathered))
+    attend(batch * groups * blocks_of(length, QUERIES), *given, writable(gathered))
     return gathered
 
 
@@ -77,6 +78,7 @@ def _steps(heads: Tensor) -> NDArray[np.int64]:
 
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """As `causal_attention`; query and key float32."""
     from quantkit.maths.softmax_kernel import bands_of, causal_softmax
 
     batch, heads, length, width = query.shape

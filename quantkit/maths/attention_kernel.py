@@ -1,8 +1,8 @@
 """Compiled causal attention for AVX-512, by tiles of products in float32 (`maths/float_kernel.py`) or, where the
 processor has units for them, bfloat16 (`maths/bfloat16_kernel.py`).
 
-A few queries' scores are all that is held: they are multiplied, turned into weights and gathered by while they are in
-the cache, and what a query may not see is left out by tiles.
+Of the scores a few queries' are all that is held: they are multiplied, turned into weights and gathered by while they
+are in the cache, and what a query may not see is left out by tiles.
 """
 
 from __future__ import annotations
@@ -19,16 +19,11 @@ from quantkit.maths.float_bits import stored_as, value_of
 from quantkit.maths.float_kernel import TILE_COLUMNS, add_steps, lay_panel
 from quantkit.maths.int_kernel import TILE_ROWS, long_and_short
 from quantkit.maths.parallel import FASTMATH, parallel
-from quantkit.maths.softmax_kernel import LANES, powers_of
+from quantkit.maths.softmax_kernel import LANES, POWERS, powers_of
 
 QUERIES = 4 * TILE_ROWS
 """Of a head that one thread takes together: as many as serve a panel of keys, which comes from the second-level cache.
 """
-
-
-def blocks_of(length: int) -> int:
-    """How many steps so many queries of all heads of a group are."""
-    return -(-length // QUERIES)
 
 
 # What differs by the kind of numbers, float32 or the bits of bfloat16: a word of a panel is one of the former or a pair
@@ -139,12 +134,14 @@ def _weigh(
     inverse: NDArray[np.float32],
 ) -> None:
     """Scores of a tile's queries, from token `first` on, to weights of what they see, and what those are to be
-    multiplied by; weights up to a word behind what the last query sees are zero. scores: overwritten."""
+    multiplied by. Weights behind that, up to a word behind what the last query sees, are zero. scores: overwritten."""
     for row in range(rows):
         own, made, seen = scores[row], weights[row], first + row + 1
-        padded = (seen + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS
-        own[seen:padded] = -np.inf
-        inverse[row] = np.float32(1.0) / powers_of(own[:padded], steps, lanes)
+        end = seen
+        if steps > 0.0:  # else what is least below would be the largest
+            end = (seen + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS  # whole vectors
+            own[seen:end] = -np.inf
+        inverse[row] = np.float32(1.0) / powers_of(own[:end], steps, lanes)
         for k in range(seen):
             made[k] = stored_as(own[k], made[k])
         made[seen : first + rows + PAIR - 1] = 0
@@ -170,9 +167,9 @@ def attend(
     """
     length, heads, wide = gathered.shape[1:]
     groups, panels, words = keys.shape[1:4]
-    shared, blocks = heads // groups, (length + QUERIES - 1) // QUERIES
+    shared, blocks = heads // groups, (length + QUERIES - 1) // QUERIES  # as `blocks_of`
     stride, columns = words * (4 // gathered.itemsize), panels * TILE_COLUMNS
-    steps = np.float32(1.4426950408889634 * scale)  # 2^x in the place of e^x
+    steps = np.float32(POWERS * scale)
     asked, scores = np.zeros(QUERIES * stride, gathered.dtype), np.empty((QUERIES, columns), np.float32)
     weights, sums = np.empty((TILE_ROWS, columns), gathered.dtype), np.empty((TILE_ROWS, TILE_COLUMNS), np.float32)
     inverse, places, lanes = np.empty(TILE_ROWS, np.float32), np.empty(TILE_ROWS, np.int64), np.empty(LANES, np.float32)

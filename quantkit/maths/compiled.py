@@ -1,22 +1,25 @@
-"""How tensors on the CPU are given to compiled loops."""
+"""How compiled loops are made ready, and tensors on the CPU given to them."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkit.quiet import collecting_later
+from quantkit.quiet import collecting_later, set_aside
 
 
+@cache
 def ready_loops() -> None:
-    """Import what the first compiled loop asks for, two hundred modules."""
+    """Import what the first compiled loop asks for, two hundred modules, which are then passed over by collections."""
     with collecting_later():
         from numba.core.registry import cpu_target  # type: ignore[import-untyped]
 
         cpu_target.target_context.refresh()
+    set_aside()
 
 
 def readable(numbers: Tensor) -> NDArray[Any]:
@@ -35,7 +38,7 @@ def writable(numbers: Tensor) -> NDArray[Any]:
 
 
 def all_between(numbers: Tensor) -> NDArray[Any]:
-    """Float32, or the bits of bfloat16, from the first of such numbers to the last, what lies between them included:
-    how compiled loops read part of a larger tensor by its steps, without a copy."""
+    """From the first of such numbers to the last, what lies between them included: how compiled loops reach part of a
+    larger tensor by its steps. Of float32 and bfloat16, as its bits, it is never a copy."""
     span = 1 + sum((size - 1) * step for size, step in zip(numbers.shape, numbers.stride(), strict=True))
     return readable(torch.as_strided(numbers.detach(), (span if numbers.numel() else 0,), (1,)))

@@ -34,39 +34,53 @@ DEPTH = 384
 
 _LANES = 16
 _FLOAT, _LONG = ir.FloatType(), ir.IntType(64)
-_NUMBERS = ir.VectorType(_FLOAT, _LANES)
+_SUMS = ir.VectorType(_FLOAT, _LANES)
 
 
-def _add_steps(typing_context: Any, left: Any, places: Any, right: Any, depth: Any, sums: Any, step: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        left, places, right, sums = (
-            data_of(context, builder, signature.args[at], args[at], kind)
-            for at, kind in ((0, _FLOAT), (1, _LONG), (2, _FLOAT), (4, _FLOAT))
-        )
-        vectors = range(TILE_COLUMNS // _LANES)
-        kind = ir.FunctionType(_NUMBERS, [_NUMBERS] * 3)
-        multiply = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
-        none = ir.Constant(_NUMBERS, [0.0] * _LANES)
-        found = [[cgutils.alloca_once_value(builder, none) for _ in vectors] for _ in range(TILE_ROWS)]
+def adding(number: Any, word: Any, numbers: Any, name: str, *, sum_first: bool) -> Any:
+    """The intrinsic (left, places, right, depth, sums, step) that writes a tile of sums: see `add_steps`.
 
-        rows = [builder.gep(left, [builder.load(pointer_at(builder, places, row, _LONG))]) for row in range(TILE_ROWS)]
-        with cgutils.for_range(builder, args[3]) as loop:
-            beside = builder.gep(right, [builder.mul(loop.index, ir.Constant(_LONG, TILE_COLUMNS))])
-            numbers = [builder.load(pointer_at(builder, beside, v * _LANES, _NUMBERS), align=4) for v in vectors]
-            for row, own in zip(rows, found, strict=True):
-                number = in_all_lanes(builder, builder.load(builder.gep(row, [loop.index])), _LANES)
+    number: type of a number in left. word: of what is multiplied at once in each lane, one or more of them, and in
+    right. numbers: a vector of words as the instruction wants it. name: of LLVM's intrinsic for that, which takes the
+    sums so far first or last.
+    """
+    size = 1 if number is word else word.width // number.width
+
+    def add(typing_context: Any, left: Any, places: Any, right: Any, depth: Any, sums: Any, step: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            left, places, right, sums = (
+                data_of(context, builder, signature.args[at], args[at], kind)
+                for at, kind in ((0, number), (1, _LONG), (2, word), (4, _FLOAT))
+            )
+            vectors = range(TILE_COLUMNS // _LANES)
+            kinds = [_SUMS, numbers, numbers] if sum_first else [numbers, numbers, _SUMS]
+            multiply = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_SUMS, kinds), name)
+            none = ir.Constant(_SUMS, [0.0] * _LANES)
+            found = [[cgutils.alloca_once_value(builder, none) for _ in vectors] for _ in range(TILE_ROWS)]
+            starts = [builder.load(pointer_at(builder, places, row, _LONG)) for row in range(TILE_ROWS)]
+            rows = [pointer_at(builder, left, start, word) for start in starts]
+            words = builder.udiv(builder.add(args[3], ir.Constant(_LONG, size - 1)), ir.Constant(_LONG, size))
+            with cgutils.for_range(builder, words) as loop:
+                beside = builder.gep(right, [builder.mul(loop.index, ir.Constant(_LONG, TILE_COLUMNS))])
+                columns = [builder.load(pointer_at(builder, beside, v * _LANES, numbers), align=4) for v in vectors]
+                for row, own in zip(rows, found, strict=True):
+                    one = builder.load(builder.gep(row, [loop.index]), align=4 // size)
+                    spread = builder.bitcast(in_all_lanes(builder, one, _LANES), numbers)
+                    for v in vectors:
+                        pair, total = [spread, columns[v]], [builder.load(own[v])]
+                        builder.store(builder.call(multiply, total + pair if sum_first else pair + total), own[v])
+            for row, own in enumerate(found):
+                there = builder.gep(sums, [builder.mul(args[5], ir.Constant(_LONG, row))])
                 for v in vectors:
-                    builder.store(builder.call(multiply, [number, numbers[v], builder.load(own[v])]), own[v])
-        for row, own in enumerate(found):
-            there = builder.gep(sums, [builder.mul(args[5], ir.Constant(_LONG, row))])
-            for v in vectors:
-                builder.store(builder.load(own[v]), pointer_at(builder, there, v * _LANES, _NUMBERS), align=4)
-        return context.get_dummy_value()
+                    builder.store(builder.load(own[v]), pointer_at(builder, there, v * _LANES, _SUMS), align=4)
+            return context.get_dummy_value()
 
-    return types.void(left, places, right, depth, sums, types.intp), generate
+        return types.void(left, places, right, depth, sums, types.intp), generate
+
+    return intrinsic(add)
 
 
-add_steps: Any = intrinsic(_add_steps)
+add_steps: Any = adding(_FLOAT, _FLOAT, _SUMS, "llvm.fma.v16f32", sum_first=False)
 """sums float32 [TILE_ROWS, TILE_COLUMNS] of left times right over `depth` numbers of each.
 
 left: an array; places: int64 [TILE_ROWS], the numbers of it that rows begin at. right: part of a panel, [depth,

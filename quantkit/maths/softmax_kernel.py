@@ -22,6 +22,10 @@ QUERIES = 16
 """Queries that one thread takes at a time."""
 
 
+POWERS = 1.4426950408889634
+"""2^(POWERS x) is e^x."""
+
+
 def bands_of(heads: int, queries: int) -> int:
     """How many steps so many scores are."""
     return heads * -(-queries // QUERIES)
@@ -81,7 +85,7 @@ def causal_softmax(
     float32 or the bits of bfloat16, rounded half to even. The exponential is within 3e-7 of the true one.
     """
     heads, queries, _ = scores.shape
-    steps = np.float32(1.4426950408889634 * scale)  # 2^x in the place of e^x
+    steps = np.float32(POWERS * scale)
     bands = (queries + QUERIES - 1) // QUERIES
     for at in range(low, high):
         head, lanes = at // bands, np.empty(LANES, np.float32)

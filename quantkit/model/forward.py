@@ -73,12 +73,13 @@ class BlockRunner:
         self.freed = FreedMemory(sparing=True) if freed is None else freed
         self.dtype = arithmetic.states
         self.architecture = architecture_of(source.config)
+        if arithmetic.compiled_on(device):
+            ready_loops()  # before there is a model
         self.model = without_weights(source, self.dtype)
         self.model.config.use_cache = False
         if arithmetic.compiled_on(device):
             from quantkit.model.attention import use_causal_attention
 
-            ready_loops()
             use_causal_attention(self.model)
             use_compiled_norms(self.model.modules())
             use_compiled_gates(self.model.modules())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.device import Arithmetic
-from quantkit.maths.attention import scores_bytes
+from quantkit.maths.attention import CHUNK
 from quantkit.maths.four_bit import held_bytes
 from quantkit.maths.int_products import code_bytes
 from quantkit.model.blocks import Architecture
@@ -105,7 +105,7 @@ class BlockSizes:
         """What lies between the linears of a batch that runs, and of sequences longer than a batch the scores and
         weights of attention; those of shorter ones are small beside the rest."""
         tokens = max(BATCH_TOKENS[self.device], self.length)
-        scores = scores_bytes(self.heads, max(0, self.length - BATCH_TOKENS[self.device]), self.linear_bytes)
+        scores = max(0, self.length - BATCH_TOKENS[self.device]) * CHUNK * self.heads * (4 + self.linear_bytes)
         return 4 * tokens * (4 * self.hidden + 2 * max(rows for rows, _ in self.shapes)) + scores
 
     def rounding_bytes(self, rows: int, columns: int) -> int:

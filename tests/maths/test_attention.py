@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from quantkit import device as devices
 from quantkit.maths import attention
-from quantkit.maths.attention import CHUNK, causal_attention, scores_bytes
+from quantkit.maths.attention import CHUNK, causal_attention
 
 HALF_STEP = 2.0**-8
 """The most that rounding to bfloat16 changes a number by, as a share of it."""
@@ -156,10 +158,36 @@ def test_matrix_units_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(devices, "_can", lambda *names, has=has: bool(has & {*names}))
         for name in ("multiplies_bfloat16", "multiplies_wide_bfloat16", "multiplies_wide_floats"):
             monkeypatch.setattr(attention, name, getattr(devices, name))
-        assert (attention._own_loops(4), attention._own_loops(2)) == (wide, narrow)
+        assert (attention._own_loops(torch.float32), attention._own_loops(torch.bfloat16)) == (wide, narrow)
 
 
-def test_scores_that_are_held_are_a_few_queries(way: str) -> None:
-    by_torch = CHUNK * 9 * 4096 * 6
-    assert scores_bytes(9, 4096, 2) == by_torch if way == "torch" else 0 < scores_bytes(9, 4096, 2) < by_torch
-    assert scores_bytes(9, 0, 2) == 0
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_any_scale_is_one(scale: float) -> None:
+    query, key, value = _tensors(4, 2, 70, 8, 8)
+    exact, sizes = _exact(query, key, value, scale)
+    found = causal_attention(query, key, value, scale)
+    assert bool(((found.double() - exact).abs() <= 2.1 * HALF_STEP * sizes + 1e-30).all())
+
+
+def test_one_token_for_all_may_be_given_once() -> None:
+    query, key, value = _tensors(4, 2, 70, 8, 8)
+    key, value = key[:, :, :1].expand(-1, -1, 70, -1), value[:, :1].expand(-1, 2, -1, -1)
+    wanted = causal_attention(query, key.contiguous(), value.contiguous(), 0.3)
+    assert torch.equal(causal_attention(query, key, value, 0.3), wanted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda query, key, value: (query[:, :3], key, value),
+        lambda query, key, value: (query[..., :6], key, value),
+        lambda query, key, value: (query[:, :, :5], key, value),
+        lambda query, key, value: (query, key[:1], value),
+        lambda query, key, value: (query, key, value[:, :, :-1]),
+        lambda query, key, value: (query, key, value[:, :1]),
+        lambda query, key, value: (query, key, value.half()),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: Callable[..., tuple[Tensor, ...]]) -> None:
+    with pytest.raises(ValueError, match="queries|values in"):
+        causal_attention(*change(*_tensors(4, 2, 10, 8, 8)), 0.3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantkit.device import Arithmetic
-from quantkit.maths.attention import scores_bytes
+from quantkit.maths.attention import CHUNK
 from quantkit.maths.int_products import code_bytes
 from quantkit.model.blocks import ARCHITECTURES
 from quantkit.model.room import BlockSizes, left_behind, running_bytes
@@ -41,7 +41,7 @@ def test_a_batch_lies_beside_rows_that_wait() -> None:
 def test_a_sequence_longer_than_a_batch_is_one() -> None:
     long = replace(SMALL, length=4096)
     assert long.batch == 1
-    assert long.batch_bytes == 4 * 4096 * (4 * 16 + 2 * 64) + scores_bytes(2, 3072, 4)
+    assert long.batch_bytes == 4 * 4096 * (4 * 16 + 2 * 64) + 3072 * CHUNK * 2 * (4 + 4)
 
 
 def test_rounding_a_wide_group_takes_more_than_a_batch() -> None:

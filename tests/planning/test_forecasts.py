@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantkit.device import Arithmetic
-from quantkit.maths.attention import scores_bytes
+from quantkit.maths.attention import CHUNK
 from quantkit.maths.int_products import way
 from quantkit.memory import WIDE_COLUMNS
 from quantkit.model.blocks import ARCHITECTURES
@@ -83,7 +83,7 @@ def test_the_peak_of_a_calibrated_run(tiny_llama: Path) -> None:
 def test_scores_of_long_sequences_count(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 1024})
     short, long = (memory_of(replace(work, length=length), CPU, ROOM) for length in (1024, 4096))
-    more = scores_bytes(work.heads, 3072, work.how.linears.itemsize) + 4 * 3072 * (4 * 64 + 2 * 256)
+    more = CHUNK * 3072 * work.heads * (4 + work.how.linears.itemsize) + 4 * 3072 * (4 * 64 + 2 * 256)
     apart = long.host["activations of a batch"] - short.host["activations of a batch"]
     assert apart == pytest.approx(more, abs=2)
 
