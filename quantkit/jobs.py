@@ -14,7 +14,7 @@ from quantkit.errors import ModelError, UsageError
 from quantkit.manifest import Manifest
 from quantkit.memory import NO_LIMIT, MemoryLimit
 from quantkit.progress import Progress
-from quantkit.quiet import collecting_only_new
+from quantkit.quiet import collecting_later, collecting_only_new
 
 if TYPE_CHECKING:
     import torch
@@ -45,10 +45,11 @@ def quantize(
     again where a run that did not end has left its work. trust_remote_code: a tokenizer that is code in the model's
     folder is run; the manifest's source says so.
     """
-    from quantkit.device import resolve_device
-    from quantkit.memory import memory_limit
-    from quantkit.output import check_folder
-    from quantkit.recipe import load_recipe
+    with collecting_later():
+        from quantkit.device import resolve_device
+        from quantkit.memory import memory_limit
+        from quantkit.output import check_folder
+        from quantkit.recipe import load_recipe
 
     if out is not None:
         check_folder(out)

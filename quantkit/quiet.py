@@ -98,10 +98,17 @@ def collecting_only_new() -> Iterator[None]:
         gc.unfreeze()
 
 
-def set_aside() -> None:
-    """While `collecting_only_new` lasts, pass over what has been loaded since as well, and over garbage among it."""
-    if _ASIDE:
-        gc.freeze()
+@contextmanager
+def loading_modules() -> Iterator[None]:
+    """`collecting_later` for imports alone, which are passed over as well while `collecting_only_new` lasts.
+
+    Nothing else is to be made here: it would stay until that ends.
+    """
+    before = len(sys.modules)
+    with collecting_later():
+        yield
+        if _ASIDE and len(sys.modules) > before:
+            gc.freeze()
 
 
 @contextmanager

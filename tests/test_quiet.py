@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
+import weakref
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
-from quantkit.quiet import collecting_only_new, set_aside
+from quantkit.quiet import collecting_only_new, loading_modules
 
 
 def test_collection_passes_over_what_was_there_and_comes_back_to_it() -> None:
@@ -28,23 +32,49 @@ def test_what_someone_else_set_aside_stays_so() -> None:
         gc.unfreeze()
 
 
-def test_what_is_loaded_during_a_run_is_passed_over_as_well() -> None:
-    loaded: list[list[int]] = []
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module with many objects, not imported yet."""
+    (tmp_path / "many_objects.py").write_text("MADE = [[] for _ in range(5000)]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "many_objects", raising=False)
+    return "many_objects"
+
+
+def test_modules_loaded_during_a_run_are_passed_over_as_well(module: str) -> None:
     with collecting_only_new():
         before = gc.get_freeze_count()
-        loaded += ([] for _ in range(5000))
-        set_aside()
-        assert gc.get_freeze_count() >= before + len(loaded)
-    set_aside()
-    assert gc.get_freeze_count() == 0  # nothing would ever bring it back
+        with loading_modules():
+            assert not gc.isenabled()
+            import_module(module)
+        assert gc.isenabled()
+        assert gc.get_freeze_count() >= before + 5000
+    assert gc.get_freeze_count() == 0
 
 
-def test_what_someone_else_set_aside_is_not_added_to() -> None:
+def test_what_is_made_without_an_import_is_collected_during_a_run() -> None:
+    class Cycle:
+        pass
+
+    with collecting_only_new():
+        one = Cycle()
+        one.own, gone = one, weakref.ref(one)  # type: ignore[attr-defined]
+        del one
+        with loading_modules():
+            pass
+        gc.collect()
+        assert gone() is None
+
+
+def test_modules_are_not_passed_over_where_nobody_would_end_that(module: str) -> None:
     gc.freeze()
     try:
-        before, loaded = gc.get_freeze_count(), [[] for _ in range(5000)]
-        with collecting_only_new():
-            set_aside()
-        assert gc.get_freeze_count() < before + len(loaded)
+        before = gc.get_freeze_count()
+        with collecting_only_new(), loading_modules():
+            import_module(module)
+        assert gc.get_freeze_count() < before + 5000
     finally:
         gc.unfreeze()
+    with loading_modules():
+        pass
+    assert gc.get_freeze_count() == 0

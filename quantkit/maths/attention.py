@@ -24,6 +24,13 @@ CHUNK = 128
 """Queries whose scores are held at once by torch's products: few enough to stay in the second-level cache."""
 
 
+def has_own_loops(dtype: torch.dtype) -> bool:
+    """Whether values of a dtype are gathered by loops of our own."""
+    if dtype == torch.bfloat16 and multiplies_bfloat16():
+        return multiplies_wide_bfloat16()
+    return multiplies_wide_floats()
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """What each token gathers from itself and those before it: [batch, length, heads, value width], as the values are.
 
@@ -39,17 +46,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         raise ValueError(f"queries {list(query.shape)}, keys {list(key.shape)} and values {list(value.shape)}")
     if value.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"values in {value.dtype}, expected float32 or bfloat16")
-    if not _own_loops(value.dtype):
+    if not has_own_loops(value.dtype):
         return _by_torch(query.float(), key.float(), value, scale)
     numbers = value if multiplies_wide_bfloat16() else value.float()
     return _by_own_loops(query, key, numbers, scale).to(value.dtype)
-
-
-def _own_loops(dtype: torch.dtype) -> bool:
-    """Whether values of a dtype are gathered by loops of our own."""
-    if dtype == torch.bfloat16 and multiplies_bfloat16():
-        return multiplies_wide_bfloat16()
-    return multiplies_wide_floats()
 
 
 def _by_own_loops(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkit.quiet import collecting_later, set_aside
+from quantkit.quiet import loading_modules
 
 
-@cache
 def ready_loops() -> None:
-    """Import what the first compiled loop asks for, two hundred modules, which are then passed over by collections."""
-    with collecting_later():
+    """Import what the first compiled loop asks for, two hundred modules."""
+    with loading_modules():
         from numba.core.registry import cpu_target  # type: ignore[import-untyped]
 
         cpu_target.target_context.refresh()
-    set_aside()
 
 
 def readable(numbers: Tensor) -> NDArray[Any]:

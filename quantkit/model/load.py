@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from quantkit.errors import ModelError
 from quantkit.model.blocks import architecture_of, is_buffer
 from quantkit.model.source import Source
-from quantkit.quiet import collecting_later
+from quantkit.quiet import collecting_later, loading_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,16 +81,18 @@ def without_weights(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
 def built(config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     """What transformers builds from a config.json, on the meta device but for its buffers. Raises what it raises."""
-    with collecting_later():  # transformers imports a model's modules when it is first asked for
+    with loading_modules():
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
         settings = {key: value for key, value in config.items() if key != "model_type"}
         known = AutoConfig.for_model(config["model_type"], **settings)
-        # there is nothing to fill with numbers, which takes as long as all the rest
-        with init_empty_weights(include_buffers=False), _EmptyOnMeta(), no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(known, dtype=dtype)
+        with suppress(KeyError):  # no causal model is known for it, which is told below
+            MODEL_FOR_CAUSAL_LM_MAPPING[type(known)]  # imported when it is first asked for
+    # there is nothing to fill with numbers, which takes as long as all the rest
+    with collecting_later(), init_empty_weights(include_buffers=False), _EmptyOnMeta(), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(known, dtype=dtype)
     return model
 
 

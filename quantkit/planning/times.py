@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.formats.base import LinearPlan
+from quantkit.maths.attention import has_own_loops
 from quantkit.maths.int_products import way
 from quantkit.planning.probe import Probe
 from quantkit.planning.shapes import Work
@@ -36,8 +37,8 @@ START_S = {"plain": 1.5, "compiled": 1.8, "gguf": 2.3, "calibrated": 4.1}
 """Until the first block on that machine: imports alone, with compiled loops, with a GGUF file's tokenizer, or with a
 model to run and its text."""
 
-ATTENTION_SLOWDOWN = 6.0
-"""Attention and rotary positions against the same number of operations in large products."""
+ATTENTION_SLOWDOWN = {"torch": 6.0, "own loops": 2.5}
+"""Attention and rotary positions (`maths/attention.py`) against the same number of operations in large products."""
 
 LINEAR_SLOWDOWN = 1.6
 """Linears of a block, coding tokens and weights in 8 bits with them, against the square products of the probe."""
@@ -158,10 +159,11 @@ def _passes(work: Work, probe: Probe, again: float) -> dict[str, float]:
     gram_rate = probe.int8_op_s / GRAM_SLOWDOWN[way().name] if work.how.eight_bit_gram and probe.int8_op_s else float32
     linear_rate = probe.int8_op_s if work.eight_bit_linears and probe.int8_op_s else rate
     by_codes = work.eight_bit_linears and work.propagates and work.run_columns is not None
+    attended = "own loops" if not probe.device_flop_s and has_own_loops(work.how.linears) else "torch"
     ways = (1 / FOUR_BIT_SPEEDUP if by_codes else 1) + work.ways - 1  # what goes along is not rounded
     return {
         "linears": ways * blocks * linears * LINEAR_SLOWDOWN / linear_rate,
-        "attention": work.ways * blocks * attention * ATTENTION_SLOWDOWN / rate,
+        "attention": work.ways * blocks * attention * ATTENTION_SLOWDOWN[attended] / rate,
         "Gram matrices": blocks * grams / (probe.device_flop_s or gram_rate),
         "norms, activations, copies": work.ways * blocks * passing / (probe.device_flop_s or float32),
         **({"correction": blocks * crossed / (probe.device_flop_s or gram_rate)} if work.corrects else {}),

@@ -158,7 +158,7 @@ def test_matrix_units_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(devices, "_can", lambda *names, has=has: bool(has & {*names}))
         for name in ("multiplies_bfloat16", "multiplies_wide_bfloat16", "multiplies_wide_floats"):
             monkeypatch.setattr(attention, name, getattr(devices, name))
-        assert (attention._own_loops(torch.float32), attention._own_loops(torch.bfloat16)) == (wide, narrow)
+        assert (attention.has_own_loops(torch.float32), attention.has_own_loops(torch.bfloat16)) == (wide, narrow)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
