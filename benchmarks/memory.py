@@ -32,13 +32,13 @@ PLAIN = "gptq-4bit-g64-plain"  # takes the same memory in less time
 BARE = """
 import sys, torch
 import quantkit.pipeline, quantkit.jobs, quantkit.maths.kernels
-from numba.core.registry import cpu_target
 from quantkit.device import arithmetic
+from quantkit.maths.compiled import ready_loops
 from quantkit.model.forward import BlockRunner
 from quantkit.model.reader import open_source
 cpu = torch.device("cpu")
 BlockRunner(open_source(sys.argv[1]), cpu, arithmetic(cpu, torch.float32))
-cpu_target.target_context.refresh()  # imports what numba leaves for the first compiled loop
+ready_loops()  # whatever the arithmetic is
 """
 
 

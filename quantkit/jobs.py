@@ -82,14 +82,15 @@ def run(
     Artifacts go to OUT/artifacts/LABEL, results to OUT/results.json, the report beside it: report.md, report.html and
     report.json, and plots/.
     """
-    from quantkit import report
-    from quantkit.bench.runner import bench
-    from quantkit.card import fill_card
-    from quantkit.device import resolve_device
-    from quantkit.gates.judge import judge, warnings
-    from quantkit.memory import memory_limit
-    from quantkit.output import check_file, check_folder, write_results
-    from quantkit.recipe import load_suite, suite_recipes
+    with collecting_later():
+        from quantkit import report
+        from quantkit.bench.runner import bench
+        from quantkit.card import fill_card
+        from quantkit.device import resolve_device
+        from quantkit.gates.judge import judge, warnings
+        from quantkit.memory import memory_limit
+        from quantkit.output import check_file, check_folder, write_results
+        from quantkit.recipe import load_suite, suite_recipes
 
     loaded = load_suite(suite, settings)
     folder = out or Path("reports") / loaded.name

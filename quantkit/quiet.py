@@ -89,9 +89,9 @@ def collecting_only_new() -> Iterator[None]:
     if gc.get_freeze_count():  # someone's own, who has their reasons
         yield
         return
-    gc.freeze()
-    _ASIDE = True
     try:
+        gc.freeze()
+        _ASIDE = True
         yield
     finally:
         _ASIDE = False
@@ -102,7 +102,7 @@ def collecting_only_new() -> Iterator[None]:
 def loading_modules() -> Iterator[None]:
     """`collecting_later` for imports alone, which are passed over as well while `collecting_only_new` lasts.
 
-    Nothing else is to be made here: it would stay until that ends.
+    Nothing else is to be made here: it would stay until that ends, as does what is garbage by then and not collected.
     """
     before = len(sys.modules)
     with collecting_later():

@@ -66,7 +66,7 @@ def test_what_is_made_without_an_import_is_collected_during_a_run() -> None:
         assert gone() is None
 
 
-def test_modules_are_not_passed_over_where_nobody_would_end_that(module: str) -> None:
+def test_modules_are_not_passed_over_where_nobody_would_end_that(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.freeze()
     try:
         before = gc.get_freeze_count()
@@ -75,6 +75,9 @@ def test_modules_are_not_passed_over_where_nobody_would_end_that(module: str) ->
         assert gc.get_freeze_count() < before + 5000
     finally:
         gc.unfreeze()
+    with pytest.raises(ValueError), collecting_only_new():
+        raise ValueError
+    monkeypatch.delitem(sys.modules, module)
     with loading_modules():
-        pass
+        import_module(module)
     assert gc.get_freeze_count() == 0

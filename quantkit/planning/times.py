@@ -38,7 +38,8 @@ START_S = {"plain": 1.5, "compiled": 1.8, "gguf": 2.3, "calibrated": 4.1}
 model to run and its text."""
 
 ATTENTION_SLOWDOWN = {"torch": 6.0, "own loops": 2.5}
-"""Attention and rotary positions (`maths/attention.py`) against the same number of operations in large products."""
+"""Attention and rotary positions (`maths/attention.py`) against the same number of operations in large products; own
+loops as they are in bfloat16, nearer to 2 in float32."""
 
 LINEAR_SLOWDOWN = 1.6
 """Linears of a block, coding tokens and weights in 8 bits with them, against the square products of the probe."""
@@ -159,11 +160,11 @@ def _passes(work: Work, probe: Probe, again: float) -> dict[str, float]:
     gram_rate = probe.int8_op_s / GRAM_SLOWDOWN[way().name] if work.how.eight_bit_gram and probe.int8_op_s else float32
     linear_rate = probe.int8_op_s if work.eight_bit_linears and probe.int8_op_s else rate
     by_codes = work.eight_bit_linears and work.propagates and work.run_columns is not None
-    attended = "own loops" if not probe.device_flop_s and has_own_loops(work.how.linears) else "torch"
+    ours = work.how.rounded and not probe.device_flop_s and has_own_loops(work.how.linears)
     ways = (1 / FOUR_BIT_SPEEDUP if by_codes else 1) + work.ways - 1  # what goes along is not rounded
     return {
         "linears": ways * blocks * linears * LINEAR_SLOWDOWN / linear_rate,
-        "attention": work.ways * blocks * attention * ATTENTION_SLOWDOWN[attended] / rate,
+        "attention": work.ways * blocks * attention * ATTENTION_SLOWDOWN["own loops" if ours else "torch"] / rate,
         "Gram matrices": blocks * grams / (probe.device_flop_s or gram_rate),
         "norms, activations, copies": work.ways * blocks * passing / (probe.device_flop_s or float32),
         **({"correction": blocks * crossed / (probe.device_flop_s or gram_rate)} if work.corrects else {}),

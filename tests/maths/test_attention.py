@@ -58,6 +58,11 @@ def _tensors(heads: int, groups: int, length: int, width: int, wide: int, spread
     return [query.float() * spread, key.float(), value]
 
 
+def _by_loops(way: str) -> None:
+    if way == "torch":
+        pytest.skip("torch promises no bits")
+
+
 def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The output [batch, length, heads, width] in float64, and the same of the values' sizes."""
     shared, length = query.shape[1] // key.shape[1], query.shape[2]
@@ -95,7 +100,8 @@ def test_queries_and_keys_are_rounded_to_bfloat16_at_most(way: str) -> None:
     rounded, _ = _exact(query.bfloat16(), key.bfloat16(), value, 0.2)
     found = causal_attention(query, key, value, 0.2)
     wanted = rounded if way == "bfloat16 loops" else exact
-    assert bool(((found.double() - wanted).abs() <= 2.1 * HALF_STEP * sizes + 1e-30).all())
+    # less than rounding both once more would add
+    assert bool(((found.double() - wanted).abs() <= 1.7 * HALF_STEP * sizes + 1e-30).all())
 
 
 def test_as_near_as_pytorchs_kernel_and_nearer_where_nothing_is_rounded(way: str) -> None:
@@ -111,8 +117,9 @@ def test_as_near_as_pytorchs_kernel_and_nearer_where_nothing_is_rounded(way: str
     assert (found.double() - exact).abs().mean() < share * (theirs.double() - exact).abs().mean()
 
 
-def test_parts_of_larger_tensors_give_the_same_bits() -> None:
+def test_parts_of_larger_tensors_give_the_same_bits(way: str) -> None:
     """Heads beside each other, as a linear gives them; every second number; parts of a cache of keys."""
+    _by_loops(way)
     given = _tensors(6, 2, 130, 16, 16)
     wanted = causal_attention(*given, 0.25)
     side_by_side = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in given)
@@ -123,7 +130,8 @@ def test_parts_of_larger_tensors_give_the_same_bits() -> None:
     assert torch.equal(causal_attention(*longer, 0.25), wanted)
 
 
-def test_a_sequence_gives_the_same_bits_in_any_batch() -> None:
+def test_a_sequence_gives_the_same_bits_in_any_batch(way: str) -> None:
+    _by_loops(way)
     query, key, value = _tensors(6, 2, 130, 16, 16)
     whole = causal_attention(query, key, value, 0.25)
     for row in range(2):
@@ -149,6 +157,7 @@ def test_nan_in_a_score_is_not_hidden() -> None:
 
 
 def test_matrix_units_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_loops_may", lambda: True)
     for has, wide, narrow in (
         ({"avx512_f"}, True, True),
         ({"avx512_f", "avx512_bf16"}, True, True),
@@ -169,7 +178,8 @@ def test_any_scale_is_one(scale: float) -> None:
     assert bool(((found.double() - exact).abs() <= 2.1 * HALF_STEP * sizes + 1e-30).all())
 
 
-def test_one_token_for_all_may_be_given_once() -> None:
+def test_one_token_for_all_may_be_given_once(way: str) -> None:
+    _by_loops(way)
     query, key, value = _tensors(4, 2, 70, 8, 8)
     key, value = key[:, :, :1].expand(-1, -1, 70, -1), value[:, :1].expand(-1, 2, -1, -1)
     wanted = causal_attention(query, key.contiguous(), value.contiguous(), 0.3)

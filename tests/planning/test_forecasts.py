@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantkit.device import Arithmetic
-from quantkit.maths.attention import CHUNK, has_own_loops
+from quantkit.maths.attention import CHUNK
 from quantkit.maths.int_products import way
 from quantkit.memory import WIDE_COLUMNS
 from quantkit.model.blocks import ARCHITECTURES
@@ -209,8 +209,7 @@ def test_the_seconds_of_a_calibrated_run(tiny_llama: Path) -> None:
     assert parts["writing"] == 1.0 and parts["reading"] == pytest.approx(work.source_bytes / 1e9)
     assert parts["linears"] == pytest.approx(blocks * 2 * tokens * work.block_values * times.LINEAR_SLOWDOWN / rate)
     attention = blocks * 2 * tokens * 32 * 64
-    slowdown = times.ATTENTION_SLOWDOWN["own loops" if has_own_loops(torch.float32) else "torch"]
-    assert parts["attention"] == pytest.approx(attention * slowdown / rate)
+    assert parts["attention"] == pytest.approx(attention * times.ATTENTION_SLOWDOWN["torch"] / rate)
     assert parts["Gram matrices"] == pytest.approx(blocks * tokens * (3 * 64 * 65 + 128 * 129) / rate)
     rounding = times.MOVE_SLOWDOWN * 3 * (64**2 * (128 + 64 + 256) + 128**2 * 64)  # one sweep
     factors = times.FACTOR_FLOP * (3 * 64**3 + 128**3)
@@ -220,6 +219,21 @@ def test_the_seconds_of_a_calibrated_run(tiny_llama: Path) -> None:
     paired, plans = planned(tiny_llama, GPTQ | {"refine": 1, "pairs": 2}, calibration={"sequences": 4, "length": 32})
     more = times.MOVE_SLOWDOWN * 2 * times.PAIR_FLOP * (64**2 * (128 + 64 + 256) + 128**2 * 64)
     assert time_of(paired, plans, UNIT, 10**9).parts["solving"] == pytest.approx(blocks * (solve + more) / rate)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_attention_in_one_loop_counts_where_it_is_used(
+    ours: bool, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(times, "has_own_loops", lambda dtype: ours)
+    work, plans = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    exact, rounded = (time_of(replace(work, how=how), plans, UNIT, 0).parts for how in (EXACT, EIGHT_BITS))
+    slowdown = times.ATTENTION_SLOWDOWN
+    share = slowdown["own loops"] / slowdown["torch"] if ours else 1.0
+    assert rounded["attention"] == pytest.approx(exact["attention"] * share)
+    on_gpu = UNIT.model_copy(update={"device_flop_s": times.REFERENCE_FLOP_S})
+    found = time_of(replace(work, how=EIGHT_BITS), plans, on_gpu, 0).parts
+    assert found["attention"] == pytest.approx(exact["attention"])
 
 
 def test_faster_products_count_where_they_are_used(tiny_llama: Path) -> None:
