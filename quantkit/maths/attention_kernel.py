@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from quantkit.maths.bfloat16_kernel import PAIR, add_bfloat16
 from quantkit.maths.float_bits import stored_as, value_of
 from quantkit.maths.float_kernel import TILE_COLUMNS, add_steps, lay_panel
-from quantkit.maths.int_kernel import TILE_ROWS, long_and_short
-from quantkit.maths.parallel import FASTMATH, parallel
+from quantkit.maths.int_kernel import TILE_ROWS
+from quantkit.maths.parallel import FASTMATH, long_and_short, parallel
 from quantkit.maths.softmax_kernel import LANES, POWERS, powers_of
 
 QUERIES = 4 * TILE_ROWS

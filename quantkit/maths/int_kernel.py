@@ -18,7 +18,7 @@ from numba.extending import intrinsic  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import stored_as
-from quantkit.maths.parallel import FASTMATH, parallel
+from quantkit.maths.parallel import FASTMATH, long_and_short, parallel
 from quantkit.maths.vectors import data_of, in_all_lanes, pointer_at
 
 TILE_ROWS = 6
@@ -202,12 +202,6 @@ def lay_right(low: int, high: int, codes: NDArray[np.int8], panels: NDArray[np.i
     """Columns of codes [k, n] as panels [panels, pairs, TILE_COLUMNS] of a right factor."""
     for at in range(low, high):
         _lay_columns(codes, at * TILE_COLUMNS, panels[at], TILE_COLUMNS)
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def long_and_short(at: int, count: int) -> int:
-    """Rows of a triangle, long ones and short ones in turns, so that threads that get a piece each have alike."""
-    return count - 1 - at // 2 if at % 2 else at // 2
 
 
 @parallel(FASTMATH)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from quantkit.maths.parallel import parallel
+from quantkit.maths.parallel import long_and_short, parallel
 from quantkit.maths.vectors import SQUARE, turn_square
 
 
@@ -23,18 +22,11 @@ def pick(
             own[j] = found[columns[j]]
 
 
-@njit  # type: ignore[untyped-decorator]
-def _in_turn(step: int, last: int) -> int:
-    """The rows of a triangle from both its ends in turn, 0 to `last`, so that shares of the steps are even."""
-    return step // 2 if step % 2 == 0 else last - step // 2
-
-
 @parallel()
 def pick_upper(low: int, high: int, matrix: NDArray[Any], order: NDArray[np.int64]) -> None:
     """matrix[i, j] = matrix[max(a, b), min(a, b)] for i < j, where a and b are order[i] and order[j]."""
-    last = order.size - 1
     for step in range(low, high):
-        row = _in_turn(step, last)
+        row = long_and_short(step, order.size)
         own, a = matrix[row], order[row]
         beside = matrix[a]
         for j in range(row + 1, order.size):
@@ -47,9 +39,9 @@ def mirror_bands(low: int, high: int, matrix: NDArray[Any], upper: bool) -> None
     """Write the upper triangle of a matrix [n, n] over the lower one, or the lower over the upper one; a step is a band
     of SQUARE rows of the lower one."""
     size = len(matrix)
-    last = (size - 1) // SQUARE
+    bands = -(-size // SQUARE)
     for step in range(low, high):
-        start = _in_turn(step, last) * SQUARE
+        start = long_and_short(step, bands) * SQUARE
         end = min(start + SQUARE, size)
         whole = start if end - start == SQUARE else 0
         for left in range(0, whole, SQUARE):

@@ -186,3 +186,9 @@ def parallel(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., 
         return njit(cache=True, nogil=True, fastmath=set(fastmath), error_model="numpy")(function)
 
     return made
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def long_and_short(at: int, count: int) -> int:
+    """Rows of a triangle, long ones and short ones in turns, so that threads that get a piece each have alike."""
+    return count - 1 - at // 2 if at % 2 else at // 2

@@ -18,8 +18,8 @@ from numba.core import cgutils  # type: ignore[import-untyped]
 from numba.extending import intrinsic  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from quantkit.maths.int_kernel import BLOCK_ROWS, TILE_ROWS, add_row, long_and_short, scale_row
-from quantkit.maths.parallel import FASTMATH, parallel
+from quantkit.maths.int_kernel import BLOCK_ROWS, TILE_ROWS, add_row, scale_row
+from quantkit.maths.parallel import FASTMATH, long_and_short, parallel
 from quantkit.maths.vectors import data_of, in_all_lanes, pointer_at
 
 TILE_COLUMNS = 64
