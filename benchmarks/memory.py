@@ -31,7 +31,7 @@ RECIPE = "gptq-4bit-g64"
 PLAIN = "gptq-4bit-g64-plain"  # takes the same memory in less time
 BARE = """
 import sys, torch
-import quantkit.pipeline, quantkit.jobs, quantkit.maths.kernels
+import quantkit.cli, quantkit.pipeline, quantkit.jobs, quantkit.maths.kernels
 from quantkit.device import arithmetic
 from quantkit.maths.compiled import ready_loops
 from quantkit.model.forward import BlockRunner

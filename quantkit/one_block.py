@@ -129,7 +129,7 @@ def quantize_staged(
     waiting = sizes.waiting_sequences(sequences, run.memory.room_bytes(runner.device))
     runner.expect(waiting * sizes.waiting_bytes)
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
-    way, rounder = Way(module, hidden), _Rounder(runner.by_codes, works)
+    way, rounder = Way(module, hidden), _Rounder(runner.by_codes, runner.arithmetic.linears, works)
     file = file_if_room(state.folder, sizes.file_bytes(sequences - waiting))
     rows = Rows(runner, block, [way] if beside is None else [way, beside])
     run_staged(rows, placed(rows, sizes, waiting, file), rounder, sizes=sizes, advance=not last, look=look)
@@ -210,9 +210,11 @@ def _shared_out(
 
 @dataclass(frozen=True)
 class _Rounder:
-    """Gives each group of linears to the methods that quantize some of it. by_codes: as the runner has it."""
+    """Gives each group of linears to the methods that quantize some of it. by_codes: as the runner has it. dtype: of
+    weights that run."""
 
     by_codes: bool
+    dtype: torch.dtype
     works: list[CalibratedBlock]
 
     def round(
@@ -221,7 +223,7 @@ class _Rounder:
         done: dict[str, Tensor | GroupTensor] = {}
         for work in self.works:
             if work.ours(group):
-                done |= work.round(group, seen.gram, correction, self.by_codes)
+                done |= work.round(group, seen.gram, correction, self.by_codes, self.dtype)
         return done
 
     def input_scale(self, group: LinearGroup) -> Tensor | None:

@@ -34,6 +34,7 @@ from quantkit.model.source import Source
 from quantkit.one_block import Job, JobState, Layout, ModelRun, quantize_block, quantize_staged
 from quantkit.output import no_space_explained
 from quantkit.progress import Progress
+from quantkit.quiet import collect_all
 from quantkit.recipe import recipe_sha256
 from quantkit.streaming import Measuring, stream
 
@@ -121,6 +122,8 @@ def _run(
     if calibrated:
         assert calibration is not None, "the caller builds the calibration set that its recipes ask for"
         run = _start(source, calibration, device, how, memory, states[0].folder)
+        if memory.limit_bytes is not None:
+            collect_all()
     checkpoints.restore(states, run)
     if checkpoints.done:
         progress.say(f"going on behind block {checkpoints.done} of {len(blocks)}")

@@ -6,7 +6,7 @@ Every other convention is translated in the file of the format that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -227,14 +227,22 @@ class BlockTensor:
         return decode(self.data, self.type_name, self.shape)
 
 
-def _joined(pieces: Iterator[Tensor], shape: tuple[int, int], device: torch.device) -> Tensor:
+def _joined(pieces: Iterable[Tensor], shape: tuple[int, int], device: torch.device) -> Tensor:
     """Pieces of a weight in order as the whole: float32 [out, in]."""
-    weight = torch.empty(shape[0] * shape[1], device=device)
-    start = 0
+    weight = torch.empty(shape, device=device)
+    for _ in written(pieces, weight):
+        pass
+    return weight
+
+
+def written(pieces: Iterable[Tensor], out: Tensor) -> Iterator[Tensor]:
+    """Pieces of a weight as they come, each written to its place in `out` [out, in], of any dtype, when it is asked
+    for."""
+    flat, start = out.view(-1), 0
     for piece in pieces:
-        weight[start : start + len(piece)] = piece
+        flat[start : start + len(piece)] = piece
         start += len(piece)
-    return weight.reshape(shape)
+        yield piece
 
 
 QuantizedTensor = GroupTensor | Int8Rows | CodebookBlocks | BlockTensor

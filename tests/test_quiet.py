@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.quiet import collecting_only_new, loading_modules
+from quantkit.quiet import collect_all, collecting_only_new, loading_modules
 
 
 def test_collection_passes_over_what_was_there_and_comes_back_to_it() -> None:
@@ -64,6 +64,24 @@ def test_what_is_made_without_an_import_is_collected_during_a_run() -> None:
             pass
         gc.collect()
         assert gone() is None
+
+
+def test_garbage_of_imports_is_collected_where_that_is_asked_for() -> None:
+    class Cycle:
+        pass
+
+    one = Cycle()
+    one.own, gone = one, weakref.ref(one)  # type: ignore[attr-defined]
+    with collecting_only_new():
+        del one
+        gc.collect()
+        assert gone() is not None, "passed over, as what an import left"
+        collect_all()
+        assert gone() is None
+        assert gc.get_freeze_count() > 1000, "and all else is again"
+    assert gc.get_freeze_count() == 0
+    collect_all()
+    assert gc.get_freeze_count() == 0
 
 
 def test_modules_are_not_passed_over_where_nobody_would_end_that(module: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,11 +52,13 @@ def balanced_scale(
 
     sizes = grouped(weight[:: -(-len(weight) // ROWS)].float().abs()).transpose(0, 1)  # [groups, rows, group_size]
     largest = sizes.amax(dim=2, keepdim=True)
-    powers = (sizes / _or_one(largest)).square_().pow_(SHARPNESS / 2)  # cubes are products, higher powers logarithms
+    weighty = sizes.amax(dim=1) > 0  # [groups, group_size]
+    # over the sizes, which are a copy; cubes are products, higher powers logarithms
+    powers = sizes.div_(_or_one(largest)).square_().pow_(SHARPNESS / 2)
     turned = powers.transpose(1, 2).contiguous()  # a row by a matrix takes a sixth of a matrix by a column
     rows = (largest / _or_one(largest.max())).square()  # [groups, rows, 1], what a row's range counts
     inputs = grouped((magnitude / _or_one(magnitude.max())).float().square())  # [groups, group_size]
-    known = (sizes.amax(dim=1) > 0) & (inputs > 0)
+    known = weighty & (inputs > 0)
     if tie is not None:  # a head without weights has the scale of those that share it
         known = grouped(tie(known.flatten()[:columns].float())) > 0
     scale = torch.zeros_like(inputs)  # its logarithm

@@ -183,9 +183,22 @@ def parallel(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., 
         )
         update_wrapper(function, body)
         del function.__wrapped__  # which has another signature
-        return njit(cache=True, nogil=True, fastmath=set(fastmath), error_model="numpy")(function)
+        return _alone(njit(cache=True, nogil=True, fastmath=set(fastmath), error_model="numpy")(function))
 
     return made
+
+
+def _alone(loop: Any) -> Any:
+    """A loop that only Python calls. What numba kept of it comes with the form that other compiled functions would link
+    it in, a tenth of a megabyte or two for each loop; that is let go."""
+    add = loop.add_overload
+
+    def add_overload(compiled: Any) -> None:
+        compiled.library._shared_module = None  # numba makes it anew where it has compiled the loop and now keeps it
+        add(compiled)
+
+    loop.add_overload = add_overload
+    return loop
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]

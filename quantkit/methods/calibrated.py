@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
+from quantkit.arena import empty_on
 from quantkit.errors import ModelError
 from quantkit.maths import fold
 from quantkit.maths.affine import full_range, grid_for_range, nearest_codes, search_grid
@@ -40,7 +41,7 @@ from quantkit.methods.base import (
 )
 from quantkit.methods.folded import FoldedWeights
 from quantkit.model.blocks import LinearGroup
-from quantkit.tensors import Grid, GroupTensor, QuantizedTensor
+from quantkit.tensors import Grid, GroupTensor, QuantizedTensor, written
 
 Correction = Annotated[
     float,
@@ -197,20 +198,21 @@ class CalibratedBlock:
         gram: Tensor,
         correction: CorrectionAccumulator | None = None,
         by_codes: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> dict[str, Tensor | GroupTensor]:
         """Round the linears of one input.
 
         gram: float32 [in, in] of the inputs behind the folded scale. correction: what was seen of the unquantized
         model's inputs beside them. by_codes: whether linears can multiply by their codes. Returns the rounded weights
-        by linear: float32 [out, in], or the codes where products with these are for them. Raises ModelError when the
-        Gram matrix is not finite.
+        by linear: [out, in] of `dtype`, or the codes where products with these are for them. Raises ModelError when
+        the Gram matrix is not finite.
         """
         ours = self.ours(group)
         require_finite(f"inputs of {', '.join(ours)}", gram)
         if correction is not None and self.steps.correction:
             self._correct(ours, gram, correction)
         self._quantized |= self._round(ours, gram)
-        return {name: self._to_run(name, by_codes=by_codes) for name in ours}
+        return {name: self._to_run(name, dtype, by_codes=by_codes) for name in ours}
 
     def _correct(self, ours: list[str], gram: Tensor, correction: CorrectionAccumulator) -> None:
         """Let the weights of one input make up for what went wrong before it, if its Gram matrix can be solved by."""
@@ -226,15 +228,15 @@ class CalibratedBlock:
         if damp != steps.damp:
             self._note(ours, f"damping of the correction raised from {steps.damp:g} to {damp:g}")
 
-    def _to_run(self, name: str, *, by_codes: bool) -> Tensor | GroupTensor:
+    def _to_run(self, name: str, dtype: torch.dtype, *, by_codes: bool) -> Tensor | GroupTensor:
         """A rounded linear as it is to run. How far it is from the weight that it was made of is noted, and that is not
         held any longer."""
-        tensor = self._quantized[name]
+        tensor, weight = self._quantized[name], self.weights.pop(name)
         if by_codes and isinstance(tensor, GroupTensor) and run_length(tensor):
-            self._sqnr[name] = sqnr_db(*energies(self.weights.pop(name), tensor.pieces()))
+            self._sqnr[name] = sqnr_db(*energies(weight, tensor.pieces()))
             return tensor
-        decoded = tensor.dequantize()
-        self._sqnr[name] = sqnr_db(*energies(self.weights.pop(name), [decoded.flatten()]))
+        decoded = empty_on(weight.device, tensor.shape, dtype)
+        self._sqnr[name] = sqnr_db(*energies(weight, written(tensor.pieces(), decoded)))
         return decoded
 
     def _round(self, ours: list[str], gram: Tensor) -> Mapping[str, QuantizedTensor]:

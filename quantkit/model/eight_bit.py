@@ -92,3 +92,4 @@ def use_eight_bits(modules: Iterable[nn.Module], *, wide: bool = False) -> None:
             module.__class__ = EightBitLinear
             assert isinstance(module, EightBitLinear)
             module.wide = wide
+            module._coded = module._rounded = None  # its dictionary grows now, not among tensors of a batch

@@ -142,11 +142,14 @@ class BlockRunner:
     def loaded(self, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """The module of a block with real weights: `tensors` by full name; the meta tensors are put back at the end."""
         module = self.layers[block.index]
+        empty = dict(module.named_parameters())
         try:
             self.assign(module, block, tensors)
             yield module
         finally:
             module.to_empty(device="meta")
+            # the very ones, which lie together: new ones would lie scattered, each of them holding a page of the heap
+            module.load_state_dict(empty, strict=False, assign=True)
 
     def assign(self, module: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> None:
         """Give a block's module other weights: `tensors` by full name. Raises ModelError when one has a shape that the
@@ -244,6 +247,7 @@ class BlockRunner:
                     hidden[rows] = self.call(module, block, hidden[rows])
                 except _EnoughError:
                     continue
+        self.expect(grams)  # what the last batch left would lie beside the matrices
         found: dict[Look, dict[str, InputStatistics]] = {look: {} for look in looks}
         for group, accumulators in zip(block.groups, seen, strict=True):
             for look, accumulator in accumulators.items():

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.arena import empty
 from quantkit.maths.compiled import readable, writable
 from quantkit.model.mixed import mixed_into
 
@@ -32,16 +31,16 @@ class CompiledGate(nn.Module):
 
 
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of one shape and dtype; by the loop for float32 and bfloat16 on a CPU."""
+    """silu(gate) * up, of one shape and dtype; by the loop for float32 and bfloat16 on a CPU, which writes it over `up`
+    where that lies in one piece: nobody else has what the two linears gave."""
     known = gate.dtype == up.dtype in (torch.float32, torch.bfloat16) and gate.device.type == up.device.type == "cpu"
-    if not known or gate.shape != up.shape:
+    if not known or gate.shape != up.shape or not up.is_contiguous():
         return nn.functional.silu(gate) * up
     from quantkit.maths import gate_kernel
 
-    rows = [tensor.detach().reshape(-1, gate.shape[-1]) for tensor in (gate, up)]
-    out = empty(rows[0].shape, gate.dtype)  # in one piece, whatever the gate is
-    gate_kernel.silu_times(len(out), readable(rows[0]), readable(rows[1]), writable(out))
-    return out.view(gate.shape)
+    rows, made = (tensor.detach().reshape(-1, gate.shape[-1]) for tensor in (gate, up))
+    gate_kernel.silu_times(len(made), readable(rows), writable(made))
+    return up
 
 
 def use_compiled_gates(modules: Iterable[nn.Module]) -> None:

@@ -130,6 +130,14 @@ first(5, out[0])
 second(5, out[1])
 print(sum(first.stats.cache_hits.values()), sum(second.stats.cache_hits.values()), *out[:, 4])
 """
+HELD = (
+    USE
+    + """
+first(5, out[1])
+(kept,) = first.overloads.values()
+print(kept.library._shared_module, out[1, 4])
+"""
+)
 
 
 def test_the_next_process_finds_the_code_until_its_file_changes(tmp_path: Path) -> None:
@@ -147,6 +155,7 @@ def test_the_next_process_finds_the_code_until_its_file_changes(tmp_path: Path) 
     assert [run(), run()] == ["0 0 7 -7", "1 1 7 -7"]
     file.write_text(LOOPS.replace("ADDED", "18"))  # of another length, whatever the clock says
     assert [run(), run()] == ["0 0 18 -18", "1 1 18 -18"]
+    assert run(HELD).splitlines()[-1] == "None 18", "code from the cache is not held in a second form to be linked in"
     helper_changed = "import quantkit.maths.parallel as p; p.SOURCE += 1\n" + USE
     assert [run(helper_changed), run(helper_changed), run()] == ["0 0 18 -18", "1 1 18 -18", "1 1 18 -18"]
 

@@ -125,6 +125,18 @@ def test_codes_are_held_beside_what_they_were_made_of_and_that_is_let_go(exponen
         assert not exponents or not torch.equal(weight, weights[name].float()), "scales must have changed it"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_weights_come_in_the_dtype_that_they_run_in(dtype: torch.dtype) -> None:
+    weights, others, statistics = _weights()
+    work = GPTQ(group_size=16, exponents=0).begin(BlockWeights(_block(), weights, others, head_dim=HEAD))
+    group = _block().groups[0]
+    found = work.round(group, statistics[group.linears[0]].gram, dtype=dtype)
+    for name in group.linears:
+        made = found[name]
+        assert isinstance(made, Tensor) and made.dtype == dtype
+        assert torch.equal(made, work.result().quantized[name].dequantize().to(dtype))
+
+
 def _loss(result: BlockResult, weights: dict[str, Tensor], statistics: dict[str, InputStatistics], name: str) -> float:
     error = (result.quantized[name].dequantize() - weights[name]).double()
     return float(((error @ statistics[name].gram.double()) * error).sum())

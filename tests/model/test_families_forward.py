@@ -58,6 +58,18 @@ def test_blocks_one_after_the_other_give_the_models_states(source: MemorySource,
         torch.testing.assert_close(norm(hidden[:]), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_block_leaves_the_empty_weights_that_it_found(source: MemorySource) -> None:
+    """New ones of every block lie scattered over the heap, each in a page that then cannot go back."""
+    runner = BlockRunner(source, CPU, arithmetic(CPU, torch.float32, exact=True))
+    block = blocks_of(source)[0]
+    before = dict(runner.layers[block.index].named_parameters())
+    with runner.loaded(block, {name: source.read(name) for name in block.tensors}) as module:
+        assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
+    after = dict(runner.layers[block.index].named_parameters())
+    assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
+    assert {parameter.device.type for parameter in after.values()} == {"meta"}
+
+
 @pytest.mark.parametrize("linears", [torch.float32, torch.bfloat16])
 def test_blocks_in_eight_bits_give_nearly_the_same(source: MemorySource, linears: torch.dtype) -> None:
     exact = BlockRunner(source, CPU, arithmetic(CPU, torch.float32, exact=True))

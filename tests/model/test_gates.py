@@ -68,9 +68,10 @@ def test_an_activation_that_may_be_more_is_not_asked() -> None:
 
 
 def test_inputs_may_lie_in_any_order() -> None:
-    gate, up = torch.randn(40, 6).T, torch.randn(6, 40)
-    torch.testing.assert_close(silu_times(gate, up), nn.functional.silu(gate) * up)
-    torch.testing.assert_close(silu_times(up, gate), nn.functional.silu(up) * gate)
+    turned, whole = torch.randn(40, 6).T, torch.randn(6, 40)
+    torch.testing.assert_close(silu_times(whole, turned), nn.functional.silu(whole) * turned)
+    wanted = nn.functional.silu(turned) * whole
+    torch.testing.assert_close(silu_times(turned, whole), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,8 +79,9 @@ def test_near_float64(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     gate, up = ((torch.randn(3, 7, 33, generator=generator) * 30).to(dtype) for _ in range(2))
     gate[0, 0, :3] = torch.tensor([0.0, 200.0, -200.0])
-    found = silu_times(gate, up)
     exact = nn.functional.silu(gate.double()) * up.double()
+    found = silu_times(gate, up)
+    assert found is up, "what the linear gave is not held beside it"
     assert found.dtype == dtype
     # of exponents up to a hundred, float32 keeps five digits behind the point; bfloat16 is rounded to once
     step = 1e-5 if dtype == torch.float32 else 2.0**-8
