@@ -160,6 +160,7 @@ def _sizes(state: JobState, run: ModelRun, block: Block, tensors: Mapping[str, T
         ways=2 if state.corrects else 1,
         device=runner.device.type,
         left_behind=left_behind(runner.architecture, how, runner.device, shapes, heads, hidden.shape[1]),
+        states_in_memory=hidden.in_memory,
     )
 
 

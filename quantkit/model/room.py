@@ -56,7 +56,8 @@ class BlockSizes:
     sequence. heads: how many. state_bytes, linear_bytes: of a value in the states, and in what linears multiply.
     model_bytes, rounded_bytes, stored_bytes: of a weight in the module that runs, before and behind its rounding, and
     as it is stored. ways: how many models run; the unquantized one goes along where there is a correction. device:
-    "cpu" or "cuda". left_behind: as `left_behind` gives it.
+    "cpu" or "cuda". left_behind: as `left_behind` gives it. states_in_memory: whether hidden states lie there, and not
+    in a file.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -71,6 +72,7 @@ class BlockSizes:
     ways: int
     device: str
     left_behind: tuple[int, int]
+    states_in_memory: bool = False
 
     @property
     def batch(self) -> int:
@@ -78,19 +80,28 @@ class BlockSizes:
         return max(1, BATCH_TOKENS[self.device] // self.length)
 
     @property
-    def waiting_bytes(self) -> int:
+    def _states_bytes(self) -> int:
+        """Of the hidden states of a sequence."""
+        return self.ways * self.length * self.hidden * self.state_bytes
+
+    @property
+    def _held_bytes(self) -> int:
         """What a sequence holds at most while it waits: for each token hidden states and the widest input of a linear,
         and what else the model holds. What has been read is let go (model/waiting.py)."""
         attention, mlp = self.left_behind
         widest = max(columns for _, columns in self.shapes) * self.linear_bytes
         read = max(self.hidden * self.state_bytes, widest)
-        return (
-            self.ways * self.length * (self.hidden * self.state_bytes + read + max(attention, mlp) * self.state_bytes)
-        )
+        return self._states_bytes + self.ways * self.length * (read + max(attention, mlp) * self.state_bytes)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What a sequence that waits in memory takes at most: what it holds, in the place of the hidden states that it
+        took where those lay there."""
+        return self._held_bytes - (self._states_bytes if self.states_in_memory and self.device == "cpu" else 0)
 
     def file_bytes(self, sequences: int) -> int:
         """What so many sequences take of a scratch file while they wait; 0 on another device, where they cannot."""
-        return sequences * self.waiting_bytes if self.device == "cpu" else 0
+        return sequences * self._held_bytes if self.device == "cpu" else 0
 
     @property
     def filed_bytes(self) -> int:

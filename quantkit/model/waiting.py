@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,10 +59,11 @@ class Rows:
     block: Block
     ways: Sequence[Way]
 
-    @cached_property
+    @property
     def shared(self) -> frozenset[int]:
-        """Addresses of what all rows look at: hidden states in memory, and what every block is called with."""
-        states = [way.hidden.storage for way in self.ways if way.hidden.storage is not None]
+        """Addresses of what rows look at that others do too, or again: hidden states that nobody has taken, and what
+        every block is called with."""
+        states = [storage for way in self.ways for storage in way.hidden.storages]
         given = [tensor.untyped_storage() for tensor in _tensors(self.runner.arguments(self.block))]
         return frozenset(storage.data_ptr() for storage in [*states, *given])
 
@@ -80,18 +81,23 @@ class Rows:
                 hooks.enter_context(watched_with_states(way.module, self.block, group, wait))
         return hooks
 
-    def begin(self, batch: slice) -> list[greenlet]:
-        """A greenlet for each way; it runs up to the first group once it is switched to."""
+    def begin(self, batch: slice, *, take: bool) -> list[greenlet]:
+        """A greenlet for each way; it runs up to the first group once it is switched to. take: the hidden states become
+        its own, and go once they were read: it begins but once."""
         from greenlet import greenlet
 
         def through(way: Way) -> Tensor:
-            return self.runner.call(way.module, self.block, way.hidden[batch])  # read once it runs
+            read = way.hidden.take if take else way.hidden.__getitem__
+            return self.runner.call(way.module, self.block, read(batch))  # once it runs
 
         return [greenlet(partial(through, way)) for way in self.ways]
 
 
 class InMemory:
     """A batch that waits inside the block where the next group is to be rounded, and goes on with its new weights."""
+
+    takes = True
+    """Whether it begins but once, and takes its hidden states."""
 
     def __init__(self, rows: Rows, batch: slice):
         self._rows, self._batch = rows, batch
@@ -121,7 +127,7 @@ class InMemory:
 
     def _begin(self, passed: int = 0) -> None:
         """Start, and run past so many groups, up to where the next one is waited for."""
-        self._tasks = self._rows.begin(self._batch)
+        self._tasks = self._rows.begin(self._batch, take=self.takes)
         for _ in range(passed):
             for task in self._tasks:
                 task.switch()
@@ -129,6 +135,8 @@ class InMemory:
 
 class Anew(InMemory):
     """A batch that starts again for every group, which takes no memory, and two to three times the work."""
+
+    takes = False
 
     def bring(self, position: int) -> list[Arrived]:
         try:
@@ -148,6 +156,8 @@ class Anew(InMemory):
 class InFile(InMemory):
     """A batch that waits as well, while what it holds lies in a scratch file, in `size` bytes from `start` on; what has
     no room there stays in memory."""
+
+    takes = False
 
     def __init__(self, rows: Rows, batch: slice, file: ScratchFile, start: int, size: int):
         super().__init__(rows, batch)

@@ -94,7 +94,7 @@ def memory_of(
         room = device_room_bytes - work.block_bytes // 2
     scratch, filed, again = work.ways * states if spilled else 0, 0, 0.0
     if work.propagates:
-        sizes = _sizes(work, device)
+        sizes = _sizes(work, device, in_memory=not spilled)
         sequences = work.tokens // work.length
         held = sizes.waiting_sequences(sequences, room)
         if held:
@@ -122,7 +122,8 @@ def memory_of(
     return MemoryForecast(host, on_device, scratch, filed, again)
 
 
-def _sizes(work: Work, device: torch.device) -> BlockSizes:
+def _sizes(work: Work, device: torch.device, *, in_memory: bool = True) -> BlockSizes:
+    """in_memory: whether hidden states lie there."""
     shapes = tuple((group.rows, group.columns) for group in work.groups)
     return BlockSizes(
         shapes=shapes,
@@ -137,6 +138,7 @@ def _sizes(work: Work, device: torch.device) -> BlockSizes:
         ways=work.ways,
         device=device.type,
         left_behind=left_behind(work.architecture, work.how, device, shapes, work.heads, work.length),
+        states_in_memory=in_memory,
     )
 
 

@@ -33,6 +33,35 @@ def test_a_copy_is_its_own(on_disk: bool, tmp_path: Path) -> None:
     assert torch.equal(some[slice(0, 3)], values[::2])
 
 
+def test_what_is_taken_is_held_by_nobody_else() -> None:
+    values = torch.randn(6, 2, 3)
+    states = HiddenStates(values.shape, torch.float32)
+    for rows in (slice(0, 2), slice(2, 6)):
+        states[rows] = values[rows]
+    taken = states.take(slice(0, 2))
+    assert torch.equal(taken, values[:2])
+    assert taken.untyped_storage().data_ptr() not in [storage.data_ptr() for storage in states.storages]
+    assert torch.equal(states.take(slice(3, 5)), values[3:5])
+    assert torch.equal(states[slice(2, 3)], values[2:3]) and torch.equal(states[slice(5, 9)], values[5:])
+    for gone in (slice(0, 1), slice(2, 4), slice(0, 6)):
+        with pytest.raises(KeyError):
+            states[gone]
+    with torch.inference_mode():
+        states[slice(0, 2)], states[slice(3, 5)] = values[:2], values[3:5]
+    assert torch.equal(states[slice(0, 6)], values)
+    states[slice(0, 2)] = values[4:]  # made in that mode, written to outside of it
+    assert torch.equal(states[slice(0, 2)], values[4:])
+
+
+def test_states_in_a_file_stay_there(tmp_path: Path) -> None:
+    values = torch.randn(4, 2, 3)
+    states = HiddenStates(values.shape, torch.float32, tmp_path)
+    states[slice(0, 4)] = values
+    assert torch.equal(states.take(slice(1, 3)), values[1:3])
+    assert torch.equal(states[slice(0, 4)], values)
+    assert not states.in_memory and states.storages == []
+
+
 def test_the_scratch_file_has_no_name(tmp_path: Path) -> None:
     states = HiddenStates((2, 2, 2), torch.float32, tmp_path)
     states[slice(0, 2)] = torch.ones(2, 2, 2)

@@ -76,6 +76,8 @@ def test_rows_wait_with_hidden_states_the_widest_input_and_what_is_left() -> Non
     assert replace(SMALL, linear_bytes=2).waiting_bytes == 512 * (4 * 16 + 2 * 48), "in what linears multiply"
     narrow = replace(SMALL, shapes=((24, 16), (16, 16), (40, 16), (16, 20)), linear_bytes=2)
     assert narrow.waiting_bytes == 512 * 4 * (16 + 16), "a norm's output is as wide as the states are"
+    assert replace(SMALL, states_in_memory=True).waiting_bytes == 512 * 4 * 48, "in the place of states that were there"
+    assert replace(SMALL, states_in_memory=True).file_bytes(1) == SMALL.waiting_bytes, "of others they stay"
     assert replace(SMALL, left_behind=(100, 10)).waiting_bytes == 512 * 4 * (16 + 48 + 100)
 
 

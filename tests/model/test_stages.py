@@ -18,6 +18,7 @@ from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
 from quantkit.memory import MemoryLimit
 from quantkit.model import forward, stages, waiting
+from quantkit.model.hidden import HiddenStates
 from quantkit.model.room import BlockSizes
 
 
@@ -30,9 +31,9 @@ def begun_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     begun: list[int] = []
     begin = waiting.Rows.begin
 
-    def note(self: Any, batch: slice) -> Any:
+    def note(self: Any, batch: slice, *, take: bool) -> Any:
         begun.append(batch.start)
-        return begin(self, batch)
+        return begin(self, batch, take=take)
 
     monkeypatch.setattr(waiting.Rows, "begin", note)
     return begun
@@ -106,6 +107,31 @@ def test_rows_that_wait_hold_no_input_that_was_read(
     make(tiny_llama, tmp_path / "out")
     each = [64 * columns for columns in (64, 64, 64, 128)]  # tokens of a batch times columns, one group after another
     assert held[:4] == [6 * at * [0] + 6 * [each[at]] for at in range(4)]
+
+
+def test_rows_that_wait_hold_no_hidden_states_that_were_read(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 64)
+    monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: 6)
+    taken: list[Tensor] = []
+    held: list[list[int]] = []
+    take, round_group = HiddenStates.take, stages._round_group
+
+    def note(self: HiddenStates, rows: slice) -> Tensor:
+        taken.append(take(self, rows))
+        return taken[-1]
+
+    def count(rows: waiting.Rows, *args: Any) -> None:
+        round_group(rows, *args)
+        held.append([tensor.untyped_storage().nbytes() for tensor in taken])
+        assert rows.ways[0].hidden.storages == [], "what was taken is nowhere else"
+
+    monkeypatch.setattr(HiddenStates, "take", note)
+    monkeypatch.setattr(stages, "_round_group", count)
+    make(tiny_llama, tmp_path / "out")
+    # behind attention its outputs have been added to them
+    assert held[:4] == 2 * [6 * [4 * 64 * 64]] + 2 * [6 * [0]]
 
 
 ARITHMETIC = [
@@ -228,8 +254,8 @@ def test_a_run_that_fails_while_rows_are_under_way_leaves_torch_as_it_was(
     called: list[Any] = []
     finish, begin = waiting.InMemory.finish, waiting.Rows.begin
 
-    def note(self: Any, batch: slice) -> Any:
-        called.extend(begin(self, batch))
+    def note(self: Any, batch: slice, *, take: bool) -> Any:
+        called.extend(begin(self, batch, take=take))
         return called[-2:]
 
     def fail(self: Any) -> None:

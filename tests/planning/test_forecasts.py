@@ -130,7 +130,7 @@ def test_a_limit_leaves_room_for_some_of_the_rows(tiny_llama: Path) -> None:
     held = memory.LIBRARIES_BYTES["calibrated"] + work.block_bytes + work.tokens * 64 * 4 + sizes.taken_bytes
     found = memory_of(work, CPU, held + 33 * sizes.waiting_bytes, limited=True)
     assert found.host[memory.ROWS] == 32 * sizes.waiting_bytes
-    assert found.filed_bytes == 96 * sizes.filed_bytes and found.scratch_bytes == 96 * sizes.waiting_bytes
+    assert found.filed_bytes == 96 * sizes.filed_bytes and found.scratch_bytes == sizes.file_bytes(96)
     half = held - (held - sizes.taken_bytes) // 2  # without a limit, of what is held half is missing then
     assert memory_of(work, CPU, half + 65 * sizes.waiting_bytes).filed_bytes == 64 * sizes.filed_bytes
     work = replace(work, how=EXACT)
@@ -164,7 +164,7 @@ def test_unquantized_inputs_hold_every_gram_and_no_rows(tiny_llama: Path) -> Non
 
 
 def test_under_a_limit_nothing_is_left_of_what_was_freed(tiny_llama: Path) -> None:
-    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 32, "length": 32})
     work = replace(work, groups=4 * (Group(64, 64),))  # a block whose statistics are larger than its solving
     free, held = memory_of(work, CPU, ROOM).host, memory_of(work, CPU, ROOM, limited=True).host
     assert free["freed, not given back"] > 0 and "freed, not given back" not in held
