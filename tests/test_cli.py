@@ -71,6 +71,12 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert "quantkit.cli" in modules
 
 
+def test_quantizing_asks_for_no_statistics() -> None:
+    """SciPy takes a tenth of a second and 17 MB, and is for reports."""
+    program = "import sys, quantkit.cli, quantkit.jobs, quantkit.pipeline; sys.exit('scipy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: Captured) -> None:
     assert cli.execute([verb, "--help"]) == 0
