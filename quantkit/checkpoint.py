@@ -88,7 +88,7 @@ class Checkpoints:
         try:
             with path.open("rb") as file:
                 for holder in entry["hidden"]:
-                    hidden = free.pop() if free else HiddenStates(pattern.shape, pattern.dtype, pattern.spill)
+                    hidden = free.pop() if free else pattern.like()
                     hidden.read_from(file)
                     if holder is None:
                         run.hidden = hidden

@@ -102,7 +102,8 @@ def collecting_only_new() -> Iterator[None]:
 def loading_modules() -> Iterator[None]:
     """`collecting_later` for imports alone, which are passed over as well while `collecting_only_new` lasts.
 
-    Nothing else is to be made here: it would stay until that ends, as does what is garbage by then and not collected.
+    Nothing else is to be made here: it would stay until that ends or `collect_all` is called, as does what is garbage
+    by then and not collected.
     """
     before = len(sys.modules)
     with collecting_later():
@@ -113,7 +114,8 @@ def loading_modules() -> Iterator[None]:
 
 def collect_all() -> None:
     """Collect garbage among what is passed over as well, which imports leave: six megabytes, most of them copies of the
-    list of all modules that `inspect` makes for a signature. It takes a third of a second."""
+    list of all modules that `inspect` makes for a signature. It takes a third of a second. What is there then is passed
+    over in its turn."""
     if _ASIDE:
         gc.unfreeze()
     gc.collect()

@@ -190,7 +190,7 @@ def parallel(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., 
 
 def _alone(loop: Any) -> Any:
     """A loop that only Python calls. What numba kept of it comes with the form that other compiled functions would link
-    it in, a tenth of a megabyte or two for each loop; that is let go."""
+    it in, a tenth of a megabyte or two for each loop; that is let go. (A process that compiles a loop holds it.)"""
     add = loop.add_overload
 
     def add_overload(compiled: Any) -> None:

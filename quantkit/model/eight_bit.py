@@ -28,9 +28,9 @@ class EightBitLinear(nn.Linear):
     """Whether 8-bit products come out as float32 even where the run multiplies in less: those that are added to hidden
     states would be widened for that at once."""
 
-    _coded: tuple[Tensor, EightBitWeight | FourBitWeight | None] | None = None
+    _coded: tuple[Tensor, EightBitWeight | FourBitWeight | None] | None
 
-    _rounded: tuple[Tensor, GroupTensor] | None = None
+    _rounded: tuple[Tensor, GroupTensor] | None
     """The empty weight that is in its place, and what stands for it."""
 
     def take(self, rounded: GroupTensor) -> None:

@@ -109,7 +109,8 @@ class BlockRunner:
         self._load_positions()
         used, places = ids.unique(return_inverse=True)
         table = self.source.read_rows(f"{self.architecture.embedding}.weight", used)
-        hidden = HiddenStates((*ids.shape, table.shape[1]), self.dtype, spill)
+        together = max(1, BATCH_TOKENS[self.device.type] // ids.shape[1])
+        hidden = HiddenStates((*ids.shape, table.shape[1]), self.dtype, spill, together)
         try:
             # in the dtype of the states, which is then that of rotary tables and of Gemma's factor, whatever is stored
             embedding.weight = nn.Parameter(table.to(self.device, self.dtype), requires_grad=False)
@@ -269,9 +270,9 @@ class BlockRunner:
         return GramAccumulator(columns, self.device, eight_bit=self.arithmetic.eight_bit_gram, every=every)
 
     def batches(self, hidden: HiddenStates) -> Iterator[slice]:
-        size = max(1, BATCH_TOKENS[self.device.type] // hidden.shape[1])
-        for start in range(0, hidden.shape[0], size):
-            yield slice(start, start + size)
+        """Sequences that go through a block at once, which lie together."""
+        for start in range(0, hidden.shape[0], hidden.together):
+            yield slice(start, start + hidden.together)
 
     def arguments(self, block: Block) -> tuple[Any, ...]:
         """What a block is called with beside its inputs, by position and by name; the same for all rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -17,15 +17,22 @@ from quantkit.model.scratch import ScratchFile
 class HiddenStates:
     """A tensor [sequences, length, hidden] that is read and written by whole sequences.
 
-    spill: a folder for the scratch file; None keeps the states in memory, in the pieces that they are written in, each
-    of which can be taken out.
+    spill: a folder for the scratch file; None keeps the states in memory. together: how many sequences lie in one piece
+    there, which can be taken out; None is all of them.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, spill: Path | None = None):
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, spill: Path | None = None, together: int | None = None
+    ):
         self.shape, self.dtype, self.spill = torch.Size(shape), dtype, spill
+        self.together = max(1, self.shape[0]) if together is None else together
         self._sequence_bytes = math.prod(self.shape[1:]) * dtype.itemsize
-        self._pieces: dict[int, Tensor] = {}  # by their first sequence
         self._file = None if spill is None else ScratchFile(spill, self.nbytes)
+        self._pieces: dict[int, Tensor] = {}  # by number, those that were written to and not taken since
+
+    def like(self) -> HiddenStates:
+        """Room for as many more, in as large pieces, where these are."""
+        return HiddenStates(self.shape, self.dtype, self.spill, self.together)
 
     @property
     def nbytes(self) -> int:
@@ -33,15 +40,13 @@ class HiddenStates:
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Sequences `rows`, step 1: a view of a piece in memory, a copy of several or from the file. Raises KeyError
-        when some were taken, or never written to memory."""
+        when some of them are in no piece."""
         start, stop, _ = rows.indices(self.shape[0])
         if self._file is not None:
             found = empty((stop - start, *self.shape[1:]), self.dtype)
             self._file.read(start * self._sequence_bytes, found)
             return found
-        parts = [self._pieces[first][max(start - first, 0) : stop - first] for first in self._overlapping(start, stop)]
-        if sum(map(len, parts)) != stop - start:
-            raise KeyError(f"sequences {start} to {stop} are not all there")
+        parts = [self._pieces[number][own] for number, own, _ in self._parts(start, stop)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __setitem__(self, rows: slice, values: Tensor) -> None:
@@ -49,33 +54,30 @@ class HiddenStates:
         if self._file is not None:
             self._file.write(start * self._sequence_bytes, values.detach().cpu().to(self.dtype))
             return
-        piece = self._pieces.get(start)
-        if piece is None or len(piece) != stop - start:
-            self._forget(start, stop)
-            with torch.inference_mode(False):  # it is written to later, in that mode or not
-                piece = self._pieces[start] = empty((stop - start, *self.shape[1:]), self.dtype)
-        piece.copy_(values)
+        for number, own, theirs in self._parts(start, stop):
+            if number not in self._pieces:
+                count = min(self.together, self.shape[0] - number * self.together)
+                with torch.inference_mode(False):  # it is written to later, in that mode or not
+                    self._pieces[number] = empty((count, *self.shape[1:]), self.dtype)
+            self._pieces[number][own] = values[theirs]
 
     def take(self, rows: slice) -> Tensor:
-        """The same sequences; those in memory are no longer held here, until others are written in their place."""
+        """The same, for sequences that are a piece; in memory it is no longer held here, until others are written in
+        its place. Raises ValueError for those that are none, KeyError when it was taken."""
         start, stop, _ = rows.indices(self.shape[0])
-        whole = self._pieces.get(start)
-        # itself, since a view would hold its memory even when it is emptied
-        found = whole if whole is not None and len(whole) == stop - start else self[rows]
-        self._forget(start, stop)
-        return found
+        if self._file is not None:
+            return self[rows]
+        number = start // self.together
+        if (start, stop) != (number * self.together, min((number + 1) * self.together, self.shape[0])):
+            raise ValueError(f"sequences {start} to {stop} are no piece of {self.together}")
+        return self._pieces.pop(number)  # itself: a view would hold its memory even when it is emptied
 
-    def _overlapping(self, start: int, stop: int) -> list[int]:
-        """Where pieces begin that hold some of these sequences, in order."""
-        return [first for first, piece in sorted(self._pieces.items()) if first < stop and start < first + len(piece)]
-
-    def _forget(self, start: int, stop: int) -> None:
-        for first in self._overlapping(start, stop):
-            piece = self._pieces.pop(first)
-            if first < start:
-                self._pieces[first] = piece[: start - first]
-            if first + len(piece) > stop:
-                self._pieces[stop] = piece[stop - first :]
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
+        """The numbers of pieces that sequences lie in, where they do there, and which of them these are."""
+        for number in range(start // self.together, -(-stop // self.together)):
+            first = number * self.together
+            low, high = max(start, first), min(stop, first + self.together)
+            yield number, slice(low - first, high - first), slice(low - start, high - start)
 
     @property
     def in_memory(self) -> bool:
@@ -104,11 +106,7 @@ class HiddenStates:
     def copy(self, every: int = 1) -> HiddenStates:
         """Other storage with the same values, of one sequence in `every`."""
         picked = range(0, self.shape[0], every)
-        other = HiddenStates((len(picked), *self.shape[1:]), self.dtype, self.spill)
-        if every == 1 and self._file is None:
-            for first, piece in self._pieces.items():
-                other[first : first + len(piece)] = piece
-            return other
+        other = HiddenStates((len(picked), *self.shape[1:]), self.dtype, self.spill, self.together)
         for position, row in enumerate(picked):
             other[position : position + 1] = self[row : row + 1]
         return other

@@ -72,7 +72,7 @@ class BlockSizes:
     ways: int
     device: str
     left_behind: tuple[int, int]
-    states_in_memory: bool = False
+    states_in_memory: bool
 
     @property
     def batch(self) -> int:
@@ -96,7 +96,8 @@ class BlockSizes:
     @property
     def waiting_bytes(self) -> int:
         """What a sequence that waits in memory takes at most: what it holds, in the place of the hidden states that it
-        took where those lay there."""
+        took where those lay there. They are let go once attention has been added to them; no family that is known adds
+        it only at the end of the block."""
         return self._held_bytes - (self._states_bytes if self.states_in_memory and self.device == "cpu" else 0)
 
     def file_bytes(self, sequences: int) -> int:

@@ -28,7 +28,8 @@ class Rounder(Protocol):
     def round(
         self, group: LinearGroup, seen: InputStatistics, correction: CorrectionAccumulator | None
     ) -> Mapping[str, Tensor | GroupTensor]:
-        """What the linears of the group are rounded to, by full name: weights float32 [out, in], or codes of them."""
+        """What the linears of the group are rounded to, by full name: weights [out, in] of any float dtype, or codes of
+        them."""
 
     def input_scale(self, group: LinearGroup) -> Tensor | None:
         """float32 [in], what was divided out of the group's inputs; None when nothing was."""
@@ -47,8 +48,9 @@ def run_staged(
     their place in the module of the first way of `rows`.
 
     A second way is that of the unquantized block and its own hidden states, which run along where `rounder` wants to
-    know how far the inputs have moved from theirs. advance: write the outputs over the hidden states. look: what the
-    statistics are to hold. The result is the same wherever batches wait.
+    know how far the inputs have moved from theirs. advance: write the outputs in the place of the hidden states; else
+    those of batches that wait in memory are gone. look: what the statistics are to hold. The result is the same
+    wherever batches wait.
     """
     runner = rows.runner
     # one mode around all rows: each restores at its end what it found at its start, and they overlap

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Way:
-    """A block's module and the hidden states that go through it."""
+    """A block's module and the hidden states that go through it; a batch takes those that it holds while it waits."""
 
     module: nn.Module
     hidden: HiddenStates
@@ -113,7 +113,7 @@ class InMemory:
         """What was brought has been seen."""
 
     def finish(self) -> None:
-        """Run to the end of the block and write its outputs over the hidden states."""
+        """Run to the end of the block and write its outputs in the place of the hidden states."""
         for way, task in zip(self._rows.ways, self._tasks, strict=True):
             way.hidden[self._batch] = task.switch()
         self._tasks = []  # with what came to their last group
@@ -157,7 +157,7 @@ class InFile(InMemory):
     """A batch that waits as well, while what it holds lies in a scratch file, in `size` bytes from `start` on; what has
     no room there stays in memory."""
 
-    takes = False
+    takes = False  # it begins again behind the first group
 
     def __init__(self, rows: Rows, batch: slice, file: ScratchFile, start: int, size: int):
         super().__init__(rows, batch)

@@ -184,6 +184,7 @@ def _solve_bytes(group: Group, work: Work, device: torch.device) -> int:
     others = 0 if work.propagates else sum(4 * other.columns**2 for other in work.groups)
     correction = 20 * columns**2 + 24 * group.values if work.corrects else 0
     band = min(group.values, BAND_VALUES) if device.type == "cpu" else group.values
-    behind = 0 if work.propagates and work.run_columns else 4 * group.values
+    decoded = work.how.linears.itemsize if work.propagates else 4
+    behind = 0 if work.propagates and work.run_columns else decoded * group.values
     rounding = 4 * group.values + max(behind, 8 * band)
     return int(GRAM_BYTES * columns**2) + correction + rounding + others

@@ -18,7 +18,7 @@ NORMAL_95 = 1.96
 
 def student_95(count: int) -> float:
     """Standard errors on either side of a mean of `count` values that hold 95%: Student's t. Two values at least."""
-    from scipy.special import stdtrit  # a tenth of a second, in every command otherwise
+    from scipy.special import stdtrit  # a tenth of a second, else of every command that quantizes
 
     return float(stdtrit(count - 1, 1 - (1 - LEVEL) / 2))
 

@@ -166,7 +166,9 @@ def test_rows_beside_bring_their_states(source: MemorySource, waiting: int, monk
             linear = module.get_submodule(first.linears[0].removeprefix(block.prefix))
             linear.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
         shapes = tuple(group_shape(source, group) for group in block.groups)
-        sizes = BlockSizes(shapes, hidden.shape[2], 48, 4, 4, 4, 4, 4, 4, 2, "cpu", left_behind=(0, 0))
+        sizes = BlockSizes(
+            shapes, hidden.shape[2], 48, 4, 4, 4, 4, 4, 4, 2, "cpu", left_behind=(0, 0), states_in_memory=True
+        )
         rows = Rows(runner, block, [Way(module, hidden), Way(twin, beside)])
         run_staged(rows, placed(rows, sizes, waiting, None), Rounder(), sizes=sizes, advance=False)
     for group in block.groups:

@@ -34,23 +34,41 @@ def test_a_copy_is_its_own(on_disk: bool, tmp_path: Path) -> None:
 
 
 def test_what_is_taken_is_held_by_nobody_else() -> None:
-    values = torch.randn(6, 2, 3)
-    states = HiddenStates(values.shape, torch.float32)
-    for rows in (slice(0, 2), slice(2, 6)):
-        states[rows] = values[rows]
-    taken = states.take(slice(0, 2))
-    assert torch.equal(taken, values[:2])
+    values = torch.randn(5, 2, 3)
+    states = HiddenStates(values.shape, torch.float32, together=2)
+    states[slice(0, 5)] = values
+    assert torch.equal(states[slice(1, 5)], values[1:]), "of several pieces"
+    taken = states.take(slice(2, 4))
+    assert torch.equal(taken, values[2:4])
     assert taken.untyped_storage().data_ptr() not in [storage.data_ptr() for storage in states.storages]
-    assert torch.equal(states.take(slice(3, 5)), values[3:5])
-    assert torch.equal(states[slice(2, 3)], values[2:3]) and torch.equal(states[slice(5, 9)], values[5:])
-    for gone in (slice(0, 1), slice(2, 4), slice(0, 6)):
+    assert torch.equal(states.take(slice(4, 6)), values[4:]), "the last one is short"
+    assert torch.equal(states[slice(1, 2)], values[1:2])
+    for gone in (slice(2, 3), slice(1, 3), slice(0, 5)):
         with pytest.raises(KeyError):
             states[gone]
+    with pytest.raises(KeyError):
+        states.take(slice(2, 4))
+    for none in (slice(0, 1), slice(1, 3), slice(0, 4)):
+        with pytest.raises(ValueError):
+            states.take(none)
     with torch.inference_mode():
-        states[slice(0, 2)], states[slice(3, 5)] = values[:2], values[3:5]
-    assert torch.equal(states[slice(0, 6)], values)
-    states[slice(0, 2)] = values[4:]  # made in that mode, written to outside of it
-    assert torch.equal(states[slice(0, 2)], values[4:])
+        states[slice(2, 4)], states[slice(4, 5)] = values[2:4], values[4:]
+    assert torch.equal(states[slice(0, 5)], values)
+    states[slice(2, 4)] = values[:2]  # made in that mode, written to outside of it
+    assert torch.equal(states[slice(2, 4)], values[:2])
+
+
+def test_states_that_come_back_take_no_more_than_they_did() -> None:
+    values = torch.randn(5, 2, 3)
+    states = HiddenStates(values.shape, torch.float32, together=2)
+    states[slice(0, 5)] = values
+    stream = io.BytesIO()
+    states.write_to(stream)
+    for other in (states, states.like(), states.copy()):
+        stream.seek(0)
+        other.read_from(stream)
+        assert sum(storage.nbytes() for storage in other.storages) == states.nbytes
+        assert torch.equal(other.take(slice(2, 4)), values[2:4]), "in the same pieces"
 
 
 def test_states_in_a_file_stay_there(tmp_path: Path) -> None:

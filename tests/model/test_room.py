@@ -26,6 +26,7 @@ SMALL = BlockSizes(
     ways=1,
     device="cpu",
     left_behind=(0, 0),
+    states_in_memory=False,
 )
 
 

@@ -61,6 +61,7 @@ def test_as_many_rows_wait_as_there_is_room_for(
     assert made[0].shapes == ((128, 64), (64, 64), (256, 64), (64, 128))
     assert made[0].ways == (1 if correction == 0 else 2)
     assert (made[0].hidden, made[0].length, made[0].heads, made[0].stored_bytes) == (64, 64, 4, 4)
+    assert made[0].states_in_memory
     for fit in (6, 4, 0):
         room = made[0].taken_bytes + fit * made[0].waiting_bytes
         monkeypatch.setattr(MemoryLimit, "room_bytes", lambda *_, room=room: room)
@@ -155,6 +156,14 @@ def test_rows_without_room_wait_in_a_file(
     monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 128)  # of the six sequences two are a batch
     monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: how)
     begun = begun_batches(monkeypatch)
+    sizes, told = one_block._sizes, []
+
+    def note_sizes(*args: Any) -> BlockSizes:
+        found = sizes(*args)
+        told.append(found.states_in_memory)
+        return found
+
+    monkeypatch.setattr(one_block, "_sizes", note_sizes)
     if spill:
         monkeypatch.setattr(MemoryLimit, "room_bytes", lambda *_: 0)
     settings = [f"method.correction={correction}"]
@@ -165,7 +174,27 @@ def test_rows_without_room_wait_in_a_file(
         here, away = [start for start in (0, 2, 4) if start < fit], [start for start in (0, 2, 4) if start >= fit]
         # the others start for the first group's inputs, which a norm gives, and once more to stay
         assert begun == 2 * (here + 2 * away)
+        assert set(told) == {not spill}
         same_but_for_the_manifest(tmp_path / "6", tmp_path / str(fit))
+
+
+@pytest.mark.parametrize("how", ARITHMETIC)
+def test_blocks_leave_the_empty_weights_that_they_found(
+    how: Arithmetic, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: how)
+    found: list[tuple[Any, dict[str, Any]]] = []
+    begin = forward.BlockRunner.__init__
+
+    def note(self: Any, *args: Any) -> None:
+        begin(self, *args)
+        found.append((self.layers, dict(self.layers.named_parameters())))
+
+    monkeypatch.setattr(forward.BlockRunner, "__init__", note)
+    make(tiny_llama, tmp_path / "out")
+    ((layers, before),) = found
+    after = dict(layers.named_parameters())
+    assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
 
 
 @pytest.mark.parametrize("how", ARITHMETIC)
@@ -179,7 +208,7 @@ def test_what_rows_hold_has_room_where_they_wait(
     model = write_family(tmp_path / "model", family, tiny_llama)
     recipe = ["gguf-q4_0-gptq"] if family == "gpt2" else ["gptq-4bit-g64"]
     short = ["calibration.sequences=6", "calibration.length=64"]
-    held, left, sizes = [], [], []
+    held, left, sizes, here = [], [], [], []
     leave, made = waiting.InFile.leave, one_block._sizes
 
     def note_sizes(*args: Any) -> BlockSizes:
@@ -191,13 +220,20 @@ def test_what_rows_hold_has_room_where_they_wait(
         left.append(waiting.held_by(self._tasks, self._rows.shared))
         held.append(sum(away.size for away in self._away))
 
+    def note_here(self: waiting.InMemory) -> None:
+        found = waiting.held_by(self._tasks, self._rows.shared)
+        here.append(sum(storage.nbytes() for storage, _ in found))
+
     monkeypatch.setattr(one_block, "_sizes", note_sizes)
     monkeypatch.setattr(waiting.InFile, "leave", note)
+    monkeypatch.setattr(waiting.InMemory, "leave", note_here)
     for fit in (6, 0):
         monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_, fit=fit: fit)
         quietly(*recipe, model, tmp_path / str(fit), short)
     assert held and not any(left), "all of it is in the file"
     assert max(held) <= sizes[-1].file_bytes(2)
+    states = 2 * 64 * sizes[-1].hidden * 4  # of a batch, which it has taken
+    assert max(held) <= max(here) <= 2 * sizes[0].waiting_bytes + states
     for path in (tmp_path / "6").iterdir():
         if path.name != "quantkit.json":
             assert path.read_bytes() == (tmp_path / "0" / path.name).read_bytes()

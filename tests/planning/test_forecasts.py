@@ -114,6 +114,17 @@ def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Pa
     assert tight.filed_bytes == 4 * sizes.filed_bytes > 0
 
 
+def test_rows_whose_states_lie_in_a_file_hold_them_in_memory_while_they_wait(tiny_llama: Path) -> None:
+    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 512, "length": 32})
+    states = work.tokens * 64 * 4
+    found = memory_of(work, CPU, memory.LIBRARIES_BYTES["calibrated"] + 3 * states, limited=True)
+    assert "hidden states" not in found.host
+    in_file, here = (memory._sizes(work, CPU, in_memory=at) for at in (False, True))
+    assert in_file.waiting_bytes == here.waiting_bytes + 32 * 64 * 4
+    held = 512 - found.filed_bytes // in_file.filed_bytes
+    assert found.host[memory.ROWS] == held * in_file.waiting_bytes > 0
+
+
 def test_a_gpu_has_room_of_its_own_for_rows_that_wait(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 512, "length": 32})
     sizes = memory._sizes(work, CUDA)
@@ -131,6 +142,7 @@ def test_a_limit_leaves_room_for_some_of_the_rows(tiny_llama: Path) -> None:
     found = memory_of(work, CPU, held + 33 * sizes.waiting_bytes, limited=True)
     assert found.host[memory.ROWS] == 32 * sizes.waiting_bytes
     assert found.filed_bytes == 96 * sizes.filed_bytes and found.scratch_bytes == sizes.file_bytes(96)
+    assert sizes.file_bytes(1) == sizes.waiting_bytes + 32 * 64 * 4, "states of those that wait in a file stay"
     half = held - (held - sizes.taken_bytes) // 2  # without a limit, of what is held half is missing then
     assert memory_of(work, CPU, half + 65 * sizes.waiting_bytes).filed_bytes == 64 * sizes.filed_bytes
     work = replace(work, how=EXACT)
