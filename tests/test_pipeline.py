@@ -186,9 +186,9 @@ def test_a_memory_limit_changes_no_byte(
     spilled, placed = [], []
     states, staged = HiddenStates.__init__, one_block.run_staged
 
-    def note_spill(self: Any, shape: Any, dtype: Any, spill: Path | None = None) -> None:
+    def note_spill(self: Any, shape: Any, dtype: Any, spill: Path | None = None, together: int | None = None) -> None:
         spilled.append(spill is not None)
-        states(self, shape, dtype, spill)
+        states(self, shape, dtype, spill, together)
 
     def note_batches(rows: Rows, batches: Sequence[InMemory], *args: Any, **settings: Any) -> None:
         placed.extend(map(type, batches))
