@@ -88,7 +88,7 @@ class Checkpoints:
         try:
             with path.open("rb") as file:
                 for holder in entry["hidden"]:
-                    hidden = free.pop() if free else pattern.like()
+                    hidden = free.pop() if free else pattern.room_for(pattern.shape[0])
                     hidden.read_from(file)
                     if holder is None:
                         run.hidden = hidden

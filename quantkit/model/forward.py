@@ -36,6 +36,12 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens that go through a block at once: enough rows for a matrix product to run at full rate, few enough that what
 lies between a block's linears stays small beside the hidden states."""
 
+
+def batch_sequences(device: str, length: int) -> int:
+    """How many sequences of so many tokens go through a block at once. device: "cpu" or "cuda"."""
+    return max(1, BATCH_TOKENS[device] // length)
+
+
 PART_TOKENS = 2048
 """Tokens that a part of them is: enough for a group's own block of the Gram matrix, which has few columns."""
 
@@ -109,7 +115,7 @@ class BlockRunner:
         self._load_positions()
         used, places = ids.unique(return_inverse=True)
         table = self.source.read_rows(f"{self.architecture.embedding}.weight", used)
-        together = max(1, BATCH_TOKENS[self.device.type] // ids.shape[1])
+        together = batch_sequences(self.device.type, ids.shape[1])
         hidden = HiddenStates((*ids.shape, table.shape[1]), self.dtype, spill, together)
         try:
             # in the dtype of the states, which is then that of rotary tables and of Gemma's factor, whatever is stored

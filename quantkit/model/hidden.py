@@ -30,9 +30,9 @@ class HiddenStates:
         self._file = None if spill is None else ScratchFile(spill, self.nbytes)
         self._pieces: dict[int, Tensor] = {}  # by number, those that were written to and not taken since
 
-    def like(self) -> HiddenStates:
-        """Room for as many more, in as large pieces, where these are."""
-        return HiddenStates(self.shape, self.dtype, self.spill, self.together)
+    def room_for(self, sequences: int) -> HiddenStates:
+        """Others, of so many sequences, in as large pieces, where these are."""
+        return HiddenStates((sequences, *self.shape[1:]), self.dtype, self.spill, self.together)
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +106,7 @@ class HiddenStates:
     def copy(self, every: int = 1) -> HiddenStates:
         """Other storage with the same values, of one sequence in `every`."""
         picked = range(0, self.shape[0], every)
-        other = HiddenStates((len(picked), *self.shape[1:]), self.dtype, self.spill, self.together)
+        other = self.room_for(len(picked))
         for position, row in enumerate(picked):
             other[position : position + 1] = self[row : row + 1]
         return other

@@ -15,7 +15,7 @@ from quantkit.maths.attention import CHUNK
 from quantkit.maths.four_bit import held_bytes
 from quantkit.maths.int_products import code_bytes
 from quantkit.model.blocks import Architecture
-from quantkit.model.forward import BATCH_TOKENS
+from quantkit.model.forward import BATCH_TOKENS, batch_sequences
 
 
 def running_bytes(how: Arithmetic, *, transposed: bool, run: int | None = None) -> float:
@@ -77,7 +77,7 @@ class BlockSizes:
     @property
     def batch(self) -> int:
         """Sequences that go through the block at once."""
-        return max(1, BATCH_TOKENS[self.device] // self.length)
+        return batch_sequences(self.device, self.length)
 
     @property
     def _states_bytes(self) -> int:

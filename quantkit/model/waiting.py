@@ -87,8 +87,8 @@ class Rows:
         from greenlet import greenlet
 
         def through(way: Way) -> Tensor:
-            read = way.hidden.take if take else way.hidden.__getitem__
-            return self.runner.call(way.module, self.block, read(batch))  # once it runs
+            # read once it runs, and held by the call alone
+            return self.runner.call(way.module, self.block, way.hidden.take(batch) if take else way.hidden[batch])
 
         return [greenlet(partial(through, way)) for way in self.ways]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,40 @@ def begun_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return begun
 
 
+def sizes_of_blocks(monkeypatch: pytest.MonkeyPatch) -> list[BlockSizes]:
+    """What blocks that are rounded are made of, as they come."""
+    made: list[BlockSizes] = []
+    sizes = one_block._sizes
+
+    def note(*args: Any) -> BlockSizes:
+        made.append(sizes(*args))
+        return made[-1]
+
+    monkeypatch.setattr(one_block, "_sizes", note)
+    return made
+
+
+def counted_behind_groups(monkeypatch: pytest.MonkeyPatch, count: Callable[[waiting.Rows], list[int]]) -> list[Any]:
+    """What `count` gives behind each group that is rounded, all six sequences waiting, each as a batch."""
+    monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 64)
+    monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: 6)
+    found: list[Any] = []
+    round_group = stages._round_group
+
+    def counted(rows: waiting.Rows, *args: Any) -> None:
+        round_group(rows, *args)
+        found.append(count(rows))
+
+    monkeypatch.setattr(stages, "_round_group", counted)
+    return found
+
+
 @pytest.mark.parametrize("correction", [0.0, 0.5])
 def test_as_many_rows_wait_as_there_is_room_for(
     correction: float, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 64)  # each of the six sequences is a batch
-    made: list[BlockSizes] = []
-    sizes = one_block._sizes
-
-    def note_sizes(*args: Any) -> BlockSizes:
-        made.append(sizes(*args))
-        return made[-1]
-
-    monkeypatch.setattr(one_block, "_sizes", note_sizes)
+    made = sizes_of_blocks(monkeypatch)
     monkeypatch.setattr(one_block, "file_if_room", lambda *_: None)
     monkeypatch.setattr(MemoryLimit, "room_bytes", lambda *_: 10**9)
     begun = begun_batches(monkeypatch)
@@ -89,22 +111,15 @@ def test_a_short_last_batch_waits_only_with_all_others(
 def test_rows_that_wait_hold_no_input_that_was_read(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 64)
-    monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: 6)
     brought: list[Tensor] = []
-    held: list[list[int]] = []
-    add, round_group = stages._add_batch, stages._round_group
+    add = stages._add_batch
 
     def note(*args: Any) -> Any:
         brought.append(args[4].inputs)
         return add(*args)
 
-    def count(*args: Any) -> None:
-        round_group(*args)
-        held.append([tensor.numel() for tensor in brought])
-
     monkeypatch.setattr(stages, "_add_batch", note)
-    monkeypatch.setattr(stages, "_round_group", count)
+    held = counted_behind_groups(monkeypatch, lambda _: [tensor.numel() for tensor in brought])
     make(tiny_llama, tmp_path / "out")
     each = [64 * columns for columns in (64, 64, 64, 128)]  # tokens of a batch times columns, one group after another
     assert held[:4] == [6 * at * [0] + 6 * [each[at]] for at in range(4)]
@@ -113,23 +128,19 @@ def test_rows_that_wait_hold_no_input_that_was_read(
 def test_rows_that_wait_hold_no_hidden_states_that_were_read(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 64)
-    monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: 6)
     taken: list[Tensor] = []
-    held: list[list[int]] = []
-    take, round_group = HiddenStates.take, stages._round_group
+    take = HiddenStates.take
 
     def note(self: HiddenStates, rows: slice) -> Tensor:
         taken.append(take(self, rows))
         return taken[-1]
 
-    def count(rows: waiting.Rows, *args: Any) -> None:
-        round_group(rows, *args)
-        held.append([tensor.untyped_storage().nbytes() for tensor in taken])
+    def count(rows: waiting.Rows) -> list[int]:
         assert rows.ways[0].hidden.storages == [], "what was taken is nowhere else"
+        return [tensor.untyped_storage().nbytes() for tensor in taken]
 
     monkeypatch.setattr(HiddenStates, "take", note)
-    monkeypatch.setattr(stages, "_round_group", count)
+    held = counted_behind_groups(monkeypatch, count)
     make(tiny_llama, tmp_path / "out")
     # behind attention its outputs have been added to them
     assert held[:4] == 2 * [6 * [4 * 64 * 64]] + 2 * [6 * [0]]
@@ -156,14 +167,7 @@ def test_rows_without_room_wait_in_a_file(
     monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 128)  # of the six sequences two are a batch
     monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: how)
     begun = begun_batches(monkeypatch)
-    sizes, told = one_block._sizes, []
-
-    def note_sizes(*args: Any) -> BlockSizes:
-        found = sizes(*args)
-        told.append(found.states_in_memory)
-        return found
-
-    monkeypatch.setattr(one_block, "_sizes", note_sizes)
+    sizes = sizes_of_blocks(monkeypatch)
     if spill:
         monkeypatch.setattr(MemoryLimit, "room_bytes", lambda *_: 0)
     settings = [f"method.correction={correction}"]
@@ -174,7 +178,7 @@ def test_rows_without_room_wait_in_a_file(
         here, away = [start for start in (0, 2, 4) if start < fit], [start for start in (0, 2, 4) if start >= fit]
         # the others start for the first group's inputs, which a norm gives, and once more to stay
         assert begun == 2 * (here + 2 * away)
-        assert set(told) == {not spill}
+        assert {each.states_in_memory for each in sizes} == {not spill}
         same_but_for_the_manifest(tmp_path / "6", tmp_path / str(fit))
 
 
@@ -208,12 +212,8 @@ def test_what_rows_hold_has_room_where_they_wait(
     model = write_family(tmp_path / "model", family, tiny_llama)
     recipe = ["gguf-q4_0-gptq"] if family == "gpt2" else ["gptq-4bit-g64"]
     short = ["calibration.sequences=6", "calibration.length=64"]
-    held, left, sizes, here = [], [], [], []
-    leave, made = waiting.InFile.leave, one_block._sizes
-
-    def note_sizes(*args: Any) -> BlockSizes:
-        sizes.append(made(*args))
-        return sizes[-1]
+    held, left, here = [], [], []
+    leave, sizes = waiting.InFile.leave, sizes_of_blocks(monkeypatch)
 
     def note(self: waiting.InFile) -> None:
         leave(self)
@@ -224,7 +224,6 @@ def test_what_rows_hold_has_room_where_they_wait(
         found = waiting.held_by(self._tasks, self._rows.shared)
         here.append(sum(storage.nbytes() for storage, _ in found))
 
-    monkeypatch.setattr(one_block, "_sizes", note_sizes)
     monkeypatch.setattr(waiting.InFile, "leave", note)
     monkeypatch.setattr(waiting.InMemory, "leave", note_here)
     for fit in (6, 0):
