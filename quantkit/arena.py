@@ -52,6 +52,7 @@ class Segment:
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._free = [(0, size)]  # in order, no two of them neighbours
         self._touched = 0  # what lies behind was not lent since its pages were given back
+        self._bare = 0  # bytes before that whose pages were given back, at most
         self._lent: dict[int, _Lent] = {}
         self._gone: deque[_Lent] = deque()
 
@@ -62,6 +63,7 @@ class Segment:
         for place, (start, end) in enumerate(self._free):
             if end - start >= length:
                 self._free[place : place + 1] = [(start + length, end)] if end - start > length else []
+                self._bare = max(0, self._bare - max(0, min(start + length, self._touched) - start))
                 self._touched = max(self._touched, start + length)
                 return self._lend(start, size, start + length)
         return None
@@ -89,6 +91,15 @@ class Segment:
                 start, first = self._free[first - 1][0], first - 1
             self._free[first:last] = [(start, end)]
 
+    def free_bytes(self) -> int:
+        """Of what is free, what still has its pages."""
+        self._join_gone()
+        return max(0, self._free_before() - self._bare)
+
+    def _free_before(self) -> int:
+        """Bytes that are free before what was never touched."""
+        return sum(max(0, min(end, self._touched) - start) for start, end in self._free)
+
     def give_back(self) -> None:
         """Let the system have the pages of what is free."""
         self._join_gone()
@@ -97,20 +108,20 @@ class Segment:
                 self._map.madvise(mmap.MADV_DONTNEED, start, min(end, self._touched) - start)
         if self._free and self._free[-1][1] >= self._touched:
             self._touched = min(self._touched, self._free[-1][0])
+        self._bare = self._free_before()
 
 
 class Arena:
-    """As many segments as it takes. segment_bytes: of each. below: so many bytes and more are not lent, at most those
-    of a segment."""
+    """As many segments as it takes. segment_bytes: of each; so many and more are not lent."""
 
     def __init__(self, segment_bytes: int = SEGMENT_BYTES):
-        self.segment_bytes = self.below = segment_bytes
+        self.segment_bytes = segment_bytes
         self._segments: list[Segment] = []
         self._lock = Lock()
 
     def take(self, size: int) -> memoryview | None:
         """So many bytes, free again once nothing looks at them; None of too many, and where the system lends none."""
-        if size >= self.below:
+        if size >= self.segment_bytes:
             return None
         with self._lock:
             for segment in self._segments:
@@ -121,6 +132,11 @@ class Arena:
             except OSError:
                 return None
             return self._segments[-1].take(size)
+
+    def free_bytes(self) -> int:
+        """Of what is free, what still has its pages."""
+        with self._lock:
+            return sum(segment.free_bytes() for segment in self._segments)
 
     def give_back(self) -> None:
         """Let the system have the pages of what is free."""
@@ -154,6 +170,18 @@ def empty_on(device: torch.device, shape: Sequence[int], dtype: torch.dtype = to
     return _empty(shape, dtype, device=device)
 
 
+def packed(tensor: Tensor) -> Tensor:
+    """The tensor in one piece: itself where it is, else a copy."""
+    return tensor if tensor.is_contiguous() else empty_on(tensor.device, tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def converted(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor on a device and in a dtype: itself where it is, else a copy."""
+    if tensor.device == device and tensor.dtype == dtype:
+        return tensor
+    return empty_on(device, tensor.shape, dtype).copy_(tensor)
+
+
 def _empty(shape: Sequence[int], dtype: torch.dtype, **where: Any) -> Tensor:
     """where: the device, unless it is torch's own choice, which is the CPU."""
     size = math.prod(shape) * dtype.itemsize
@@ -165,10 +193,9 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, **where: Any) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, **where)
 
 
-def lend_below(size: int = SEGMENT_BYTES) -> None:
-    """From now on leave tensors of so many bytes and more to the C library."""
-    if _ARENA is not None:
-        _ARENA.below = min(size, _ARENA.segment_bytes)
+def free_bytes() -> int:
+    """Bytes of the arena that are free and still have their pages."""
+    return 0 if _ARENA is None else _ARENA.free_bytes()
 
 
 def give_back() -> None:

@@ -32,41 +32,30 @@ def parse_bytes(text: str, where: str = "--max-memory") -> int:
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of mallopt(3)'s parameters."""
 
-LARGE_BYTES = 8 << 20
-"""Of a piece of memory that goes back to the system as soon as it is freed, where what is held counts for more than the
-pages that are asked for again."""
+NEAR = 1 / 64
+"""Of a limit, what is left for small pieces, which nobody counts."""
 
-WIDE_COLUMNS = 2048
-"""Hidden states of so many columns cost more to multiply than pages for them cost to come and go: a page takes the same
-time for each value, its products so much more as the states are wider. That holds for pieces of LARGE_BYTES, whose
-cost no run could show; with those of 2 to 8 MB, which are many more, runs took 6 and 18% longer."""
+HOLES = 1 / 4
+"""Of the room that is left under a limit, what is left between pieces of the arena, which come and go in several
+sizes."""
+
+
+def room_within(limit_bytes: int, held_bytes: int) -> int:
+    """What a process that holds so many bytes may still ask for under a limit; never below 0."""
+    return int(max(0.0, limit_bytes * (1 - NEAR) - held_bytes) * (1 - HOLES))
 
 
 def map_large_memory() -> None:
-    """Have what is freed go back to the system: the pieces that the C library lends from a megabyte on, where it is
-    glibc, and large ones of the arena's.
-
-    Otherwise it keeps them for later, in pieces: a third more memory than is in use. Under a limit that counts for more
-    than the time that pages take.
-    """
-    from quantkit import arena
-
-    arena.lend_below(LARGE_BYTES)
+    """Have pieces that the C library lends from a megabyte on go back to the system once they are freed, where it is
+    glibc. Otherwise it keeps them for later, in pieces between others: the arena is for what is large and many."""
     _set_up(_MMAP_THRESHOLD, 1 << 20)
 
 
-def keep_freed_memory(columns: int = 0) -> None:
-    """Have what is freed kept for what is allocated next, by the arena and by the C library, where it is glibc.
-
-    Otherwise blocks of several megabytes come from the system and go back to it each time, and a page that it gives
-    takes longer (0.5 to 2 microseconds for 4 KB) than most of what is done with it. columns: of the hidden states that
-    run; where they are wide that hardly counts, and what is kept in pieces is much, so large ones do go back.
-    """
-    from quantkit import arena
-
-    wide = columns >= WIDE_COLUMNS
-    arena.lend_below(LARGE_BYTES if wide else arena.SEGMENT_BYTES)
-    _set_up(_MMAP_THRESHOLD, LARGE_BYTES if wide else 32 << 20)  # the latter is the most it takes
+def keep_freed_memory() -> None:
+    """Have what is freed kept for what is allocated next, where the C library is glibc: for work that takes large
+    pieces from it, one after the other. Else they come from the system and go back to it each time, and a page that it
+    gives takes longer (0.5 to 2 microseconds for 4 KB) than most of what is done with it."""
+    _set_up(_MMAP_THRESHOLD, 32 << 20)  # the most it takes
     _set_up(_TRIM_THRESHOLD, 1 << 30)
 
 
@@ -97,22 +86,27 @@ class FreedMemory:
     """Gives freed memory back to the system now and then, the arena's and the C library's: the pieces that the latter
     keeps between the ones in use grow with every block of a model, though nothing more is in use.
 
-    sparing: give it back only where the process would else hold more than ever, and only when `SHARE` of the time since
-    it was done last pays for that; else whenever it is called for.
+    limit_bytes: give it back where the process would else come near to so much. None: only where it would else hold
+    more than ever, and only when `SHARE` of the time since it was done last pays for that.
     """
 
     SHARE = 1 / 50
 
-    def __init__(self, *, sparing: bool) -> None:
-        self._sparing = sparing
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self._limit_bytes = limit_bytes
         self._not_before = 0.0
 
     def give_back(self, coming: int) -> None:
         """Give it back, if it is time to. coming: bytes that will be asked for next."""
-        if self._sparing and (time.perf_counter() < self._not_before or rss_bytes() + coming <= peak_rss_bytes()):
-            return
-        cost = trim()
-        self._not_before = time.perf_counter() + cost / self.SHARE
+        from quantkit import arena
+
+        # what is free in the arena serves again, but for holes that are too small
+        held = rss_bytes() + max(0, coming - arena.free_bytes() // 2)
+        if self._limit_bytes is not None:
+            if held > self._limit_bytes * (1 - NEAR):
+                trim()
+        elif held > peak_rss_bytes() and time.perf_counter() >= self._not_before:
+            self._not_before = trim() / self.SHARE + time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -129,12 +123,14 @@ class MemoryLimit:
         import psutil
         import torch
 
+        from quantkit import arena
+
         if device.type == "cuda":
             kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, but for torch alone
             return (torch.cuda.mem_get_info(device)[0] + kept) // 2
         if self.limit_bytes is None:
             return int(psutil.virtual_memory().available) // 2
-        return max(0, self.limit_bytes - rss_bytes())
+        return room_within(self.limit_bytes, rss_bytes() - arena.free_bytes())
 
 
 NO_LIMIT = MemoryLimit()

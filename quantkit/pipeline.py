@@ -27,9 +27,10 @@ from quantkit.environment import environment, peak_rss_bytes
 from quantkit.manifest import Manifest, file_record, weight_bytes, write_manifest
 from quantkit.maths.gram import InputStatistics, Look
 from quantkit.memory import NO_LIMIT, FreedMemory, MemoryLimit, keep_freed_memory, map_large_memory, trim
-from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, head_dim, state_columns
+from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of, group_shape, head_dim, state_columns
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
+from quantkit.model.room import rounding_bytes
 from quantkit.model.source import Source
 from quantkit.one_block import Job, JobState, Layout, ModelRun, quantize_block, quantize_staged
 from quantkit.output import no_space_explained
@@ -70,10 +71,10 @@ def quantize(
         in_parts = _in_parts(states, source)
         if any(method.compiled for state in states for method in state.methods.values()):
             stack.enter_context(compiling_told(progress.say))
-        if memory.limit_bytes is not None:
+        if memory.limit_bytes is not None or any(state.calibrated for state in states):
             map_large_memory()
         elif not in_parts:
-            keep_freed_memory(state_columns(source) if any(state.calibrated for state in states) else 0)
+            keep_freed_memory()
         shared_s = _run(states, source, calibration, device, how, memory, in_parts, progress, checkpoints)
         for state in states:
             started = time.perf_counter()
@@ -124,6 +125,7 @@ def _run(
         run = _start(source, calibration, device, how, memory, states[0].folder)
         if memory.limit_bytes is not None:
             collect_all()
+        trim()
     checkpoints.restore(states, run)
     if checkpoints.done:
         progress.say(f"going on behind block {checkpoints.done} of {len(blocks)}")
@@ -176,7 +178,7 @@ def _start(
     scratch: Path,
 ) -> ModelRun:
     """Embed the calibration set; hidden states that would take over a quarter of the room go to a scratch file."""
-    runner = BlockRunner(source, device, how, FreedMemory(sparing=memory.limit_bytes is None))
+    runner = BlockRunner(source, device, how, FreedMemory(memory.limit_bytes))
     size = calibration.ids.numel() * state_columns(source) * runner.dtype.itemsize
     spill = scratch if size > memory.room_bytes(torch.device("cpu")) // 4 else None
     return ModelRun(runner, memory, runner.embed(calibration.ids, spill))
@@ -228,8 +230,10 @@ def _run_block(states: list[JobState], run: ModelRun, block: Block, tensors: dic
         for state in leaders:
             own = on_device if state is leaders[-1] and not others else dict(on_device)
             quantize_staged(state, run, module, block, own, last=last)
-        for state in others:
-            quantize_block(state, block, on_device, statistics)
+    if statistics:  # the module, whose weights are not wanted any more, is empty
+        runner.expect(max(rounding_bytes(*group_shape(runner.source, group)) for group in block.groups))
+    for state in others:
+        quantize_block(state, block, on_device, statistics)
 
 
 def _manifest(

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from quantkit import arena
-from quantkit.arena import SMALLEST_BYTES, Arena, Segment, empty, empty_on
+from quantkit.arena import SMALLEST_BYTES, Arena, Segment, converted, empty, empty_on, packed
 from quantkit.environment import rss_bytes
 
 PAGE = mmap.PAGESIZE
@@ -58,16 +58,44 @@ def test_small_tensors_are_left_to_the_c_library(fresh: Arena) -> None:
     assert len(fresh._segments) == 1
 
 
-def test_large_tensors_are_left_to_it_where_they_are_to_go_back(fresh: Arena) -> None:
-    arena.lend_below(1 << 20)
-    assert empty((1 << 18,)).numel() == 1 << 18
-    assert not fresh._segments
-    arena.lend_below()
+def test_what_is_larger_than_a_segment_is_left_to_it(fresh: Arena) -> None:
     kept = empty((1 << 18,))
     assert len(fresh._segments) == 1
-    assert empty((20 << 20,)).numel() == 20 << 20, "more than a segment"
+    assert empty((20 << 20,)).numel() == 20 << 20
     assert len(fresh._segments) == 1
     del kept
+
+
+def test_what_is_free_counts_as_long_as_it_has_its_pages(fresh: Arena) -> None:
+    assert arena.free_bytes() == 0
+    first, second, third = (empty((1 << 20,), torch.uint8) for _ in range(3))
+    assert arena.free_bytes() == 0, "what was never lent has none"
+    del second
+    assert arena.free_bytes() == 1 << 20
+    arena.give_back()
+    assert arena.free_bytes() == 0
+    second = empty((1 << 19,), torch.uint8)
+    assert arena.free_bytes() == 0, "in the place of pages that went back"
+    del second
+    assert arena.free_bytes() == 1 << 19
+    del third
+    assert arena.free_bytes() == 3 << 19
+    del first
+
+
+def test_copies_are_made_only_where_they_are_needed(fresh: Arena) -> None:
+    whole = torch.arange(1 << 18, dtype=torch.float32).view(512, 512)
+    assert packed(whole) is whole
+    assert not fresh._segments
+    turned = packed(whole.T)
+    assert torch.equal(turned, whole.T)
+    assert turned.is_contiguous()
+    cpu = torch.device("cpu")
+    assert converted(whole, cpu, torch.float32) is whole
+    half = converted(whole, cpu, torch.bfloat16)
+    assert torch.equal(half, whole.to(torch.bfloat16))
+    assert fresh._segments, "copies lie in the arena"
+    assert converted(whole, torch.device("meta"), torch.float32).is_meta
 
 
 def test_a_tensor_on_another_device_is_torchs(fresh: Arena) -> None:
@@ -266,8 +294,8 @@ def test_there_is_none_where_addresses_count_as_memory(
 
 def test_without_one_tensors_come_from_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena, "_ARENA", None)
-    arena.lend_below(1 << 20)
     arena.give_back()
+    assert arena.free_bytes() == 0
     assert empty((1 << 18,)).fill_(2.0).sum() == 2 << 18
 
 

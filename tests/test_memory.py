@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from quantkit import memory
+from quantkit import arena, memory
 from quantkit.environment import rss_bytes
 from quantkit.errors import UsageError
-from quantkit.memory import FreedMemory, MemoryLimit, memory_limit, parse_bytes, trim
+from quantkit.memory import FreedMemory, MemoryLimit, memory_limit, parse_bytes, room_within, trim
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,8 @@ def test_what_is_no_size_is_said(text: str) -> None:
 def test_room_is_what_the_limit_leaves() -> None:
     cpu = torch.device("cpu")
     assert MemoryLimit(1).room_bytes(cpu) == 0
-    assert 10**12 - 10**11 < MemoryLimit(10**12).room_bytes(cpu) < 10**12
+    left = room_within(10**12, 0)
+    assert left - 10**11 < MemoryLimit(10**12).room_bytes(cpu) < left < 10**12
     assert memory_limit(None).room_bytes(cpu) > 0
 
 
@@ -59,10 +60,11 @@ def test_freed_memory_goes_back_before_a_new_peak_and_as_often_as_its_cost_allow
         return 0.15
 
     monkeypatch.setattr(memory, "trim", costly)
+    monkeypatch.setattr(arena, "free_bytes", lambda: 0)
     monkeypatch.setattr(memory, "rss_bytes", lambda: 700)
     monkeypatch.setattr(memory, "peak_rss_bytes", lambda: 1000)
     monkeypatch.setattr(memory.time, "perf_counter", lambda: now)
-    sparing, always = FreedMemory(sparing=True), FreedMemory(sparing=False)
+    sparing = FreedMemory()
     sparing.give_back(0)
     sparing.give_back(300)
     assert given_back == [], "no more than there was"
@@ -70,10 +72,31 @@ def test_freed_memory_goes_back_before_a_new_peak_and_as_often_as_its_cost_allow
         now = seconds
         sparing.give_back(301)
     assert given_back == [100.0, 107.6, 115.2], "0.15 s are a fiftieth of 7.5"
-    given_back.clear()
-    always.give_back(0)
-    always.give_back(0)
-    assert given_back == [115.2, 115.2]
+
+
+def test_under_a_limit_freed_memory_goes_back_where_the_process_comes_near_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(memory, "trim", lambda: given_back.append(coming) or 9.0)
+    monkeypatch.setattr(memory, "rss_bytes", lambda: 5000)
+    monkeypatch.setattr(arena, "free_bytes", lambda: 400)
+    limited = FreedMemory(6400)  # near to it is 6300
+    for coming in (0, 1500, 1501, 1501):
+        limited.give_back(coming)
+    assert given_back == [1501, 1501], "half of what is free in the arena serves again; each time, whatever it costs"
+    coming = 1500
+    monkeypatch.setattr(arena, "free_bytes", lambda: 200)
+    limited.give_back(coming)
+    assert given_back == [1501, 1501, 1500]
+
+
+def test_room_under_a_limit_leaves_some_for_small_pieces_and_for_holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert room_within(6400, 5900) == 300
+    assert room_within(6400, 6300) == room_within(6400, 9999) == 0
+    monkeypatch.setattr(memory, "rss_bytes", lambda: 6300)
+    monkeypatch.setattr(arena, "free_bytes", lambda: 400)
+    assert MemoryLimit(6400).room_bytes(torch.device("cpu")) == 300, "what is free in the arena is room"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed so")
@@ -88,18 +111,18 @@ def test_what_is_given_back_is_resident_no_more() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed so")
-@pytest.mark.parametrize(("columns", "stays"), [(memory.WIDE_COLUMNS - 1, True), (memory.WIDE_COLUMNS, False)])
-def test_large_blocks_go_back_at_once_where_states_are_wide(columns: int, stays: bool) -> None:
+@pytest.mark.parametrize(("told", "stays"), [("keep_freed_memory", True), ("map_large_memory", False)])
+def test_large_blocks_of_the_c_library_stay_or_go_back_at_once(told: str, stays: bool) -> None:
     """In a process of its own: what the C library is told holds for all that comes behind."""
     code = f"""
 import torch
 from quantkit.environment import rss_bytes
-from quantkit.memory import keep_freed_memory
-keep_freed_memory({columns})
-blocks = [torch.ones(2_500_000) for _ in range(10)]  # 10 MB each
+from quantkit.memory import {told}
+{told}()
+blocks = [torch.ones(300_000) for _ in range(80)]  # 1.2 MB each
 last, before = torch.ones(1000), rss_bytes()
 del blocks
 print(before - rss_bytes())
 """
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (int(told.stdout) < 8e6) is stays
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (int(found.stdout) < 8e6) is stays

@@ -37,8 +37,8 @@ from quantkit.recipe import Recipe, load_recipe
 SMALL = ["calibration.sequences=6", "calibration.length=64"]
 
 
-def make(recipe: str, model: Path, out: Path, *settings: str, force: bool = False) -> Manifest:
-    return quietly(recipe, model, out, [*SMALL, *settings], force=force)
+def make(recipe: str, model: Path, out: Path, *settings: str, force: bool = False, **how: Any) -> Manifest:
+    return quietly(recipe, model, out, [*SMALL, *settings], force=force, **how)
 
 
 def plain_run(recipe: Recipe, model: Path) -> dict[str, torch.Tensor]:
@@ -212,15 +212,30 @@ def test_a_memory_limit_changes_no_byte(
     same_but_for_the_manifest(tmp_path / "free", tmp_path / "tight")
 
 
-@pytest.mark.parametrize("recipe", ["gptq-4bit-g64", "gguf-q4_0"])
-def test_the_allocator_is_told_how_wide_the_states_are_that_run(
-    recipe: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("recipe", "limit", "parts", "wanted"),
+    [
+        ("gptq-4bit-g64", None, False, ["map"]),  # what is large lies in the arena
+        ("gguf-q4_0", None, False, ["keep"]),
+        ("gguf-q4_0", None, True, []),
+        ("gguf-q4_0", "1TB", True, ["map"]),
+    ],
+)
+def test_the_c_library_is_told_what_becomes_of_large_pieces(
+    recipe: str,
+    limit: str | None,
+    parts: bool,
+    wanted: list[str],
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told: list[int] = []
-    monkeypatch.setattr(pipeline, "_in_parts", lambda *_: False)
-    monkeypatch.setattr(pipeline, "keep_freed_memory", told.append)
-    make(recipe, tiny_llama, tmp_path / "out")
-    assert told == [64 if recipe == "gptq-4bit-g64" else 0]
+    told: list[str] = []
+    monkeypatch.setattr(pipeline, "_in_parts", lambda *_: parts)
+    monkeypatch.setattr(pipeline, "keep_freed_memory", lambda: told.append("keep"))
+    monkeypatch.setattr(pipeline, "map_large_memory", lambda: told.append("map"))
+    make(recipe, tiny_llama, tmp_path / "out", max_memory=limit)
+    assert told == wanted
 
 
 UNQUANTIZED = "method.propagate=unquantized"

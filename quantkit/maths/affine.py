@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantkit.maths.products import product_bands
+from quantkit.arena import empty_on
+from quantkit.maths.products import SMALL_BAND_VALUES, product_bands
 from quantkit.tensors import Grid, GroupTensor
 
 Candidates = tuple[Tensor, Tensor]
@@ -84,9 +85,12 @@ def zero_point(zero: Tensor | None, grid: Grid) -> Tensor | float:
 
 def nearest_codes(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     """Codes of the nearest grid points: uint8 [out, in]."""
-    groups = grouped(weight.float(), grid)  # [out, groups, group_size]
-    codes = torch.round(groups / scale.unsqueeze(2) + zero_point(zero, grid))
-    return codes.clamp_(0, grid.levels - 1).to(torch.uint8).reshape(weight.shape)
+    codes = empty_on(weight.device, weight.shape, torch.uint8)
+    for rows in product_bands(weight, SMALL_BAND_VALUES):
+        near = grouped(weight[rows].float(), grid) / scale[rows].unsqueeze(2)  # [rows, groups, group_size]
+        near += zero_point(None if zero is None else zero[rows], grid)
+        codes[rows] = near.round_().clamp_(0, grid.levels - 1).view(-1, weight.shape[1])
+    return codes
 
 
 def nearest_values(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
@@ -122,7 +126,8 @@ def search_grid(
     block in place of stored activations; llama.cpp's Q4_0 for the sign.
     """
     found = [
-        _search_rows(weight[rows].float(), grid, gram, scale_dtype, shrinks, coarse) for rows in product_bands(weight)
+        _search_rows(weight[rows].float(), grid, gram, scale_dtype, shrinks, coarse)
+        for rows in product_bands(weight, SMALL_BAND_VALUES)
     ]
     if len(found) == 1:
         return found[0]

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quantkit.arena import empty_on, packed
+
 SHARPNESS = 6.0
 """The power whose mean stands for a group's largest weight; from 4 to 10 the models come out the same."""
 
@@ -48,14 +50,17 @@ def balanced_scale(
     room = (0, -columns % group_size)
 
     def grouped(values: Tensor) -> Tensor:
-        return pad(values, room).unflatten(-1, (-1, group_size))  # [..., groups, group_size]
+        padded = pad(values, room) if room[1] else values
+        return padded.unflatten(-1, (-1, group_size))  # [..., groups, group_size]
 
-    sizes = grouped(weight[:: -(-len(weight) // ROWS)].float().abs()).transpose(0, 1)  # [groups, rows, group_size]
+    picked = weight[:: -(-len(weight) // ROWS)]
+    sizes = empty_on(weight.device, picked.shape).copy_(picked).abs_()
+    sizes = grouped(sizes).transpose(0, 1)  # [groups, rows, group_size]
     largest = sizes.amax(dim=2, keepdim=True)
     weighty = sizes.amax(dim=1) > 0  # [groups, group_size]
     # over the sizes, which are a copy; cubes are products, higher powers logarithms
     powers = sizes.div_(_or_one(largest)).square_().pow_(SHARPNESS / 2)
-    turned = powers.transpose(1, 2).contiguous()  # a row by a matrix takes a sixth of a matrix by a column
+    turned = packed(powers.transpose(1, 2))  # a row by a matrix takes a sixth of a matrix by a column
     rows = (largest / _or_one(largest.max())).square()  # [groups, rows, 1], what a row's range counts
     inputs = grouped((magnitude / _or_one(magnitude.max())).float().square())  # [groups, group_size]
     known = weighty & (inputs > 0)

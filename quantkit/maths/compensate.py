@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantkit.arena import empty, empty_on
+from quantkit.arena import empty, empty_on, packed
 from quantkit.maths.gram_factor import GramFactor
 from quantkit.maths.order import reordered
 from quantkit.maths.products import add_times_transposed, product_bands
@@ -51,7 +51,7 @@ def compensated(weight: Tensor, factor: GramFactor, round_block: RoundBlock) -> 
     factor float32 [columns, columns] to codes uint8 [rows, columns] and errors D float32 [rows, columns], the weight
     less what the codes stand for. It may overwrite the second and third.
     """
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    codes = empty_on(weight.device, weight.shape, torch.uint8)
     back = torch.argsort(factor.order)
     for rows in product_bands(weight):
         found = _compensated_rows(weight[rows], factor, partial(round_block, rows))
@@ -70,7 +70,7 @@ def _compensated_rows(weight: Tensor, factor: GramFactor, round_block: Callable[
         part = slice(start, end)
         own = reordered(weight, order[part]).float()
         upper = factor.upper[part, part].triu()
-        codes[:, part], error = round_block(own, owed[:, part].contiguous(), order[part], upper)
+        codes[:, part], error = round_block(own, packed(owed[:, part]), order[part], upper)
         if end < columns:
             add_times_transposed(owed[:, end:], error, factor.upper[part, end:].T)
     return codes

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantkit.arena import empty
+from quantkit.arena import empty, empty_on
 from quantkit.errors import ModelError
 from quantkit.maths.compiled import readable
 from quantkit.maths.gram import (
@@ -59,7 +59,7 @@ class _Half:
         for integers."""
         if not self.totals:
             shapes = [(one.shape[1], rows.shape[1]) for one in changed]
-            self.totals = [torch.zeros(shape, dtype=torch.float32, device=rows.device) for shape in shapes]
+            self.totals = [empty_on(rows.device, shape).zero_() for shape in shapes]
         if not len(rows):
             return
         if dtype is None:
@@ -118,7 +118,8 @@ class CorrectionAccumulator:
         changed = [moved]
         if states_change is not None:
             changed.append(states_change.detach().reshape(len(rows), -1).float())
-            lengths = torch.cat([lengths, changed[1].square().sum(dim=1)[None]])
+            squares = torch.square(changed[1], out=empty_on(rows.device, changed[1].shape))
+            lengths = torch.cat([lengths, squares.sum(dim=1)[None]])
         far = (lengths > FAR * lengths.median(dim=1, keepdim=True).values).any(dim=0)
         if bool(far.any()):
             self._far.add_huge(rows[far].float())
@@ -143,7 +144,9 @@ class CorrectionAccumulator:
         for half in self._halves:
             half.finish()
         first, second = (half.totals for half in self._halves)
-        return [one + other for one, other in zip(first, second, strict=True)]
+        return [
+            torch.add(one, other, out=empty_on(one.device, one.shape)) for one, other in zip(first, second, strict=True)
+        ]
 
     def corrected(
         self, weights: Sequence[Tensor], gram: Tensor, damp: float, share: float
@@ -156,7 +159,7 @@ class CorrectionAccumulator:
         """
         whole = self.totals()
         made = []
-        near = gram - self._far.result().gram
+        near = torch.sub(gram, self._far.result().gram, out=empty_on(gram.device, gram.shape))
         left = float(near.trace() / gram.trace())
         if left < LEFT:
             raise ModelError(f"few tokens, far out, hold all but {left:.1e} of what its inputs do")
@@ -164,8 +167,8 @@ class CorrectionAccumulator:
             upper = factor.upper
             for weight in weights:
                 outputs = _outputs(_missed(whole, weight), upper)
-                moved = torch.linalg.solve_triangular(upper, outputs, upper=True, left=False)
-                made.append(weight + share * self._agreed(weight, upper) * moved)
+                moved = _solved(outputs, upper, upper=True).mul_(share * self._agreed(weight, upper))
+                made.append(torch.add(weight, moved, out=empty_on(weight.device, weight.shape)))
             return made, factor.damp
 
     def _agreed(self, weight: Tensor, upper: Tensor) -> float:
@@ -184,11 +187,17 @@ class CorrectionAccumulator:
 def _outputs(missed: Tensor, upper: Tensor) -> Tensor:
     """M R^-T for M = C H of a change C of the weight, that is C R, of which each row is as long as what the change does
     to the outputs. Both float32 [rows, in]; upper: R, with R R^T = H; what is below its diagonal is not read."""
-    return torch.linalg.solve_triangular(upper.T, missed, upper=False, left=False)
+    return _solved(missed, upper.T, upper=False)
+
+
+def _solved(matrix: Tensor, triangle: Tensor, *, upper: bool) -> Tensor:
+    """X with X @ triangle = matrix, float32 [rows, in], by columns as LAPACK takes it. upper: which half is read."""
+    found = empty_on(matrix.device, matrix.T.shape).T
+    return torch.linalg.solve_triangular(triangle, matrix, upper=upper, left=False, out=found)
 
 
 def _missed(totals: Sequence[Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
     """W D + E of some rows of the weight, float32 [rows, in]. totals: D and, where there are states, E."""
     change, *states = totals
     missed = times_transposed(weight[rows], change.T)
-    return missed + states[0][rows] if states else missed
+    return missed.add_(states[0][rows]) if states else missed

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.arena import empty
+from quantkit.arena import converted, empty
 from quantkit.maths.compiled import readable
 from quantkit.maths.gram import ColumnSums, totals
 from quantkit.maths.int_products import RightFactor, right_factor
-from quantkit.maths.products import times_transposed
+from quantkit.maths.products import SMALL_BAND_VALUES, product_bands, times_transposed
 
 TRIED = 64
 """Tokens whose products are compared with those in float32."""
@@ -56,7 +56,9 @@ def eight_bit_weight(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Eig
     offset = torch.zeros(len(weight)) if bias is None else bias.detach().float()
     made = EightBitWeight(right_factor(codes), steps, 1 / divisors, offset)
     tried = rows[:: max(1, len(rows) // TRIED)][:TRIED].float()
-    exact = times_transposed(tried, weight.detach().float())
+    exact = empty((len(tried), len(weight)))
+    for band in product_bands(weight, SMALL_BAND_VALUES):
+        exact[:, band] = times_transposed(tried, converted(weight[band].detach(), weight.device, torch.float32))
     error = (made(tried) - offset - exact).square().mean()
     return made if bool(error <= LARGEST_ERROR**2 * exact.square().mean()) else None
 

@@ -12,19 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty, empty_on, packed
 from quantkit.maths.compensate import compensated
 from quantkit.maths.ggml_codes import LAYOUTS, CodedBlocks, Layout
 from quantkit.maths.ggml_descend import bands_of, descend_block, round_block
 from quantkit.maths.gram_factor import GramFactor
+from quantkit.maths.order import reordered
 from quantkit.maths.products import product_bands, times_transposed
 from quantkit.maths.refine import BLOCK_COLUMNS
+from quantkit.tensors import row_bands
 
 
 def values_of(coded: CodedBlocks, type_name: str) -> Tensor:
     """The weight that taken blocks stand for: float32 [rows, columns]."""
-    layout = LAYOUTS[type_name]
-    values = layout.table(coded.codes.device)[coded.codes.long()].unflatten(1, (-1, layout.group))
-    return values.mul_(coded.step.unsqueeze(2)).sub_(coded.base.unsqueeze(2)).flatten(1)
+    layout, codes = LAYOUTS[type_name], coded.codes
+    table, found = layout.table(codes.device), empty_on(codes.device, codes.shape)
+    for rows in row_bands(codes):
+        values = table[codes[rows].long()].unflatten(1, (-1, layout.group))
+        found[rows] = values.mul_(coded.step[rows].unsqueeze(2)).sub_(coded.base[rows].unsqueeze(2)).flatten(1)
+    return found
 
 
 def compensate_codes(weight: Tensor, coded: CodedBlocks, type_name: str, factor: GramFactor) -> CodedBlocks:
@@ -42,8 +48,8 @@ def compensate_codes(weight: Tensor, coded: CodedBlocks, type_name: str, factor:
     def rounded(rows: slice, weight: Tensor, owed: Tensor, at: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         group = at // layout.group
         # on weights moved by the minimum the grid is a multiple of the step, and the errors are the same
-        device, weight = weight.device, (weight + base[rows][:, group]).cpu()
-        codes, errors = torch.empty(weight.shape, dtype=torch.uint8), torch.empty_like(weight)
+        device, weight = weight.device, reordered(base[rows], group).add_(weight).cpu()
+        codes, errors = empty(weight.shape, torch.uint8), empty(weight.shape)
         round_block(
             bands_of(weight),
             weight.numpy(),
@@ -93,11 +99,9 @@ def _refine_rows(
             part = slice(start, min(start + BLOCK_COLUMNS, columns))
             of = slice(part.start // layout.group, part.stop // layout.group)
             gradient = times_transposed(error, gram[:, part].T).cpu()
-            inner = gram[part, part].contiguous().cpu()
-            own_codes, own_step, own_base = (
-                tensor.contiguous() for tensor in (codes[:, part], step[:, of], base[:, of])
-            )
-            own_error = error[:, part].contiguous().cpu()
+            inner = packed(gram[part, part]).cpu()
+            own_codes, own_step, own_base = (packed(tensor) for tensor in (codes[:, part], step[:, of], base[:, of]))
+            own_error = packed(error[:, part]).cpu()
             descend_block(
                 bands_of(own_codes),
                 own_codes.numpy(),

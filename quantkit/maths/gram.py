@@ -266,7 +266,8 @@ class GramAccumulator:
 
     def _add_far(self) -> None:
         """Add tokens far out that are not huge, together."""
-        piece = ColumnSums(readable(torch.cat(self._far)))
+        whole = empty((sum(map(len, self._far)), self._far[0].shape[1]), self._far[0].dtype)
+        piece = ColumnSums(readable(torch.cat(self._far, out=whole)))
         self._far.clear()
         scale = totals([piece])[2] / 127
         self._add_codes(round_columns([piece], scale), scale)

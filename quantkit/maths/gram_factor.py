@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty_on
 from quantkit.errors import ModelError
 from quantkit.maths.order import mirror, reorder_upper
 from quantkit.maths.products import add_times_transposed, times_transposed
@@ -107,7 +108,7 @@ def _in_float32(matrix: Tensor) -> bool:
     """Write R over the upper triangle of `matrix` float32 [n, n]; false where that leaves some pivot too few digits, as
     in a Gram matrix whose largest eigenvalue is its whole trace, or where the matrix is not positive definite."""
     diagonal = matrix.diagonal().clone()
-    if not _factor_by_halves(matrix, matrix.new_empty(len(matrix), FACTORED_WHOLE)):
+    if not _factor_by_halves(matrix, empty_on(matrix.device, (len(matrix), FACTORED_WHOLE))):
         return False
     kept = matrix.diagonal().square() / diagonal  # share of a column that those behind do not tell
     return bool((kept > LEAST_PIVOT).all())

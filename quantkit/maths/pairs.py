@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty, empty_on
 from quantkit.maths.products import times_transposed
 
 LEAST_GAIN = 1e-3
@@ -33,9 +34,11 @@ def move_pairs(codes: Tensor, scale: Tensor, error: Tensor, gram: Tensor, levels
     size = codes.shape[1] // scale.shape[1]
     bands = (tensor.split(ROW_BAND) for tensor in (codes, scale, error))
     for own_codes, own_scale, own_error in zip(*bands, strict=True):
-        before, steps = own_codes.float(), own_scale.repeat_interleave(size, dim=1)
+        before, now, steps = (empty_on(codes.device, own_codes.shape) for _ in range(3))
+        before.copy_(own_codes)
+        steps.view(len(steps), -1, size).copy_(own_scale.unsqueeze(2))
         _sweep_pairs(own_codes, steps, times_transposed(own_error, gram.T), gram, levels)
-        own_error += (own_codes.float() - before).mul_(steps)
+        own_error += now.copy_(own_codes).sub_(before).mul_(steps)
 
 
 def _sweep_pairs(codes: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, levels: int) -> None:
@@ -45,7 +48,7 @@ def _sweep_pairs(codes: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, l
         return
     from quantkit.maths.pair_kernel import sweep_pairs
 
-    curves = 0.5 * steps.square() * gram.diagonal()
+    curves = torch.square(steps, out=empty(steps.shape)).mul_(0.5).mul_(gram.diagonal())
     slopes, matrix = gradient.numpy(), gram.contiguous().numpy()
     sweep_pairs(len(codes), codes.numpy(), steps.numpy(), curves.numpy(), slopes, matrix, levels, LEAST_GAIN, DEAREST)
 

@@ -18,8 +18,11 @@ BAND_VALUES = 1 << 21
 """Values that are worked on together where each row stands alone: products are large, and what is held for a wide
 layer, several times as much, is small beside its weight. All of a group of SmolLM2's linears are one band."""
 
-PANEL_VALUES = 1 << 22
-"""Values of a right factor that are laid out at once: 16 MB."""
+SMALL_BAND_VALUES = 1 << 19
+"""The same where there is little to multiply, or nothing: 2 MB in float32."""
+
+PANEL_VALUES = 1 << 20
+"""Values of a right factor that are laid out at once: 4 MB."""
 
 
 def times_transposed(left: Tensor, right: Tensor) -> Tensor:
@@ -72,14 +75,14 @@ def _multiply(left: Tensor, right: Tensor, total: Tensor, factor: float, *, fres
         multiply_floats(blocks_of(rows, BLOCK_ROWS) * tasks, *given, np.float32(factor), fresh, tasks)
 
 
-def product_bands(matrix: Tensor) -> Iterator[slice]:
+def product_bands(matrix: Tensor, values: int = BAND_VALUES) -> Iterator[slice]:
     """Rows of a matrix [rows, columns] that are worked on together, where what is held for each is as large as it: of
-    about BAND_VALUES values on a CPU, at least one; all elsewhere.
+    about so many values on a CPU, at least one; all elsewhere.
 
     Bands are even: torch multiplies a single row by other loops, to other bits.
     """
     rows = len(matrix)
-    bands = max(1, min(rows, -(-matrix.numel() // BAND_VALUES))) if matrix.device.type == "cpu" else 1
+    bands = max(1, min(rows, -(-matrix.numel() // values))) if matrix.device.type == "cpu" else 1
     ends = [rows * band // bands for band in range(1, bands + 1)]
     for start, end in zip([0, *ends], ends, strict=False):
         yield slice(start, end)

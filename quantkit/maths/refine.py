@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from quantkit.arena import empty_on
+from quantkit.arena import empty_on, packed
 from quantkit.maths.affine import as_stored
 from quantkit.maths.pairs import move_pairs
 from quantkit.maths.products import product_bands, times_transposed
@@ -54,7 +54,7 @@ def refine(
     float16, zeros stay as they are. pairs: how often codes are then moved two at a time, with a sweep behind it.
     """
     middle = torch.full_like(scale, float(2 ** (grid.bits - 1))) if zero is None else zero.float()
-    codes, scale = codes.clone(), scale.clone()
+    codes, scale = empty_on(codes.device, codes.shape, codes.dtype).copy_(codes), scale.clone()
     for rows in product_bands(weight):
         _refine_rows(weight[rows], codes[rows], scale[rows], middle[rows], grid, gram, sweeps, pairs)
     return codes, scale
@@ -78,9 +78,8 @@ def _refine_rows(
             part = slice(start, min(start + width, columns))
             of = slice(part.start // size, part.stop // size)
             gradient = times_transposed(error, gram[:, part].T)  # its own mirror, so read by columns
-            inner = gram[part, part].contiguous()
-            part_codes, part_scale = codes[:, part].contiguous(), scale[:, of].contiguous()
-            part_error = error[:, part].contiguous()
+            inner = packed(gram[part, part])
+            part_codes, part_scale, part_error = packed(codes[:, part]), packed(scale[:, of]), packed(error[:, part])
             _descend_block(part_codes, part_scale, middle[:, of].contiguous(), gradient, inner, grid.levels, part_error)
             codes[:, part], scale[:, of], error[:, part] = part_codes, part_scale, part_error
 

@@ -166,7 +166,8 @@ class CalibratedBlock:
         scale = self._input_scale.get(linear)
         if scale is None:
             return gram
-        divisors = torch.outer(scale, scale)  # symmetric to the last bit, as the quotients are then
+        divisors = empty_on(gram.device, gram.shape)
+        torch.outer(scale, scale, out=divisors)  # symmetric to the last bit, as the quotients are then
         return torch.div(gram, divisors, out=divisors)
 
     def fold(self, statistics: Mapping[str, InputStatistics]) -> None:
@@ -185,7 +186,9 @@ class CalibratedBlock:
         for group in self.given.block.groups:
             ours = self.ours(group)
             if ours:
-                self.round(group, self.behind_scale(ours[0], statistics[ours[0]].gram))
+                self._round_seen(ours, self.behind_scale(ours[0], statistics[ours[0]].gram))
+                for name in ours:
+                    self._sqnr[name] = sqnr_db(*energies(self.weights.pop(name), self._quantized[name].pieces()))
         return self.result()
 
     def input_scale(self, group: LinearGroup) -> Tensor | None:
@@ -208,11 +211,15 @@ class CalibratedBlock:
         the Gram matrix is not finite.
         """
         ours = self.ours(group)
+        self._round_seen(ours, gram, correction)
+        return {name: self._to_run(name, dtype, by_codes=by_codes) for name in ours}
+
+    def _round_seen(self, ours: list[str], gram: Tensor, correction: CorrectionAccumulator | None = None) -> None:
+        """Round linears of one input; what they are to run as is not made."""
         require_finite(f"inputs of {', '.join(ours)}", gram)
         if correction is not None and self.steps.correction:
             self._correct(ours, gram, correction)
         self._quantized |= self._round(ours, gram)
-        return {name: self._to_run(name, dtype, by_codes=by_codes) for name in ours}
 
     def _correct(self, ours: list[str], gram: Tensor, correction: CorrectionAccumulator) -> None:
         """Let the weights of one input make up for what went wrong before it, if its Gram matrix can be solved by."""

@@ -13,6 +13,28 @@ from quantkit.maths.four_bit import FourBitWeight, four_bit_weight
 from quantkit.tensors import GroupTensor
 
 
+class Fresh(Tensor):
+    """What a linear has just given, which nobody else holds: hidden states that are added to it are written over it,
+    to the same numbers, so that their sum takes no memory of its own. What else is done with it gives plain tensors."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    _plain: Tensor
+
+    @classmethod
+    def of(cls, outputs: Tensor) -> Fresh:
+        """The same memory; whoever calls lets go of `outputs`."""
+        fresh = outputs.as_subclass(cls)
+        fresh._plain = outputs
+        return fresh
+
+    def __add__(self, other: Any) -> Tensor:
+        alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (self.shape, self.dtype)
+        return self._plain.add_(other) if alike else self._plain + other
+
+    __radd__ = __add__
+
+
 class EightBitLinear(nn.Linear):
     """A linear whose outputs come from 8-bit products, or from what the run multiplies in where those would be too far
     off.
@@ -50,7 +72,7 @@ class EightBitLinear(nn.Linear):
         if coded is None:
             return self._as_it_is(inputs)
         if self.wide:
-            return coded(inputs, torch.float32)
+            return Fresh.of(coded(inputs, torch.float32))
         mixed = torch.is_autocast_enabled("cpu")
         return coded(inputs, torch.get_autocast_dtype("cpu") if mixed else inputs.dtype)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.arena import converted
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
 from quantkit.maths.compiled import ready_loops
@@ -76,7 +77,7 @@ class BlockRunner:
 
     def __init__(self, source: Source, device: torch.device, arithmetic: Arithmetic, freed: FreedMemory | None = None):
         self.source, self.device, self.arithmetic = source, device, arithmetic
-        self.freed = FreedMemory(sparing=True) if freed is None else freed
+        self.freed = FreedMemory() if freed is None else freed
         self.dtype = arithmetic.states
         self.architecture = architecture_of(source.config)
         if arithmetic.compiled_on(device):
@@ -172,7 +173,7 @@ class BlockRunner:
             return tensor.dtype if as_stored else self.arithmetic.linears
 
         state = {
-            name.removeprefix(block.prefix): tensor.to(self.device, dtype(name, tensor))
+            name.removeprefix(block.prefix): converted(tensor, self.device, dtype(name, tensor))
             for name, tensor in tensors.items()
         }
         for name, wanted in module.state_dict().items():
@@ -264,7 +265,10 @@ class BlockRunner:
 
     def twin(self, block: Block, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A module of a block beside the one in the model, with weights of its own: `tensors` by full name."""
-        module = copy.deepcopy(self.layers[block.index]).to_empty(device="meta")
+        layer = self.layers[block.index]
+        # its weights are not copied, only to be let go
+        empty = {id(own): nn.Parameter(own.to("meta"), requires_grad=False) for own in layer.parameters()}
+        module = copy.deepcopy(layer, empty).to_empty(device="meta")
         self.assign(module, block, tensors)
         return module
 

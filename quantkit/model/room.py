@@ -48,6 +48,12 @@ def left_behind(
     return (0 if let_go else queries) + weights, fused + weights
 
 
+def rounding_bytes(rows: int, columns: int) -> int:
+    """What rounding linears of one input takes, [rows, columns] stacked: a Gram matrix and weights in float32, and as
+    much to round by."""
+    return 8 * columns * (columns + rows)
+
+
 @dataclass(frozen=True)
 class BlockSizes:
     """What a block and its rows are made of, in numbers.
@@ -121,11 +127,10 @@ class BlockSizes:
         return 4 * tokens * (4 * self.hidden + 2 * max(rows for rows, _ in self.shapes)) + scores
 
     def rounding_bytes(self, rows: int, columns: int) -> int:
-        """What rounding a group takes: a Gram matrix and weights in float32, and as much to round by; for a correction
-        the sums over two halves of the text, of tokens far out, what they are together and a factor, and what is moved
-        by how much."""
+        """What rounding a group takes; for a correction the sums over two halves of the text, of tokens far out, what
+        they are together and a factor, and what is moved by how much as well."""
         correction = 20 * columns**2 + 24 * columns * rows if self.ways > 1 else 0
-        return 8 * columns * (columns + rows) + correction
+        return rounding_bytes(rows, columns) + correction
 
     @property
     def grown_bytes(self) -> int:

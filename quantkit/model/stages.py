@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantkit.arena import empty_on
 from quantkit.maths.correction import CorrectionAccumulator
 from quantkit.maths.gram import Accumulator, InputStatistics, Look
 from quantkit.model.blocks import LinearGroup, group_shape
@@ -119,6 +120,9 @@ def _add_batch(
             correction = CorrectionAccumulator(
                 rows.shape[-1], runner.device, how.linears, scale, eight_bit=how.eight_bit_gram
             )
-        apart = None if there.states is None or here.states is None else there.states - here.states
+        apart = None
+        if there.states is not None and here.states is not None:
+            apart = empty_on(runner.device, here.states.shape, here.states.dtype)
+            torch.sub(there.states, here.states, out=apart)
         correction.add(there.inputs, rows, apart)
     return correction

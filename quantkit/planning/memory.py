@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.maths.products import BAND_VALUES
-from quantkit.memory import WIDE_COLUMNS
+from quantkit.memory import room_within
 from quantkit.model.room import BlockSizes, left_behind
 from quantkit.planning.shapes import Group, Work
 
@@ -29,10 +29,10 @@ LARGEST_LINEAR_BYTES = {"plain": 9.0, "compiled": 10.0, "gguf": 3.2}
 """Bytes for each weight of the largest linear, as an uncalibrated run holds it: whole, or in parts where the file takes
 them."""
 
-RETAINED, RETAINED_BYTES = 0.25, 40_000_000
+RETAINED, RETAINED_BYTES = 0.25, 20_000_000
 """What is kept of freed memory: a part of what is held while a block is rounded and of what was held while scales were
-looked for, but so many bytes at most, since more goes back before a new peak (quantkit/memory.py). Under a limit, and
-where states are wide, it is next to nothing. The part stands for what torch keeps on a GPU as well, which was not
+looked for, but so many bytes at most, since more goes back before a new peak (quantkit/memory.py). Under a limit it is
+next to nothing. The part stands for what torch keeps on a GPU as well, which was not
 measured."""
 
 ROWS = "rows that wait inside a block"
@@ -84,38 +84,41 @@ def memory_of(
         host["largest linear and its codes"] = int(LARGEST_LINEAR_BYTES[work.kind] * work.largest_linear_values)
         return MemoryForecast(host, {}, 0)
     states = work.tokens * work.hidden * work.how.states.itemsize
-    share = 1.0 if limited else 0.5  # of what is taken, that is missing then
-    room = max(0, room_bytes - int(share * sum(host.values())))
-    spilled = states > room // 4
-    room -= int(share * (work.block_bytes + (0 if spilled else work.ways * states)))
-    returned = limited or work.hidden >= WIDE_COLUMNS
-    parts = _block_parts(work, device, returned and device.type == "cpu")
+
+    def room_beside(held: int) -> int:
+        """Of half of what is free, half of what is taken is missing then."""
+        return room_within(room_bytes, held) if limited else max(0, room_bytes - held // 2)
+
+    held = sum(host.values())
+    spilled = states > room_beside(held) // 4
+    room = room_beside(held + work.block_bytes + (0 if spilled else work.ways * states))
+    parts = _block_parts(work, device, limited and device.type == "cpu")
     if device_room_bytes is not None:
         room = device_room_bytes - work.block_bytes // 2
     scratch, filed, again = work.ways * states if spilled else 0, 0, 0.0
     if work.propagates:
         sizes = _sizes(work, device, in_memory=not spilled)
         sequences = work.tokens // work.length
-        held = sizes.waiting_sequences(sequences, room)
-        if held:
-            parts[ROWS] = held * sizes.waiting_bytes
-        if file := sizes.file_bytes(sequences - held):
+        waiting = sizes.waiting_sequences(sequences, room)
+        if waiting:
+            parts[ROWS] = waiting * sizes.waiting_bytes
+        if file := sizes.file_bytes(sequences - waiting):
             scratch += file
-            filed = (sequences - held) * sizes.filed_bytes
+            filed = (sequences - waiting) * sizes.filed_bytes
         else:
-            again = 1 - held / sequences
+            again = 1 - waiting / sequences
     looking = _looking_parts(work) if work.propagates else {}
     kept = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
     if device.type == "cuda":
         parts["freed, not given back"] = kept
-    elif returned:
+    elif limited:
         parts = max(parts, looking, key=lambda held: sum(held.values()))
     else:
         parts["freed, not given back"] = min(RETAINED_BYTES, kept)
     on_device: dict[str, int] = {}
     if device.type == "cuda":
         ahead = 2 * work.block_bytes
-        on_device, parts = parts, {"block, read ahead": ahead if returned else int((1 + RETAINED) * ahead)}
+        on_device, parts = parts, {"block, read ahead": ahead if limited else int((1 + RETAINED) * ahead)}
     host |= parts
     if not spilled:
         host["hidden states"] = work.ways * states

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantkit import device as devices
 from quantkit.maths import four_bit
@@ -57,6 +57,26 @@ def test_outputs_that_are_added_to_hidden_states_keep_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed, found = module(INPUTS), wide(INPUTS)
     assert found.dtype == torch.float32 and torch.equal(found.bfloat16(), mixed) and not torch.equal(found, mixed)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("left", [True, False])
+def test_hidden_states_are_added_in_the_place_of_the_outputs(left: bool) -> None:
+    wide = linear()
+    wide.wide = True
+    states = torch.randn(INPUTS.shape[0], 64)
+    outputs = wide(INPUTS)
+    place, wanted = outputs.data_ptr(), torch.add(outputs, states)
+    assert type(wanted) is Tensor and wanted.data_ptr() != place, "whoever does not add leaves it as it is"
+    found = states + outputs if left else outputs + states
+    assert type(found) is Tensor and found.data_ptr() == place and torch.equal(found, wanted)
+    again = found + wide(INPUTS)
+    assert again.data_ptr() != found.data_ptr() and torch.equal(found, wanted), "a sum is nobody's to write over"
+    for other in (2.0, states[:1], states.double()):
+        outputs = wide(INPUTS)
+        kept = outputs.clone()
+        found = other + outputs if left else outputs + other
+        assert torch.equal(found, torch.add(kept, other)) and torch.equal(outputs, kept)
 
 
 @torch.inference_mode()

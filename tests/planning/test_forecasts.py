@@ -11,7 +11,7 @@ import torch
 from quantkit.device import Arithmetic
 from quantkit.maths.attention import CHUNK
 from quantkit.maths.int_products import way
-from quantkit.memory import WIDE_COLUMNS
+from quantkit.memory import HOLES, NEAR, room_within
 from quantkit.model.blocks import ARCHITECTURES
 from quantkit.model.reader import open_source
 from quantkit.plan import plan_linears
@@ -105,6 +105,12 @@ def test_where_freed_memory_goes_back_a_batch_and_the_solver_take_turns(tiny_lla
     assert memory._block_parts(much, CPU, True)["activations of a batch"] == 0
 
 
+def limit_for(room: int, held: int) -> int:
+    """The least limit that leaves so much room beside what is held."""
+    near = int((room / (1 - HOLES) + held) / (1 - NEAR))
+    return next(limit for limit in range(near - 8, near + 8) if room_within(limit, held) >= room)
+
+
 def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
     tight = memory_of(work, CPU, 1000)
@@ -117,7 +123,8 @@ def test_rows_do_not_wait_and_states_spill_where_there_is_no_room(tiny_llama: Pa
 def test_rows_whose_states_lie_in_a_file_hold_them_in_memory_while_they_wait(tiny_llama: Path) -> None:
     work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 512, "length": 32})
     states = work.tokens * 64 * 4
-    found = memory_of(work, CPU, memory.LIBRARIES_BYTES["calibrated"] + 3 * states, limited=True)
+    limit = limit_for(3 * states, memory.LIBRARIES_BYTES["calibrated"])
+    found = memory_of(work, CPU, limit, limited=True)
     assert "hidden states" not in found.host
     in_file, here = (memory._sizes(work, CPU, in_memory=at) for at in (False, True))
     assert in_file.waiting_bytes == here.waiting_bytes + 32 * 64 * 4
@@ -138,12 +145,13 @@ def test_a_limit_leaves_room_for_some_of_the_rows(tiny_llama: Path) -> None:
     work, plans = planned(tiny_llama, GPTQ, calibration={"sequences": 128, "length": 32})
     sizes = memory._sizes(work, CPU)
     assert sizes.shapes == ((128, 64), (64, 64), (256, 64), (64, 128)) and sizes.batch == 32
-    held = memory.LIBRARIES_BYTES["calibrated"] + work.block_bytes + work.tokens * 64 * 4 + sizes.taken_bytes
-    found = memory_of(work, CPU, held + 33 * sizes.waiting_bytes, limited=True)
+    held = memory.LIBRARIES_BYTES["calibrated"] + work.block_bytes + work.tokens * 64 * 4
+    limit = limit_for(sizes.taken_bytes + 33 * sizes.waiting_bytes, held)
+    found = memory_of(work, CPU, limit, limited=True)
     assert found.host[memory.ROWS] == 32 * sizes.waiting_bytes
     assert found.filed_bytes == 96 * sizes.filed_bytes and found.scratch_bytes == sizes.file_bytes(96)
     assert sizes.file_bytes(1) == sizes.waiting_bytes + 32 * 64 * 4, "states of those that wait in a file stay"
-    half = held - (held - sizes.taken_bytes) // 2  # without a limit, of what is held half is missing then
+    half = held - held // 2 + sizes.taken_bytes  # without a limit, of what is held half is missing then
     assert memory_of(work, CPU, half + 65 * sizes.waiting_bytes).filed_bytes == 64 * sizes.filed_bytes
     work = replace(work, how=EXACT)
     kept, filed = (time_of(work, plans, UNIT, 0, size).parts for size in (0, 10**6))
@@ -155,14 +163,6 @@ def test_a_limit_leaves_room_for_some_of_the_rows(tiny_llama: Path) -> None:
     assert few["linears"] == pytest.approx(all_wait["linears"] * (1 + again))
     assert few["attention"] == pytest.approx(all_wait["attention"] * (1 + 3 * 0.75))
     assert few["Gram matrices"] == all_wait["Gram matrices"] and few["solving"] == all_wait["solving"]
-
-
-def test_wide_states_leave_nothing_behind(tiny_llama: Path) -> None:
-    work, _ = planned(tiny_llama, GPTQ, calibration={"sequences": 4, "length": 32})
-    narrow, wide = (replace(work, hidden=hidden) for hidden in (WIDE_COLUMNS - 1, WIDE_COLUMNS))
-    assert "freed, not given back" in memory_of(narrow, CPU, ROOM).host
-    assert "freed, not given back" not in memory_of(wide, CPU, ROOM).host
-    assert "freed, not given back" in memory_of(wide, CUDA, ROOM).device
 
 
 def test_unquantized_inputs_hold_every_gram_and_no_rows(tiny_llama: Path) -> None:
