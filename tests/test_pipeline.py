@@ -25,9 +25,11 @@ from quantkit.manifest import Manifest, read_manifest
 from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.maths.pairs import move_pairs
 from quantkit.methods.base import BlockWeights
+from quantkit.methods.calibrated import CalibratedBlock
 from quantkit.model import forward
 from quantkit.model.blocks import LinearGroup, blocks_of, head_dim
 from quantkit.model.calibration import load_calibration
+from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.reader import open_source
 from quantkit.model.waiting import InFile, InMemory, Rows
@@ -105,6 +107,29 @@ def test_streaming_equals_a_plain_run_over_the_whole_model(
         # batches sum in another order, so that a few codes on an edge may differ
         noise = float((found - tensor).norm() / tensor.norm())
         assert noise < 0.02, (tensor_name, noise)
+
+
+def test_one_pass_holds_no_module_and_decodes_nothing_while_it_rounds(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runners: list[BlockRunner] = []
+    begin, rounds = BlockRunner.__init__, CalibratedBlock._round
+    held: list[bool] = []
+
+    def started(runner: BlockRunner, *given: Any) -> None:
+        runners.append(runner)
+        begin(runner, *given)
+
+    def seen(work: CalibratedBlock, ours: list[str], gram: Tensor) -> Any:
+        held.append(any(not one.is_meta for one in runners[0].layers.parameters()))
+        return rounds(work, ours, gram)
+
+    monkeypatch.setattr(BlockRunner, "__init__", started)
+    monkeypatch.setattr(CalibratedBlock, "_round", seen)
+    monkeypatch.setattr(CalibratedBlock, "_to_run", lambda *_, **__: pytest.fail("nothing runs behind this"))
+    manifest = make("gptq-4bit-g64", tiny_llama, tmp_path / "out", "method.propagate=unquantized")
+    assert len(held) == 2 * 4 and not any(held)
+    assert all(one.sqnr_db for one in manifest.tensors if one.requested != "skip")
 
 
 def test_a_config_of_another_model_is_told_by_its_shapes(tiny_llama: Path, tmp_path: Path) -> None:

@@ -75,14 +75,14 @@ def _multiply(left: Tensor, right: Tensor, total: Tensor, factor: float, *, fres
         multiply_floats(blocks_of(rows, BLOCK_ROWS) * tasks, *given, np.float32(factor), fresh, tasks)
 
 
-def product_bands(matrix: Tensor, values: int = BAND_VALUES) -> Iterator[slice]:
+def product_bands(matrix: Tensor, values: int | None = None) -> Iterator[slice]:
     """Rows of a matrix [rows, columns] that are worked on together, where what is held for each is as large as it: of
-    about so many values on a CPU, at least one; all elsewhere.
+    about so many values on a CPU, BAND_VALUES unless told, at least one row; all elsewhere.
 
     Bands are even: torch multiplies a single row by other loops, to other bits.
     """
     rows = len(matrix)
-    bands = max(1, min(rows, -(-matrix.numel() // values))) if matrix.device.type == "cpu" else 1
+    bands = max(1, min(rows, -(-matrix.numel() // (values or BAND_VALUES)))) if matrix.device.type == "cpu" else 1
     ends = [rows * band // bands for band in range(1, bands + 1)]
     for start, end in zip([0, *ends], ends, strict=False):
         yield slice(start, end)

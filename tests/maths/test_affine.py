@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from oracles import awq as oracle
-from quantkit.maths import affine, products
-from quantkit.maths.affine import full_range, grid_for_range, nearest_values, quantize_nearest, search_grid
+from quantkit.maths import affine
+from quantkit.maths.affine import (
+    full_range,
+    grid_for_range,
+    nearest_codes,
+    nearest_values,
+    quantize_nearest,
+    search_grid,
+)
 from quantkit.tensors import Grid
 
 GRIDS = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (8, 24, None) for symmetric in (True, False)]
@@ -140,8 +147,19 @@ def test_ranges_are_searched_in_bands_of_rows(of: str, symmetric: bool, monkeypa
     scale, zero = search_grid(weight, grid, seen)
     search, seen_rows = affine._search_rows, []
     monkeypatch.setattr(affine, "_search_rows", lambda *given: seen_rows.append(len(given[0])) or search(*given))
-    monkeypatch.setattr(products, "BAND_VALUES", 8 * 48)
+    monkeypatch.setattr(affine, "SMALL_BAND_VALUES", 8 * 48)
     own_scale, own_zero = search_grid(weight, grid, seen)
     assert sum(seen_rows) == 33 and set(seen_rows) == {6, 7}
     assert torch.equal(own_scale, scale)
     assert (own_zero is None and zero is None) or torch.equal(own_zero, zero)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_nearest_codes_come_in_bands_of_rows(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, grid = torch.randn(33, 48, generator=torch.Generator().manual_seed(5)), Grid(4, 16, symmetric)
+    scale, zero = grid_for_range(*full_range(weight, grid), grid)
+    middle = torch.full_like(scale, 8.0) if zero is None else zero.float()
+    wanted = (weight.view(33, 3, 16) / scale.unsqueeze(2) + middle.unsqueeze(2)).round().clamp(0, 15)
+    monkeypatch.setattr(affine, "SMALL_BAND_VALUES", 8 * 48)
+    found = nearest_codes(weight, scale, zero, grid)
+    assert found.dtype == torch.uint8 and torch.equal(found, wanted.view(33, 48).to(torch.uint8))
