@@ -80,10 +80,14 @@ def bound_mb(model: Path, tokens: int) -> float:
     return 1.3 * 4 * (block + grams + tokens * hidden) / 1e6
 
 
-def measured(model: Path, out: Path, shape: tuple[int, int], options: list[str], runs: int) -> dict[str, Any]:
-    """Peaks of so many runs on `shape` (sequences, their length), their median beside the bare import and the bound."""
+def measured(model: Path, out: Path, shape: tuple[int, int], runs: int, *, limited: bool) -> dict[str, Any]:
+    """Peaks of so many runs on `shape` (sequences, their length), their median beside the bare import and the bound.
+
+    limited: under a --max-memory of these two together."""
     config = json.loads((model / "config.json").read_text())
     bare, _ = peak([sys.executable, "-c", BARE, str(model)])
+    bound = bound_mb(model, shape[0] * shape[1])
+    options = ["--max-memory", f"{int(bare + bound)}MB"] if limited else []
     found = [quantize(model, out, *shape, *options) for _ in range(runs)]
     tops = [top for top, _ in found]
     row = {
@@ -94,7 +98,7 @@ def measured(model: Path, out: Path, shape: tuple[int, int], options: list[str],
         "peak_mb": round(median(tops), 1),
         "peaks_mb": [round(each, 1) for each in sorted(tops)],
         "above_mb": round(median(tops) - bare, 1),
-        "bound_mb": round(bound_mb(model, shape[0] * shape[1]), 1),
+        "bound_mb": round(bound, 1),
         "seconds": round(median(seconds for _, seconds in found), 1),
     }
     print(row, file=sys.stderr)
@@ -102,20 +106,18 @@ def measured(model: Path, out: Path, shape: tuple[int, int], options: list[str],
 
 
 def depth(folder: Path, runs: int) -> dict[str, Any]:
-    """Peaks at 12 and 48 layers: rows waiting in memory (the default; medians of so many runs), and started again under
-    a limit, where they hardly differ from run to run."""
+    """Peaks at 12 and 48 layers: rows waiting in memory (the default), and in a file under a limit of the bound."""
     rows = []
     for layers in (12, 48):
         model = checkpoint(folder, layers, 512, 1536)
-        rows.append(measured(model, folder / "out", (32, 512), [], runs))
-        rows.append(measured(model, folder / "out", (32, 512), ["--max-memory", "600MB"], 1))
+        rows += [measured(model, folder / "out", (32, 512), runs, limited=limited) for limited in (False, True)]
     return {"recipe": RECIPE, "tokens": 32 * 512, "rows": rows}
 
 
 def width(folder: Path, runs: int) -> dict[str, Any]:
-    """Peaks at the width of models of a billion weights, with little text: it is the block that counts."""
+    """The same at the width of models of a billion weights, with little text: it is the block that counts."""
     model = checkpoint(folder, 4, 2048, 5632)
-    rows = [measured(model, folder / "out", (4, 256), options, runs) for options in ([], ["--max-memory", "3GB"])]
+    rows = [measured(model, folder / "out", (4, 256), runs, limited=limited) for limited in (False, True)]
     return {"recipe": RECIPE, "tokens": 4 * 256, "rows": rows}
 
 
@@ -157,7 +159,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("depth", "width", "larger"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=66, help="of the checkpoint for larger, 92 MB each")
-    parser.add_argument("--runs", type=int, default=3, help="of each depth without a limit, of each width")
+    parser.add_argument("--runs", type=int, default=3, help="of each depth and width, with and without a limit")
     parser.add_argument("--limit", default="3GB", help="of the memory for larger")
     given = parser.parse_args()
     place: Path = given.folder.resolve()

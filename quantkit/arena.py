@@ -52,7 +52,7 @@ class Segment:
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._free = [(0, size)]  # in order, no two of them neighbours
         self._touched = 0  # what lies behind was not lent since its pages were given back
-        self._bare = 0  # bytes before that whose pages were given back, at most
+        self._bare: list[tuple[int, int]] = []  # what is free before that, and was not lent since either
         self._lent: dict[int, _Lent] = {}
         self._gone: deque[_Lent] = deque()
 
@@ -63,8 +63,8 @@ class Segment:
         for place, (start, end) in enumerate(self._free):
             if end - start >= length:
                 self._free[place : place + 1] = [(start + length, end)] if end - start > length else []
-                self._bare = max(0, self._bare - max(0, min(start + length, self._touched) - start))
                 self._touched = max(self._touched, start + length)
+                self._bare = _outside(self._bare, start, start + length)
                 return self._lend(start, size, start + length)
         return None
 
@@ -94,21 +94,26 @@ class Segment:
     def free_bytes(self) -> int:
         """Of what is free, what still has its pages."""
         self._join_gone()
-        return max(0, self._free_before() - self._bare)
+        return sum(end - start for start, end in self._free_before()) - sum(end - start for start, end in self._bare)
 
-    def _free_before(self) -> int:
-        """Bytes that are free before what was never touched."""
-        return sum(max(0, min(end, self._touched) - start) for start, end in self._free)
+    def _free_before(self) -> list[tuple[int, int]]:
+        """What is free before what was never touched."""
+        return _outside(self._free, self._touched, self._free[-1][1]) if self._free else []
 
     def give_back(self) -> None:
         """Let the system have the pages of what is free."""
         self._join_gone()
-        for start, end in self._free:
-            if start < self._touched:
-                self._map.madvise(mmap.MADV_DONTNEED, start, min(end, self._touched) - start)
+        for start, end in self._free_before():
+            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
         if self._free and self._free[-1][1] >= self._touched:
             self._touched = min(self._touched, self._free[-1][0])
         self._bare = self._free_before()
+
+
+def _outside(pieces: list[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
+    """What of pieces of addresses, in order, lies before `start` or from `end` on."""
+    parts = [part for low, high in pieces for part in ((low, min(high, start)), (max(low, end), high))]
+    return [part for part in parts if part[0] < part[1]]
 
 
 class Arena:
@@ -177,9 +182,9 @@ def packed(tensor: Tensor) -> Tensor:
 
 def converted(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The tensor on a device and in a dtype: itself where it is, else a copy."""
-    if tensor.device == device and tensor.dtype == dtype:
-        return tensor
-    return empty_on(device, tensor.shape, dtype).copy_(tensor)
+    if tensor.dtype == dtype or {tensor.device.type, device.type} != {"cpu"}:
+        return tensor.to(device, dtype)  # which knows that "cuda" may be "cuda:0"
+    return empty(tensor.shape, dtype).copy_(tensor)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, **where: Any) -> Tensor:

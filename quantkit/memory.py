@@ -129,7 +129,7 @@ class MemoryLimit:
             kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, but for torch alone
             return (torch.cuda.mem_get_info(device)[0] + kept) // 2
         if self.limit_bytes is None:
-            return int(psutil.virtual_memory().available) // 2
+            return (int(psutil.virtual_memory().available) + arena.free_bytes()) // 2
         return room_within(self.limit_bytes, rss_bytes() - arena.free_bytes())
 
 

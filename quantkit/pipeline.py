@@ -230,9 +230,9 @@ def _run_block(states: list[JobState], run: ModelRun, block: Block, tensors: dic
         for state in leaders:
             own = on_device if state is leaders[-1] and not others else dict(on_device)
             quantize_staged(state, run, module, block, own, last=last)
-    if statistics:  # the module, whose weights are not wanted any more, is empty
-        runner.expect(max(rounding_bytes(*group_shape(runner.source, group)) for group in block.groups))
-    for state in others:
+    for state in others:  # behind the module, whose weights are not wanted any more
+        if state.calibrated:
+            runner.expect(max(rounding_bytes(*group_shape(runner.source, group)) for group in block.groups))
         quantize_block(state, block, on_device, statistics)
 
 

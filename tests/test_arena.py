@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,10 +75,11 @@ def test_what_is_free_counts_as_long_as_it_has_its_pages(fresh: Arena) -> None:
     assert arena.free_bytes() == 1 << 20
     arena.give_back()
     assert arena.free_bytes() == 0
-    second = empty((1 << 19,), torch.uint8)
-    assert arena.free_bytes() == 0, "in the place of pages that went back"
-    del second
-    assert arena.free_bytes() == 1 << 19
+    for _ in range(3):  # in the place of pages that went back, and then in its own
+        second = empty((1 << 19,), torch.uint8)
+        assert arena.free_bytes() == 0
+        del second
+        assert arena.free_bytes() == 1 << 19
     del third
     assert arena.free_bytes() == 3 << 19
     del first
@@ -96,6 +98,18 @@ def test_copies_are_made_only_where_they_are_needed(fresh: Arena) -> None:
     assert torch.equal(half, whole.to(torch.bfloat16))
     assert fresh._segments, "copies lie in the arena"
     assert converted(whole, torch.device("meta"), torch.float32).is_meta
+
+
+def test_where_a_tensor_lies_on_another_device_is_for_torch_to_tell() -> None:
+    class OnGpu:
+        device, dtype = torch.device("cuda", 0), torch.float32
+
+        def to(self, device: torch.device, dtype: torch.dtype) -> OnGpu:
+            assert (device, dtype) == (torch.device("cuda"), torch.float32) != (self.device, self.dtype)
+            return self
+
+    there: Any = OnGpu()
+    assert converted(there, torch.device("cuda"), torch.float32) is there
 
 
 def test_a_tensor_on_another_device_is_torchs(fresh: Arena) -> None:

@@ -125,9 +125,11 @@ def search_grid(
     side, and each group has its choice. Source: the clip search of AWQ (Lin et al. 2023, section 4), with the Gram
     block in place of stored activations; llama.cpp's Q4_0 for the sign.
     """
+    # blocks of a Gram matrix are laid out for each band
+    values = SMALL_BAND_VALUES if gram is None or gram.dim() == 1 else None
     found = [
         _search_rows(weight[rows].float(), grid, gram, scale_dtype, shrinks, coarse)
-        for rows in product_bands(weight, SMALL_BAND_VALUES)
+        for rows in product_bands(weight, values)
     ]
     if len(found) == 1:
         return found[0]

@@ -14,25 +14,21 @@ from quantkit.tensors import GroupTensor
 
 
 class Fresh(Tensor):
-    """What a linear has just given, which nobody else holds: hidden states that are added to it are written over it,
-    to the same numbers, so that their sum takes no memory of its own. What else is done with it gives plain tensors."""
+    """What a linear has just given, which nobody reads but to add it: hidden states that are added to it are written
+    over it, to the same numbers, so that their sum takes no memory of its own. Sums are plain tensors; what gives back
+    the tensor itself, as a dropout that is off, leaves it what it is."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    _plain: Tensor
-
-    @classmethod
-    def of(cls, outputs: Tensor) -> Fresh:
-        """The same memory; whoever calls lets go of `outputs`."""
-        fresh = outputs.as_subclass(cls)
-        fresh._plain = outputs
-        return fresh
-
     def __add__(self, other: Any) -> Tensor:
+        plain = self.as_subclass(Tensor)
         alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (self.shape, self.dtype)
-        return self._plain.add_(other) if alike else self._plain + other
+        return plain.add_(other) if alike else plain + other
 
     __radd__ = __add__
+
+    def __iadd__(self, other: Any) -> Tensor:  # type: ignore[misc]
+        return self.as_subclass(Tensor).add_(other)
 
 
 class EightBitLinear(nn.Linear):
@@ -47,8 +43,8 @@ class EightBitLinear(nn.Linear):
     """
 
     wide = False
-    """Whether 8-bit products come out as float32 even where the run multiplies in less: those that are added to hidden
-    states would be widened for that at once."""
+    """Whether what comes out is added to hidden states and else read by nobody: 8-bit products are then float32 even
+    where the run multiplies in less, since they would be widened for that at once, and `Fresh`."""
 
     _coded: tuple[Tensor, EightBitWeight | FourBitWeight | None] | None
 
@@ -72,7 +68,7 @@ class EightBitLinear(nn.Linear):
         if coded is None:
             return self._as_it_is(inputs)
         if self.wide:
-            return Fresh.of(coded(inputs, torch.float32))
+            return coded(inputs, torch.float32).as_subclass(Fresh)
         mixed = torch.is_autocast_enabled("cpu")
         return coded(inputs, torch.get_autocast_dtype("cpu") if mixed else inputs.dtype)
 

@@ -43,6 +43,12 @@ def batch_sequences(device: str, length: int) -> int:
     return max(1, BATCH_TOKENS[device] // length)
 
 
+def between_linears(device: str, length: int, hidden: int, rows: int) -> int:
+    """Bytes that lie between the linears of a batch that runs, float32 all of them. length: of a sequence. hidden:
+    columns of the states. rows: of the largest group of linears."""
+    return 4 * max(BATCH_TOKENS[device], length) * (4 * hidden + 2 * rows)
+
+
 PART_TOKENS = 2048
 """Tokens that a part of them is: enough for a group's own block of the Gram matrix, which has few columns."""
 
@@ -232,9 +238,10 @@ class BlockRunner:
 
         advance: also write the block's outputs over `hidden`; else the run ends where the last input has been seen.
         """
-        columns = [group_shape(self.source, group)[1] for group in block.groups]
-        grams = 0 if set(looks) == {Look.SQUARES} else sum(4 * count**2 for count in columns)
-        self.expect(2 * grams)  # and what lies between linears
+        shapes = [group_shape(self.source, group) for group in block.groups]
+        grams = 0 if set(looks) == {Look.SQUARES} else sum(4 * columns**2 for _, columns in shapes)
+        _, length, width = hidden.shape
+        self.expect(grams + between_linears(self.device.type, length, width, max(rows for rows, _ in shapes)))
         seen = [{look: self.accumulator(group, look, hidden) for look in looks} for group in block.groups]
         last = len(block.groups) - 1
 

@@ -15,7 +15,7 @@ from quantkit.maths.attention import CHUNK
 from quantkit.maths.four_bit import held_bytes
 from quantkit.maths.int_products import code_bytes
 from quantkit.model.blocks import Architecture
-from quantkit.model.forward import BATCH_TOKENS, batch_sequences
+from quantkit.model.forward import BATCH_TOKENS, batch_sequences, between_linears
 
 
 def running_bytes(how: Arithmetic, *, transposed: bool, run: int | None = None) -> float:
@@ -122,9 +122,9 @@ class BlockSizes:
     def batch_bytes(self) -> int:
         """What lies between the linears of a batch that runs, and of sequences longer than a batch the scores and
         weights of attention; those of shorter ones are small beside the rest."""
-        tokens = max(BATCH_TOKENS[self.device], self.length)
+        rows = max(rows for rows, _ in self.shapes)
         scores = max(0, self.length - BATCH_TOKENS[self.device]) * CHUNK * self.heads * (4 + self.linear_bytes)
-        return 4 * tokens * (4 * self.hidden + 2 * max(rows for rows, _ in self.shapes)) + scores
+        return between_linears(self.device, self.length, self.hidden, rows) + scores
 
     def rounding_bytes(self, rows: int, columns: int) -> int:
         """What rounding a group takes; for a correction the sums over two halves of the text, of tokens far out, what

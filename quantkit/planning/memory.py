@@ -107,14 +107,17 @@ def memory_of(
             filed = (sequences - waiting) * sizes.filed_bytes
         else:
             again = 1 - waiting / sequences
-    looking = _looking_parts(work) if work.propagates else {}
+    looking = _looking_parts(work)
     kept = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
     if device.type == "cuda":
         parts["freed, not given back"] = kept
-    elif limited:
-        parts = max(parts, looking, key=lambda held: sum(held.values()))
     else:
-        parts["freed, not given back"] = min(RETAINED_BYTES, kept)
+        parts = max(parts, looking, key=lambda held: sum(held.values()))
+        kept = min(RETAINED_BYTES, kept)
+        if limited:
+            states_bytes = 0 if spilled else work.ways * states
+            kept = min(kept, max(0, room_bytes - sum(host.values()) - sum(parts.values()) - states_bytes))
+        parts["freed, not given back"] = kept
     on_device: dict[str, int] = {}
     if device.type == "cuda":
         ahead = 2 * work.block_bytes
@@ -146,7 +149,8 @@ def _sizes(work: Work, device: torch.device, *, in_memory: bool = True) -> Block
 
 
 def _looking_parts(work: Work) -> dict[str, int]:
-    """What is held while scales are looked for, before weights are let go as they are rounded."""
+    """What is held while scales are looked for, or in one pass inputs, before weights are let go as they are
+    rounded."""
     return {
         "block as stored": work.block_bytes,
         "block in the model": int(work.ways * work.block_values * work.model_bytes),
@@ -160,10 +164,11 @@ def _block_parts(work: Work, device: torch.device, returned: bool) -> dict[str, 
 
     returned: what lies between linears is given back before their group is rounded, so the larger of both counts.
     """
-    running = (work.rounded_bytes if work.propagates else work.model_bytes) + (work.ways - 1) * work.model_bytes
-    parts = {"block in the model": int(work.block_values * running), "codes": work.block_values}
+    parts = {"codes": work.block_values}
     stored, between = work.block_bytes / work.block_values, _sizes(work, torch.device("cpu")).batch_bytes
     if work.propagates:
+        running = work.rounded_bytes + (work.ways - 1) * work.model_bytes
+        parts["block in the model"] = int(work.block_values * running)
         # weights as stored behind the group that is rounded; the heaviest one counts
         held = [(int(stored * sum(one.values for one in work.groups[at + 1 :])), at) for at in range(len(work.groups))]
         weights, at = max(held, key=lambda pair: pair[0] + _solve_bytes(work.groups[pair[1]], work, device))
@@ -172,8 +177,10 @@ def _block_parts(work: Work, device: torch.device, returned: bool) -> dict[str, 
         if returned:
             between = max(0, between - (solved - 4 * work.groups[at].columns ** 2))
     else:
+        # the module is empty then, and what lay between its linears serves again
         parts |= {"block as stored": work.block_bytes}
         parts["Gram matrix and weights at hand"] = max(_solve_bytes(group, work, device) for group in work.groups)
+        return parts
     return parts | {"activations of a batch": between}
 
 
@@ -187,7 +194,6 @@ def _solve_bytes(group: Group, work: Work, device: torch.device) -> int:
     others = 0 if work.propagates else sum(4 * other.columns**2 for other in work.groups)
     correction = 20 * columns**2 + 24 * group.values if work.corrects else 0
     band = min(group.values, BAND_VALUES) if device.type == "cpu" else group.values
-    decoded = work.how.linears.itemsize if work.propagates else 4
-    behind = 0 if work.propagates and work.run_columns else decoded * group.values
+    behind = work.how.linears.itemsize * group.values if work.propagates and not work.run_columns else 0
     rounding = 4 * group.values + max(behind, 8 * band)
     return int(GRAM_BYTES * columns**2) + correction + rounding + others

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oracles import awq as oracle
-from quantkit.maths import affine
+from quantkit.maths import affine, products
 from quantkit.maths.affine import (
     full_range,
     grid_for_range,
@@ -148,6 +148,7 @@ def test_ranges_are_searched_in_bands_of_rows(of: str, symmetric: bool, monkeypa
     search, seen_rows = affine._search_rows, []
     monkeypatch.setattr(affine, "_search_rows", lambda *given: seen_rows.append(len(given[0])) or search(*given))
     monkeypatch.setattr(affine, "SMALL_BAND_VALUES", 8 * 48)
+    monkeypatch.setattr(products, "BAND_VALUES", 8 * 48)
     own_scale, own_zero = search_grid(weight, grid, seen)
     assert sum(seen_rows) == 33 and set(seen_rows) == {6, 7}
     assert torch.equal(own_scale, scale)
