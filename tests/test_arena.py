@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import mmap
 import random
 import resource
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +85,60 @@ def test_what_is_free_counts_as_long_as_it_has_its_pages(fresh: Arena) -> None:
     del third
     assert arena.free_bytes() == 3 << 19
     del first
+
+
+def test_what_lies_where_no_pages_are_takes_those_of_holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "SPARE_BYTES", 0)
+    segment, megabyte = Segment(64 << 20), 1 << 20
+    sizes = [8 * megabyte, megabyte] * 3
+    pieces = [segment.take(size) for size in sizes]
+    for piece in pieces:
+        np.frombuffer(piece, np.uint8)[:] = 1
+    del piece
+    before = rss_bytes()
+    pieces[::2] = [None] * 3  # three holes of 8 MB, between pieces of one
+    segment._join_gone()
+    assert segment.free_bytes() == 24 * megabyte and before - rss_bytes() < megabyte
+    large = segment.take(20 * megabyte)  # no hole is so large
+    np.frombuffer(large, np.uint8)[:] = 2
+    assert abs(rss_bytes() - before) < megabyte, "as much as was ever lent at once"
+    assert segment.free_bytes() == 4 * megabyte
+    assert [np.frombuffer(piece, np.uint8).min() for piece in pieces[1::2]] == [1, 1, 1]
+    small = segment.take(4 * megabyte)
+    assert segment.free_bytes() == 0, "the lowest hole is the last to lose its pages"
+    assert not (np.frombuffer(small, np.uint8) - 1).any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_accounts_of_free_pieces_and_pages_hold(seed: int) -> None:
+    segment, chance, lent = Segment(400 * mmap.PAGESIZE), random.Random(seed), []
+    for step in range(2000):
+        what = chance.random()
+        if what < 0.5:
+            size = chance.choice((1, 2, 3, 7, 20)) * mmap.PAGESIZE - chance.choice((0, 1, 100))
+            piece = segment.take(size)
+            if piece is not None:
+                own = np.frombuffer(piece, np.uint8)
+                own[:] = step % 251
+                lent.append((own, step % 251))
+                del own
+            del piece
+        elif what < 0.97 and lent:
+            own, number = lent.pop(chance.randrange(len(lent)))
+            assert (own == number).all()
+            del own
+        elif what > 0.995:
+            segment.give_back()
+            assert segment.free_bytes() == 0
+        segment._join_gone()
+        for pieces in (segment._free, segment._bare):
+            assert all(low < high for low, high in pieces)
+            assert all(one[1] < other[0] for one, other in itertools.pairwise(pieces)) or pieces is segment._bare
+        assert all(any(low <= start and end <= high for low, high in segment._free) for start, end in segment._bare)
+        have = segment._with_pages()
+        assert sum(end - start for start, end in have) == segment.free_bytes()
+        assert not any(low < end and start < high for low, high in segment._bare for start, end in have)
+    assert len(lent) > 3
 
 
 def test_copies_are_made_only_where_they_are_needed(fresh: Arena) -> None:

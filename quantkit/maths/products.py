@@ -19,7 +19,8 @@ BAND_VALUES = 1 << 21
 layer, several times as much, is small beside its weight. All of a group of SmolLM2's linears are one band."""
 
 SMALL_BAND_VALUES = 1 << 19
-"""The same where there is little to multiply, or nothing: 2 MB in float32."""
+"""The same where there is little to multiply, or nothing: 2 MB in float32. Ranges are searched with several
+arrays of candidates, 15 MB for all rows of SmolLM2's gates, 4 for such a band."""
 
 PANEL_VALUES = 1 << 20
 """Values of a right factor that are laid out at once: 4 MB."""

@@ -161,7 +161,11 @@ def test_rows_beside_bring_their_states(source: MemorySource, waiting: int, monk
     inputs: list[Tensor] = []
     first = next((group for group in block.groups if group.added_to), None)
     with runner.loaded(block, tensors) as module:
-        twin = runner.twin(block, tensors)
+        own = {parameter.data_ptr() for parameter in module.parameters()}
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "clone", lambda *_, **__: pytest.fail("weights are not copied to be let go"))
+            twin = runner.twin(block, tensors)
+        assert own == {parameter.data_ptr() for parameter in module.parameters()}
         if first is not None:
             linear = module.get_submodule(first.linears[0].removeprefix(block.prefix))
             linear.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
