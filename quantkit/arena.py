@@ -50,13 +50,15 @@ class Segment:
     """A stretch of addresses, and what of it is free. Raises OSError when the system lends none.
 
     It holds hardly more pages than were ever lent at once: what has to lie where there are none takes those of pieces
-    that are free. An interrupt may come between any two steps. So what is free changes in one: at worst a piece is
-    never lent again.
+    that are free, where the segment is `sparing` before it asks for others.
+
+    An interrupt may come between any two steps. So what is free changes in one: at worst a piece is never lent again.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, sparing: bool = False):
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._size, self._most = size, 0  # the most bytes that were lent at once
+        self.sparing = sparing
         self._free = [(0, size)]  # in order, no two of them neighbours
         self._bare = [(0, size)]  # in order, what of that has no pages
         self._lent: dict[int, _Lent] = {}
@@ -74,18 +76,20 @@ class Segment:
         return None
 
     def _fill(self, start: int, end: int) -> None:
-        """Pages come to what is lent now; as many go as would be more than ever were lent."""
+        """Pages come to what is lent now, and others go in their place."""
         bare = [part for low, high in self._bare for part in ((low, min(high, start)), (max(low, end), high))]
         bare = [part for part in bare if part[0] < part[1]]
         if bare == self._bare:
             return
+        before, lent = self._size - _length(self._bare), self._size - _length(self._free)
         self._bare = bare
-        self._most = max(self._most, self._size - _length(self._free))
-        self._take_pages(self._size - _length(bare) - self._most - SPARE_BYTES)
+        self._most = max(self._most, lent)
+        most = max(lent, before) if self.sparing else self._most + SPARE_BYTES
+        self._take_pages(self._size - _length(bare) - most)
 
     def _take_pages(self, size: int) -> None:
         """Let the system have so many bytes of what is free, from the last ones on, which are the last to be lent."""
-        taken = []
+        taken, size = [], -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         for low, high in reversed(self._with_pages()):
             if size <= 0:
                 break
@@ -136,10 +140,9 @@ class Segment:
         self._join_gone()
         return _length(self._free) - _length(self._bare)
 
-    def give_back(self) -> None:
-        """Let the system have the pages of what is free."""
-        self._join_gone()
-        self._take_pages(self._size)
+    def give_back(self, keep: int = 0) -> None:
+        """Let the system have the pages of what is free, but for so many bytes."""
+        self._take_pages(self.free_bytes() - keep)
 
 
 def _length(pieces: Sequence[tuple[int, int]]) -> int:
@@ -161,7 +164,7 @@ class Arena:
     """As many segments as it takes. segment_bytes: of each; so many and more are not lent."""
 
     def __init__(self, segment_bytes: int = SEGMENT_BYTES):
-        self.segment_bytes = segment_bytes
+        self.segment_bytes, self._sparing = segment_bytes, False
         self._segments: list[Segment] = []
         self._lock = Lock()
 
@@ -174,21 +177,30 @@ class Arena:
                 if (found := segment.take(size)) is not None:
                     return found
             try:
-                self._segments.append(Segment(self.segment_bytes))
+                self._segments.append(Segment(self.segment_bytes, self._sparing))
             except OSError:
                 return None
             return self._segments[-1].take(size)
 
+    def spare(self, sparing: bool) -> None:
+        """Whether pages of holes are taken before others are asked for, from now on."""
+        with self._lock:
+            self._sparing = sparing
+            for segment in self._segments:
+                segment.sparing = sparing
+
     def free_bytes(self) -> int:
-        """Of what is free, what still has its pages."""
+        """Of what is free, what has pages."""
         with self._lock:
             return sum(segment.free_bytes() for segment in self._segments)
 
-    def give_back(self) -> None:
-        """Let the system have the pages of what is free."""
+    def give_back(self, keep: int = 0) -> None:
+        """Let the system have the pages of what is free, but for so many bytes."""
         with self._lock:
             for segment in self._segments:
-                segment.give_back()
+                held = segment.free_bytes()
+                segment.give_back(keep)
+                keep = max(0, keep - held)
 
 
 def _arena() -> Arena | None:
@@ -239,12 +251,19 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, **where: Any) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, **where)
 
 
+def spare(sparing: bool) -> None:
+    """From now on have pages of holes in the arena taken before others are asked for, or only where there would be more
+    than ever were lent at once: under a limit what is held counts for more than the time that pages take."""
+    if _ARENA is not None:
+        _ARENA.spare(sparing)
+
+
 def free_bytes() -> int:
-    """Bytes of the arena that are free and still have their pages."""
+    """Bytes of the arena that are free and have their pages."""
     return 0 if _ARENA is None else _ARENA.free_bytes()
 
 
-def give_back() -> None:
-    """Let the system have the pages of what is free in the arena."""
+def give_back(keep: int = 0) -> None:
+    """Let the system have the pages of what is free in the arena, but for so many bytes."""
     if _ARENA is not None:
-        _ARENA.give_back()
+        _ARENA.give_back(keep)

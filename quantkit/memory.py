@@ -33,13 +33,13 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of mallopt(3)'s parameters."""
 
 NEAR = 1 / 64
-"""Of a limit, what is left for small pieces, which nobody counts: GPTQ of SmolLM2 peaked 2 to 37 MB below limits of 590
-to 700 MB."""
+"""Of a limit, what is left for small pieces, which nobody counts: GPTQ of SmolLM2 peaked 2 to 49 MB below limits of 597
+to 700 MB, and at 595 under 590."""
 
 HOLES = 1 / 4
 """Of the room that is left under a limit, what is left between pieces of the arena, which come and go in several sizes.
 Where rows took all of it, freed memory had to go back time and again (SmolLM2 under 680 MB: 1.7 million page faults,
-for 0.2)."""
+for 0.3)."""
 
 
 def room_within(limit_bytes: int, held_bytes: int) -> int:
@@ -72,43 +72,59 @@ PAGE_S = 1e-6
 
 
 def trim() -> float:
-    """Give back to the system what the arena holds of freed memory, and the C library, where it is glibc
-    (malloc_trim(3)). Returns the seconds that it costs, with those for taking the pages again."""
+    """Give back to the system what the arena holds of freed memory, and the C library. Returns the seconds that it
+    costs, with those for taking the pages again."""
     from quantkit import arena
 
     before, started = rss_bytes(), time.perf_counter()
     arena.give_back()
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    _trim_heap()
     took = time.perf_counter() - started
     return took + max(0, before - rss_bytes()) // resource.getpagesize() * PAGE_S
+
+
+def _trim_heap() -> None:
+    """malloc_trim(3), where the C library is glibc."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class FreedMemory:
     """Gives freed memory back to the system now and then, the arena's and the C library's: the pieces that the latter
     keeps between the ones in use grow with every block of a model, though nothing more is in use.
 
-    limit_bytes: give it back where the process would else come near to so much. None: only where it would else hold
-    more than ever, and only when `SHARE` of the time since it was done last pays for that.
+    limit_bytes: give back what would else bring the process near to so much. None: all of it, but only where the
+    process would else hold more than ever, and only when `SHARE` of the time since that was done last pays for it.
     """
 
     SHARE = 1 / 50
 
     def __init__(self, limit_bytes: int | None = None) -> None:
-        self._limit_bytes = limit_bytes
+        self._near = None if limit_bytes is None else int(limit_bytes * (1 - NEAR))
         self._not_before = 0.0
 
     def give_back(self, coming: int) -> None:
         """Give it back, if it is time to. coming: bytes that will be asked for next."""
+        if self._near is not None:
+            self._keep_below(self._near, coming)
+        elif _held_with(coming) > peak_rss_bytes() and time.perf_counter() >= self._not_before:
+            self._not_before = trim() / self.SHARE + time.perf_counter()
+
+    def _keep_below(self, near: int, coming: int) -> None:
+        """The arena's pages serve again, so that no more of them go than have to."""
         from quantkit import arena
 
-        # of what is free in the arena about a half serves again: the rest are holes that are too small
-        held = rss_bytes() + max(0, coming - arena.free_bytes() // 2)
-        if self._limit_bytes is not None:
-            if held > self._limit_bytes * (1 - NEAR):
-                trim()
-        elif held > peak_rss_bytes() and time.perf_counter() >= self._not_before:
-            self._not_before = trim() / self.SHARE + time.perf_counter()
+        if _held_with(coming) > near:
+            _trim_heap()
+            if (over := _held_with(coming) - near) > 0:
+                arena.give_back(keep=max(coming, arena.free_bytes() - over))
+
+
+def _held_with(coming: int) -> int:
+    """What the process will hold with so many bytes more, for which free pages of the arena serve."""
+    from quantkit import arena
+
+    return rss_bytes() + max(0, coming - arena.free_bytes())
 
 
 @dataclass(frozen=True)

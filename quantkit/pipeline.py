@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit import __version__
+from quantkit import __version__, arena
 from quantkit.card import with_card
 from quantkit.checkpoint import Checkpoints
 from quantkit.compiling import compiling_told
@@ -71,6 +71,7 @@ def quantize(
         in_parts = _in_parts(states, source)
         if any(method.compiled for state in states for method in state.methods.values()):
             stack.enter_context(compiling_told(progress.say))
+        arena.spare(memory.limit_bytes is not None)
         if memory.limit_bytes is not None or any(state.calibrated for state in states):
             map_large_memory()
         elif not in_parts:

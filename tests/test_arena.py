@@ -109,9 +109,38 @@ def test_what_lies_where_no_pages_are_takes_those_of_holes(monkeypatch: pytest.M
     assert not (np.frombuffer(small, np.uint8) - 1).any()
 
 
+def test_a_sparing_one_takes_pages_of_holes_before_it_asks_for_others(fresh: Arena) -> None:
+    for sparing in (True, False):
+        arena.spare(sparing)
+        low, between, high = (empty((size << 20,), torch.uint8) for size in (4, 1, 8))
+        del high
+        arena.give_back()
+        del low
+        large = empty((3 << 20,), torch.uint8)  # in the lowest hole, which has pages
+        assert arena.free_bytes() == 1 << 20
+        del large
+        large = empty((5 << 20,), torch.uint8)  # behind the other piece
+        assert arena.free_bytes() == (0 if sparing else 4 << 20)
+        del large, between
+        arena.give_back()
+
+
+def test_some_of_what_is_free_may_be_kept(fresh: Arena) -> None:
+    kept = [empty((1 << 20,), torch.uint8).fill_(1) for _ in range(4)]
+    del kept[1:3]
+    arena.give_back(keep=3 << 19)
+    assert arena.free_bytes() == 3 << 19
+    arena.give_back(keep=4 << 20)
+    assert arena.free_bytes() == 3 << 19
+    arena.give_back(keep=1)
+    assert arena.free_bytes() == 0, "whole pages"
+    assert all((one == 1).all() for one in kept)
+
+
+@pytest.mark.parametrize("sparing", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_accounts_of_free_pieces_and_pages_hold(seed: int) -> None:
-    segment, chance, lent = Segment(400 * mmap.PAGESIZE), random.Random(seed), []
+def test_accounts_of_free_pieces_and_pages_hold(seed: int, sparing: bool) -> None:
+    segment, chance, lent = Segment(400 * mmap.PAGESIZE, sparing), random.Random(seed), []
     for step in range(2000):
         what = chance.random()
         if what < 0.5:

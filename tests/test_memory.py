@@ -74,21 +74,57 @@ def test_freed_memory_goes_back_before_a_new_peak_and_as_often_as_its_cost_allow
     assert given_back == [100.0, 107.6, 115.2], "0.15 s are a fiftieth of 7.5"
 
 
-def test_under_a_limit_freed_memory_goes_back_where_the_process_comes_near_to_it(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("coming", "trimmed"),
+    [
+        (0, False),  # 6000 of 6300
+        (700, False),  # of which 400 are there
+        (701, True),
+    ],
+)
+def test_under_a_limit_the_heap_goes_back_where_the_process_comes_near_to_it(
+    coming: int, trimmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given_back: list[int] = []
-    monkeypatch.setattr(memory, "trim", lambda: given_back.append(coming) or 9.0)
-    monkeypatch.setattr(memory, "rss_bytes", lambda: 5000)
-    monkeypatch.setattr(arena, "free_bytes", lambda: 400)
-    limited = FreedMemory(6400)  # near to it is 6300
-    for coming in (0, 1500, 1501, 1501):
-        limited.give_back(coming)
-    assert given_back == [1501, 1501], "half of what is free in the arena serves again; each time, whatever it costs"
-    coming = 1500
-    monkeypatch.setattr(arena, "free_bytes", lambda: 200)
-    limited.give_back(coming)
-    assert given_back == [1501, 1501, 1500]
+    told = process(monkeypatch, held=6000, free=400, heap=0)
+    FreedMemory(6400).give_back(coming)
+    assert told == {"held": 6000, "free": 400, "trimmed": trimmed}, "what is free in the arena serves for what comes"
+
+
+@pytest.mark.parametrize(
+    ("coming", "heap", "free"),
+    [
+        (0, 0, 300),  # 6400 are 100 more than 6300
+        (0, 40, 340),
+        (0, 100, 400),
+        (350, 0, 350),  # no more than is not asked for
+        (500, 0, 400),
+    ],
+)
+def test_under_a_limit_pages_of_the_arena_go_only_as_far_as_they_have_to(
+    coming: int, heap: int, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = process(monkeypatch, held=6400, free=400, heap=heap)
+    FreedMemory(6400).give_back(coming)
+    assert told == {"held": 6400 - heap - (400 - free), "free": free, "trimmed": True}
+
+
+def process(monkeypatch: pytest.MonkeyPatch, *, held: int, free: int, heap: int) -> dict[str, int]:
+    """Lets `memory` see a process: so many bytes that it holds, of which so many are free in the arena and so many in
+    the heap. What is returned follows what is given back."""
+    told = {"held": held, "free": free, "trimmed": False}
+
+    def trim_heap() -> None:
+        told.update(held=told["held"] - (0 if told["trimmed"] else heap), trimmed=True)
+
+    def give_back(keep: int = 0) -> None:
+        gone = max(0, told["free"] - keep)
+        told.update(held=told["held"] - gone, free=told["free"] - gone)
+
+    monkeypatch.setattr(memory, "_trim_heap", trim_heap)
+    monkeypatch.setattr(memory, "rss_bytes", lambda: told["held"])
+    monkeypatch.setattr(arena, "free_bytes", lambda: told["free"])
+    monkeypatch.setattr(arena, "give_back", give_back)
+    return told
 
 
 def test_room_under_a_limit_leaves_some_for_small_pieces_and_for_holes(monkeypatch: pytest.MonkeyPatch) -> None:
