@@ -70,33 +70,35 @@ class Segment:
         self._join_gone()
         for place, (start, end) in enumerate(self._free):
             if end - start >= length:
+                before = self._pages()
+                # first: were it free no more and bare still, pages behind it would be taken for free ones
+                self._bare = _outside(self._bare, start, start + length)
                 self._free[place : place + 1] = [(start + length, end)] if end - start > length else []
-                self._fill(start, start + length)
+                self._make_room(before)
                 return self._lend(start, size, start + length)
         return None
 
-    def _fill(self, start: int, end: int) -> None:
-        """Pages come to what is lent now, and others go in their place."""
-        bare = [part for low, high in self._bare for part in ((low, min(high, start)), (max(low, end), high))]
-        bare = [part for part in bare if part[0] < part[1]]
-        if bare == self._bare:
-            return
-        before, lent = self._size - _length(self._bare), self._size - _length(self._free)
-        self._bare = bare
+    def _make_room(self, before: int) -> None:
+        """Let pages of holes go in the place of those that come to what is lent now. before: bytes of pages so far."""
+        lent = self._size - _length(self._free)
         self._most = max(self._most, lent)
-        most = max(lent, before) if self.sparing else self._most + SPARE_BYTES
-        self._take_pages(self._size - _length(bare) - most)
+        if self._pages() > before:
+            self._take_pages(self._pages() - (max(lent, before) if self.sparing else self._most + SPARE_BYTES))
+
+    def _pages(self) -> int:
+        return self._size - _length(self._bare)
 
     def _take_pages(self, size: int) -> None:
         """Let the system have so many bytes of what is free, from the last ones on, which are the last to be lent."""
         taken, size = [], -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        for low, high in reversed(self._with_pages()):
+        for low, high in reversed(self._with_pages() if size > 0 else []):
+            start = max(low, high - size)
+            with suppress(OSError):  # locked in memory
+                self._map.madvise(mmap.MADV_DONTNEED, start, high - start)
+                taken.append((start, high))
+            size -= high - start
             if size <= 0:
                 break
-            start = max(low, high - size)
-            self._map.madvise(mmap.MADV_DONTNEED, start, high - start)
-            taken.append((start, high))
-            size -= high - start
         if taken:
             self._bare = _joined(sorted([*self._bare, *taken]))
 
@@ -105,9 +107,9 @@ class Segment:
         parts, bare = [], iter([*self._bare, (self._size, self._size)])
         low, high = next(bare)
         for start, end in self._free:
-            while high <= end and low < self._size:  # each lies within one that is free
+            while high <= end and low < self._size:
                 parts.append((start, low))
-                start = high
+                start = max(start, high)
                 low, high = next(bare)
             parts.append((start, end))
         return [part for part in parts if part[0] < part[1]]
@@ -143,6 +145,12 @@ class Segment:
     def give_back(self, keep: int = 0) -> None:
         """Let the system have the pages of what is free, but for so many bytes."""
         self._take_pages(self.free_bytes() - keep)
+
+
+def _outside(pieces: Sequence[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
+    """What of pieces of addresses, in order, lies before `start` or from `end` on."""
+    parts = [part for low, high in pieces for part in ((low, min(high, start)), (max(low, end), high))]
+    return [part for part in parts if part[0] < part[1]]
 
 
 def _length(pieces: Sequence[tuple[int, int]]) -> int:
@@ -252,8 +260,8 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, **where: Any) -> Tensor:
 
 
 def spare(sparing: bool) -> None:
-    """From now on have pages of holes in the arena taken before others are asked for, or only where there would be more
-    than ever were lent at once: under a limit what is held counts for more than the time that pages take."""
+    """From now on have pages of holes in a segment taken before others are asked for there, or only where there would
+    be more than ever were lent at once: under a limit what is held counts for more than the time that pages take."""
     if _ARENA is not None:
         _ARENA.spare(sparing)
 

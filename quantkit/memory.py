@@ -103,11 +103,12 @@ class FreedMemory:
         self._near = None if limit_bytes is None else int(limit_bytes * (1 - NEAR))
         self._not_before = 0.0
 
-    def give_back(self, coming: int) -> None:
-        """Give it back, if it is time to. coming: bytes that will be asked for next."""
+    def give_back(self, coming: int, beside: int = 0) -> None:
+        """Give it back, if it is time to. coming: bytes that the arena will be asked for next. beside: that others
+        will."""
         if self._near is not None:
-            self._keep_below(self._near, coming)
-        elif _held_with(coming) > peak_rss_bytes() and time.perf_counter() >= self._not_before:
+            self._keep_below(self._near - beside, coming)
+        elif _held_with(coming) + beside > peak_rss_bytes() and time.perf_counter() >= self._not_before:
             self._not_before = trim() / self.SHARE + time.perf_counter()
 
     def _keep_below(self, near: int, coming: int) -> None:

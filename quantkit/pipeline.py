@@ -153,7 +153,7 @@ def _run(
                 _run_block(states, run, block, tensors, last=block is blocks[-1])
                 del tensors
                 checkpoints.after_block(block.index + 1, states, run, shared_s())
-                run.runner.freed.give_back(size)
+                run.runner.freed.give_back(0, beside=size)
                 tracker.advance(note=block.prefix.rstrip("."))
         if not source.tied_head:
             alone = Block(-1, "", (head,), (LinearGroup((head,)),), (f"{head}.weight",))

@@ -125,6 +125,39 @@ def test_a_sparing_one_takes_pages_of_holes_before_it_asks_for_others(fresh: Are
         arena.give_back()
 
 
+def test_what_is_kept_is_counted_over_all_segments() -> None:
+    made = Arena(4 << 20)
+    pieces = [made.take(3 << 20) for _ in range(3)]
+    pieces.clear()
+    assert made.free_bytes() == 9 << 20
+    made.give_back(keep=5 << 20)
+    assert [segment.free_bytes() >> 20 for segment in made._segments] == [3, 2, 0]
+    made.spare(True)
+    assert all(segment.sparing for segment in made._segments)
+    assert made.take(3 << 20) and made.take(2 << 20)
+    made.take(4 << 20 - 1)
+    assert all(segment.sparing for segment in made._segments), "those that come later as well"
+
+
+@pytest.mark.parametrize("step", ["_make_room", "_lend"])
+def test_a_piece_that_was_lost_to_an_interrupt_hides_nothing(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment = Segment(64 * mmap.PAGESIZE)
+    low = segment.take(8 * mmap.PAGESIZE)
+    np.frombuffer(low, np.uint8)[:] = 1
+
+    def interrupt(*_: object) -> None:
+        raise _Interrupt
+
+    with monkeypatch.context() as patched, pytest.raises(_Interrupt):
+        patched.setattr(segment, step, interrupt)
+        segment.take(4 * mmap.PAGESIZE)
+    high = segment.take(4 * mmap.PAGESIZE)
+    np.frombuffer(high, np.uint8)[:] = 2
+    del low
+    segment.give_back()
+    assert segment.free_bytes() == 0 and (np.frombuffer(high, np.uint8) == 2).all()
+
+
 def test_some_of_what_is_free_may_be_kept(fresh: Arena) -> None:
     kept = [empty((1 << 20,), torch.uint8).fill_(1) for _ in range(4)]
     del kept[1:3]
@@ -139,7 +172,8 @@ def test_some_of_what_is_free_may_be_kept(fresh: Arena) -> None:
 
 @pytest.mark.parametrize("sparing", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_accounts_of_free_pieces_and_pages_hold(seed: int, sparing: bool) -> None:
+def test_accounts_of_free_pieces_and_pages_hold(seed: int, sparing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "SPARE_BYTES", 4 * mmap.PAGESIZE)
     segment, chance, lent = Segment(400 * mmap.PAGESIZE, sparing), random.Random(seed), []
     for step in range(2000):
         what = chance.random()
@@ -157,12 +191,14 @@ def test_accounts_of_free_pieces_and_pages_hold(seed: int, sparing: bool) -> Non
             assert (own == number).all()
             del own
         elif what > 0.995:
-            segment.give_back()
-            assert segment.free_bytes() == 0
+            keep = chance.choice((0, 9)) * mmap.PAGESIZE
+            there = segment.free_bytes()
+            segment.give_back(keep)
+            assert segment.free_bytes() == min(keep, there)
         segment._join_gone()
         for pieces in (segment._free, segment._bare):
             assert all(low < high for low, high in pieces)
-            assert all(one[1] < other[0] for one, other in itertools.pairwise(pieces)) or pieces is segment._bare
+            assert all(one[1] <= other[0] for one, other in itertools.pairwise(pieces))
         assert all(any(low <= start and end <= high for low, high in segment._free) for start, end in segment._bare)
         have = segment._with_pages()
         assert sum(end - start for start, end in have) == segment.free_bytes()
@@ -314,7 +350,13 @@ class _Interrupt(Exception):
     pass
 
 
-def test_an_interrupt_at_any_time_loses_a_piece_at_most(fresh: Arena) -> None:
+@pytest.mark.parametrize("sparing", [False, True])
+def test_an_interrupt_at_any_time_loses_a_piece_at_most(
+    sparing: bool, fresh: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena, "SPARE_BYTES", 0)
+    fresh.spare(sparing)
+
     def interrupted(*_: object) -> None:
         raise _Interrupt
 
@@ -331,11 +373,14 @@ def test_an_interrupt_at_any_time_loses_a_piece_at_most(fresh: Arena) -> None:
                     if len(held) == 8:
                         held.pop(chance.randrange(8))
                     held.append((0, made))
+                    if chance.random() < 0.1:
+                        arena.give_back(keep=chance.randrange(1 << 20))
             except _Interrupt:
                 came += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            held = [(number, tensor.fill_(number)) for number, (_, tensor) in enumerate(held)]
+            held = [(number, tensor.fill_(number)) for number, (_, tensor) in enumerate(held, 1)]
+            arena.give_back()
             assert all((tensor == number).all() for number, tensor in held), "two have the same bytes"
             for segment in fresh._segments:
                 ends = [end for _, end in segment._free]

@@ -90,6 +90,12 @@ def test_under_a_limit_the_heap_goes_back_where_the_process_comes_near_to_it(
     assert told == {"held": 6000, "free": 400, "trimmed": trimmed}, "what is free in the arena serves for what comes"
 
 
+def test_what_others_ask_for_is_not_served_by_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = process(monkeypatch, held=6000, free=400, heap=0)
+    FreedMemory(6400).give_back(100, beside=500)
+    assert told == {"held": 5800, "free": 200, "trimmed": True}
+
+
 @pytest.mark.parametrize(
     ("coming", "heap", "free"),
     [

@@ -31,8 +31,8 @@ them."""
 
 RETAINED, RETAINED_BYTES = 0.25, 20_000_000
 """What is kept of freed memory: a part of what is held while a block is rounded and of what was held while scales were
-looked for, but so many bytes at most, since more goes back before a new peak (quantkit/memory.py). Under a limit it is
-next to nothing. The part stands for what torch keeps on a GPU as well, which was not
+looked for, but so many bytes at most, since more goes back before a new peak (quantkit/memory.py), and under a limit
+as many as that has room for. The part stands for what torch keeps on a GPU as well, which was not
 measured."""
 
 ROWS = "rows that wait inside a block"
@@ -109,10 +109,10 @@ def memory_of(
             again = 1 - waiting / sequences
     looking = _looking_parts(work)
     kept = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
+    parts = max(parts, looking, key=lambda held: sum(held.values()))
     if device.type == "cuda":
         parts["freed, not given back"] = kept
     else:
-        parts = max(parts, looking, key=lambda held: sum(held.values()))
         kept = min(RETAINED_BYTES, kept)
         if limited:
             states_bytes = 0 if spilled else work.ways * states
