@@ -15,7 +15,7 @@ import sys
 import weakref
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -90,17 +90,15 @@ class Segment:
 
     def _take_pages(self, size: int) -> None:
         """Let the system have so many bytes of what is free, from the last ones on, which are the last to be lent."""
-        taken, size = [], -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         for low, high in reversed(self._with_pages() if size > 0 else []):
             start = max(low, high - size)
             with suppress(OSError):  # locked in memory
                 self._map.madvise(mmap.MADV_DONTNEED, start, high - start)
-                taken.append((start, high))
+                _put(self._bare, start, high)
             size -= high - start
             if size <= 0:
                 break
-        if taken:
-            self._bare = _joined(sorted([*self._bare, *taken]))
 
     def _with_pages(self) -> list[tuple[int, int]]:
         """What is free and has pages."""
@@ -130,12 +128,7 @@ class Segment:
                 continue  # an interrupt came before it was known
             start, end = piece
             self._lent.pop(start, None)
-            first = last = bisect_left(self._free, (start, end))
-            if last < len(self._free) and self._free[last][0] == end:
-                end, last = self._free[last][1], last + 1
-            if first and self._free[first - 1][1] == start:
-                start, first = self._free[first - 1][0], first - 1
-            self._free[first:last] = [(start, end)]
+            _put(self._free, start, end)
 
     def free_bytes(self) -> int:
         """Of what is free, what has pages."""
@@ -157,15 +150,14 @@ def _length(pieces: Sequence[tuple[int, int]]) -> int:
     return sum(end - start for start, end in pieces)
 
 
-def _joined(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Pieces in order, neighbours as one."""
-    found: list[tuple[int, int]] = []
-    for start, end in pieces:
-        if found and found[-1][1] == start:
-            found[-1] = (found[-1][0], end)
-        else:
-            found.append((start, end))
-    return found
+def _put(pieces: list[tuple[int, int]], start: int, end: int) -> None:
+    """Add a piece of addresses to others in order, one with its neighbours, in one step."""
+    first = last = bisect_left(pieces, (start, end))
+    if last < len(pieces) and pieces[last][0] == end:
+        end, last = pieces[last][1], last + 1
+    if first and pieces[first - 1][1] == start:
+        start, first = pieces[first - 1][0], first - 1
+    pieces[first:last] = [(start, end)]
 
 
 class Arena:

@@ -126,7 +126,6 @@ def _run(
         run = _start(source, calibration, device, how, memory, states[0].folder)
         if memory.limit_bytes is not None:
             collect_all()
-        trim()
     checkpoints.restore(states, run)
     if checkpoints.done:
         progress.say(f"going on behind block {checkpoints.done} of {len(blocks)}")

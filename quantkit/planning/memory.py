@@ -91,7 +91,8 @@ def memory_of(
 
     held = sum(host.values())
     spilled = states > room_beside(held) // 4
-    room = room_beside(held + work.block_bytes + (0 if spilled else work.ways * states))
+    states_held = 0 if spilled else work.ways * states
+    room = room_beside(held + work.block_bytes + states_held)
     parts = _block_parts(work, device, limited and device.type == "cpu")
     if device_room_bytes is not None:
         room = device_room_bytes - work.block_bytes // 2
@@ -109,14 +110,13 @@ def memory_of(
             again = 1 - waiting / sequences
     looking = _looking_parts(work)
     kept = int(RETAINED * (sum(parts.values()) + sum(looking.values())))
-    parts = max(parts, looking, key=lambda held: sum(held.values()))
+    parts = max(parts, looking, key=lambda either: sum(either.values()))
     if device.type == "cuda":
         parts["freed, not given back"] = kept
     else:
         kept = min(RETAINED_BYTES, kept)
         if limited:
-            states_bytes = 0 if spilled else work.ways * states
-            kept = min(kept, max(0, room_bytes - sum(host.values()) - sum(parts.values()) - states_bytes))
+            kept = min(kept, max(0, room_bytes - held - sum(parts.values()) - states_held))
         parts["freed, not given back"] = kept
     on_device: dict[str, int] = {}
     if device.type == "cuda":
@@ -124,7 +124,7 @@ def memory_of(
         on_device, parts = parts, {"block, read ahead": ahead if limited else int((1 + RETAINED) * ahead)}
     host |= parts
     if not spilled:
-        host["hidden states"] = work.ways * states
+        host["hidden states"] = states_held
     return MemoryForecast(host, on_device, scratch, filed, again)
 
 
