@@ -50,15 +50,15 @@ class Segment:
     """A stretch of addresses, and what of it is free. Raises OSError when the system lends none.
 
     It holds hardly more pages than were ever lent at once: what has to lie where there are none takes those of pieces
-    that are free, where the segment is `sparing` before it asks for others.
+    that are free. at_most: beyond how many bytes of pages it does; None for SPARE_BYTES beyond what was ever lent.
 
     An interrupt may come between any two steps. So what is free changes in one: at worst a piece is never lent again.
     """
 
-    def __init__(self, size: int, sparing: bool = False):
+    def __init__(self, size: int, at_most: int | None = None):
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._size, self._most = size, 0  # the most bytes that were lent at once
-        self.sparing = sparing
+        self.at_most = at_most
         self._free = [(0, size)]  # in order, no two of them neighbours
         self._bare = [(0, size)]  # in order, what of that has no pages
         self._lent: dict[int, _Lent] = {}
@@ -83,7 +83,12 @@ class Segment:
         lent = self._size - _length(self._free)
         self._most = max(self._most, lent)
         if self._pages() > before:
-            self._take_pages(self._pages() - (max(lent, before) if self.sparing else self._most + SPARE_BYTES))
+            at_most = self._most + SPARE_BYTES if self.at_most is None else max(self.at_most, before)
+            self._take_pages(self._pages() - max(lent, at_most))
+
+    def allow(self, more: int | None) -> None:
+        """How many bytes of pages it may have beyond those that it has; None as in `at_most`."""
+        self.at_most = None if more is None else self._pages() + more
 
     def _pages(self) -> int:
         return self._size - _length(self._bare)
@@ -164,7 +169,8 @@ class Arena:
     """As many segments as it takes. segment_bytes: of each; so many and more are not lent."""
 
     def __init__(self, segment_bytes: int = SEGMENT_BYTES):
-        self.segment_bytes, self._sparing = segment_bytes, False
+        self.segment_bytes = segment_bytes
+        self._at_most: int | None = None
         self._segments: list[Segment] = []
         self._lock = Lock()
 
@@ -177,17 +183,17 @@ class Arena:
                 if (found := segment.take(size)) is not None:
                     return found
             try:
-                self._segments.append(Segment(self.segment_bytes, self._sparing))
+                self._segments.append(Segment(self.segment_bytes, self._at_most))
             except OSError:
                 return None
             return self._segments[-1].take(size)
 
-    def spare(self, sparing: bool) -> None:
-        """Whether pages of holes are taken before others are asked for, from now on."""
+    def allow(self, more: int | None) -> None:
+        """How many bytes of pages it may have beyond those that it has now, before it takes those of holes."""
         with self._lock:
-            self._sparing = sparing
+            self._at_most = None if more is None else 0  # of segments that come later
             for segment in self._segments:
-                segment.sparing = sparing
+                segment.allow(None if more is None else more // len(self._segments))
 
     def free_bytes(self) -> int:
         """Of what is free, what has pages."""
@@ -251,11 +257,13 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, **where: Any) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, **where)
 
 
-def spare(sparing: bool) -> None:
-    """From now on have pages of holes in a segment taken before others are asked for there, or only where there would
-    be more than ever were lent at once: under a limit what is held counts for more than the time that pages take."""
+def allow(more: int | None) -> None:
+    """How many bytes of pages may come to those that the arena has now, before what has to lie where there are none
+    takes those of holes in its segment; what is lent at once always has its own. None: so many that there would be
+    SPARE_BYTES more than ever were lent at once. Under a limit what is held counts for more than the time that pages
+    take."""
     if _ARENA is not None:
-        _ARENA.spare(sparing)
+        _ARENA.allow(more)
 
 
 def free_bytes() -> int:

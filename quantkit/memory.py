@@ -112,13 +112,14 @@ class FreedMemory:
             self._not_before = trim() / self.SHARE + time.perf_counter()
 
     def _keep_below(self, near: int, coming: int) -> None:
-        """The arena's pages serve again, so that no more of them go than have to."""
+        """The arena's pages serve again, so that no more of them go than have to, and come as far as there is room."""
         from quantkit import arena
 
         if _held_with(coming) > near:
             _trim_heap()
             if (over := _held_with(coming) - near) > 0:
                 arena.give_back(keep=max(coming, arena.free_bytes() - over))
+        arena.allow(max(0, near - rss_bytes()))
 
 
 def _held_with(coming: int) -> int:

@@ -71,7 +71,7 @@ def quantize(
         in_parts = _in_parts(states, source)
         if any(method.compiled for state in states for method in state.methods.values()):
             stack.enter_context(compiling_told(progress.say))
-        arena.spare(memory.limit_bytes is not None)
+        arena.allow(None if memory.limit_bytes is None else 0)
         if memory.limit_bytes is not None or any(state.calibrated for state in states):
             map_large_memory()
         elif not in_parts:

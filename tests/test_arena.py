@@ -109,20 +109,19 @@ def test_what_lies_where_no_pages_are_takes_those_of_holes(monkeypatch: pytest.M
     assert not (np.frombuffer(small, np.uint8) - 1).any()
 
 
-def test_a_sparing_one_takes_pages_of_holes_before_it_asks_for_others(fresh: Arena) -> None:
-    for sparing in (True, False):
-        arena.spare(sparing)
-        low, between, high = (empty((size << 20,), torch.uint8) for size in (4, 1, 8))
-        del high
-        arena.give_back()
-        del low
-        large = empty((3 << 20,), torch.uint8)  # in the lowest hole, which has pages
-        assert arena.free_bytes() == 1 << 20
-        del large
-        large = empty((5 << 20,), torch.uint8)  # behind the other piece
-        assert arena.free_bytes() == (0 if sparing else 4 << 20)
-        del large, between
-        arena.give_back()
+@pytest.mark.parametrize(("more", "left"), [(0, 0), (3 << 20, 2 << 20), (None, 4 << 20)])
+def test_pages_of_holes_are_taken_once_no_others_may_come(more: int | None, left: int, fresh: Arena) -> None:
+    low, between, high = (empty((size << 20,), torch.uint8) for size in (4, 1, 8))
+    del high
+    arena.give_back()
+    del low
+    arena.allow(more)
+    large = empty((3 << 20,), torch.uint8)  # in the lowest hole, which has pages
+    assert arena.free_bytes() == 1 << 20
+    del large
+    large = empty((5 << 20,), torch.uint8)  # behind the other piece, where it takes five pages of a megabyte
+    assert arena.free_bytes() == left
+    assert large.nbytes + between.nbytes == 6 << 20, "what is lent has its own, whatever is allowed"
 
 
 def test_what_is_kept_is_counted_over_all_segments() -> None:
@@ -132,11 +131,12 @@ def test_what_is_kept_is_counted_over_all_segments() -> None:
     assert made.free_bytes() == 9 << 20
     made.give_back(keep=5 << 20)
     assert [segment.free_bytes() >> 20 for segment in made._segments] == [3, 2, 0]
-    made.spare(True)
-    assert all(segment.sparing for segment in made._segments)
-    assert made.take(3 << 20) and made.take(2 << 20)
-    made.take(4 << 20 - 1)
-    assert all(segment.sparing for segment in made._segments), "those that come later as well"
+    made.allow(6 << 20)
+    assert [segment.at_most for segment in made._segments] == [5 << 20, 4 << 20, 2 << 20], "each has its share"
+    held = [made.take(3 << 20) for _ in range(4)]
+    assert len(held) == len(made._segments) and made._segments[-1].at_most == 0, "one that comes later has none"
+    made.allow(None)
+    assert {segment.at_most for segment in made._segments} == {None}
 
 
 @pytest.mark.parametrize("step", ["_make_room", "_lend"])
@@ -170,11 +170,13 @@ def test_some_of_what_is_free_may_be_kept(fresh: Arena) -> None:
     assert all((one == 1).all() for one in kept)
 
 
-@pytest.mark.parametrize("sparing", [False, True])
+@pytest.mark.parametrize("at_most", [None, 0, 300 * mmap.PAGESIZE])
 @pytest.mark.parametrize("seed", range(3))
-def test_accounts_of_free_pieces_and_pages_hold(seed: int, sparing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accounts_of_free_pieces_and_pages_hold(
+    seed: int, at_most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(arena, "SPARE_BYTES", 4 * mmap.PAGESIZE)
-    segment, chance, lent = Segment(400 * mmap.PAGESIZE, sparing), random.Random(seed), []
+    segment, chance, lent = Segment(400 * mmap.PAGESIZE, at_most), random.Random(seed), []
     for step in range(2000):
         what = chance.random()
         if what < 0.5:
@@ -350,12 +352,12 @@ class _Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize("sparing", [False, True])
+@pytest.mark.parametrize("more", [None, 0])
 def test_an_interrupt_at_any_time_loses_a_piece_at_most(
-    sparing: bool, fresh: Arena, monkeypatch: pytest.MonkeyPatch
+    more: int | None, fresh: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arena, "SPARE_BYTES", 0)
-    fresh.spare(sparing)
+    fresh.allow(more)
 
     def interrupted(*_: object) -> None:
         raise _Interrupt

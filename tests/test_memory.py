@@ -87,13 +87,14 @@ def test_under_a_limit_the_heap_goes_back_where_the_process_comes_near_to_it(
 ) -> None:
     told = process(monkeypatch, held=6000, free=400, heap=0)
     FreedMemory(6400).give_back(coming)
-    assert told == {"held": 6000, "free": 400, "trimmed": trimmed}, "what is free in the arena serves for what comes"
+    expected = {"held": 6000, "free": 400, "trimmed": trimmed, "allowed": 300}
+    assert told == expected, "what is free in the arena serves for what comes, and it may grow as far as 6300"
 
 
 def test_what_others_ask_for_is_not_served_by_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
     told = process(monkeypatch, held=6000, free=400, heap=0)
     FreedMemory(6400).give_back(100, beside=500)
-    assert told == {"held": 5800, "free": 200, "trimmed": True}
+    assert told == {"held": 5800, "free": 200, "trimmed": True, "allowed": 0}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,8 @@ def test_under_a_limit_pages_of_the_arena_go_only_as_far_as_they_have_to(
 ) -> None:
     told = process(monkeypatch, held=6400, free=400, heap=heap)
     FreedMemory(6400).give_back(coming)
-    assert told == {"held": 6400 - heap - (400 - free), "free": free, "trimmed": True}
+    held = 6400 - heap - (400 - free)
+    assert told == {"held": held, "free": free, "trimmed": True, "allowed": max(0, 6300 - held)}
 
 
 def process(monkeypatch: pytest.MonkeyPatch, *, held: int, free: int, heap: int) -> dict[str, int]:
@@ -130,6 +132,7 @@ def process(monkeypatch: pytest.MonkeyPatch, *, held: int, free: int, heap: int)
     monkeypatch.setattr(memory, "rss_bytes", lambda: told["held"])
     monkeypatch.setattr(arena, "free_bytes", lambda: told["free"])
     monkeypatch.setattr(arena, "give_back", give_back)
+    monkeypatch.setattr(arena, "allow", lambda more: told.update(allowed=more))
     return told
 
 

@@ -259,10 +259,10 @@ def test_the_c_library_is_told_what_becomes_of_large_pieces(
     monkeypatch.setattr(pipeline, "_in_parts", lambda *_: parts)
     monkeypatch.setattr(pipeline, "keep_freed_memory", lambda: told.append("keep"))
     monkeypatch.setattr(pipeline, "map_large_memory", lambda: told.append("map"))
-    spared: list[bool] = []
-    monkeypatch.setattr(pipeline.arena, "spare", spared.append)
+    allowed: list[int | None] = []
+    monkeypatch.setattr(pipeline.arena, "allow", allowed.append)
     make(recipe, tiny_llama, tmp_path / "out", max_memory=limit)
-    assert told == wanted and spared == [limit is not None]
+    assert told == wanted and allowed[0] == (None if limit is None else 0)
 
 
 UNQUANTIZED = "method.propagate=unquantized"
