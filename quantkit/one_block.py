@@ -25,7 +25,7 @@ from quantkit.model.blocks import Block, LinearGroup, group_shape, heads_of
 from quantkit.model.forward import BlockRunner
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.room import BlockSizes, left_behind, running_bytes
-from quantkit.model.scratch import file_if_room
+from quantkit.model.scratch import ScratchRoom
 from quantkit.model.stages import run_staged
 from quantkit.model.waiting import Rows, Way, placed
 from quantkit.recipe import Recipe
@@ -75,6 +75,10 @@ class JobState:
     hidden: HiddenStates | None = None  # its own hidden states, when quantized outputs are propagated
     beside: HiddenStates | None = None  # the unquantized model's, when they run along to correct by
     own_s: float = 0.0
+    scratch: ScratchRoom = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scratch = ScratchRoom(self.folder)
 
     @property
     def calibrated(self) -> bool:
@@ -130,10 +134,12 @@ def quantize_staged(
     runner.expect(waiting * sizes.waiting_bytes)
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
     way, rounder = Way(module, hidden), _Rounder(runner.by_codes, runner.arithmetic.linears, works)
-    file = file_if_room(state.folder, sizes.file_bytes(sequences - waiting))
+    file = state.scratch.take(sizes.file_bytes(sequences - waiting))
     rows = Rows(runner, block, [way] if beside is None else [way, beside])
     run_staged(rows, placed(rows, sizes, waiting, file), rounder, sizes=sizes, advance=not last, look=look)
-    del file, rows  # the disk has that room for what is written now
+    del rows
+    state.scratch.leave(None if last else file)
+    del file
     results += [work.result() for work in works]
     _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started

@@ -23,6 +23,7 @@ class ScratchFile:
     """
 
     def __init__(self, folder: Path, size: int):
+        self.size = size
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it lives as long as this
         os.posix_fallocate(self._file.fileno(), 0, size)  # a full disk is found now, not in an hour
 
@@ -37,6 +38,28 @@ class ScratchFile:
         view, done = _bytes_of(tensor.contiguous()), 0
         while done < len(view):
             done += os.pwrite(self._file.fileno(), view[done:], start + done)
+
+
+class ScratchRoom:
+    """A scratch file in a folder that one piece of work leaves to the next, so that it is made once: what is written
+    where the system holds a file's pages already takes half as long."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._left: ScratchFile | None = None
+
+    def take(self, size: int) -> ScratchFile | None:
+        """A file of so many bytes or more, which holds anything; None as `file_if_room` gives it."""
+        left, self._left = self._left, None
+        if left is not None and 0 < size <= left.size:
+            return left
+        del left  # the disk has its room
+        return file_if_room(self.folder, size)
+
+    def leave(self, file: ScratchFile | None) -> None:
+        """A file that was taken is free again; it goes where the disk has little room for what else is written."""
+        if shutil.disk_usage(self.folder).free >= SPARE_BYTES:
+            self._left = file
 
 
 def file_if_room(folder: Path, size: int) -> ScratchFile | None:

@@ -21,6 +21,7 @@ from quantkit.memory import MemoryLimit
 from quantkit.model import forward, stages, waiting
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.room import BlockSizes
+from quantkit.model.scratch import ScratchRoom
 
 
 def make(model: Path, out: Path, *settings: str, force: bool = False) -> None:
@@ -74,7 +75,7 @@ def test_as_many_rows_wait_as_there_is_room_for(
 ) -> None:
     monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 64)  # each of the six sequences is a batch
     made = sizes_of_blocks(monkeypatch)
-    monkeypatch.setattr(one_block, "file_if_room", lambda *_: None)
+    monkeypatch.setattr(ScratchRoom, "take", lambda *_: None)
     monkeypatch.setattr(MemoryLimit, "room_bytes", lambda *_: 10**9)
     begun = begun_batches(monkeypatch)
     settings = [f"method.correction={correction}"]
@@ -100,7 +101,7 @@ def test_a_short_last_batch_waits_only_with_all_others(
     sequences: int, stay: list[int], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 256)  # four of six sequences, then two
-    monkeypatch.setattr(one_block, "file_if_room", lambda *_: None)
+    monkeypatch.setattr(ScratchRoom, "take", lambda *_: None)
     monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: sequences)
     begun = begun_batches(monkeypatch)
     make(tiny_llama, tmp_path / "out")
