@@ -18,9 +18,10 @@ from quantkit import one_block, pipeline
 from quantkit.device import Arithmetic
 from quantkit.manifest import Manifest
 from quantkit.maths import four_bit
+from quantkit.maths.gram import GramAccumulator
 from quantkit.memory import FreedMemory
 from quantkit.methods.calibrated import CalibratedBlock
-from quantkit.model import eight_bit
+from quantkit.model import eight_bit, forward
 from quantkit.model.blocks import LinearGroup
 from quantkit.model.eight_bit import EightBitLinear
 from quantkit.model.forward import BlockRunner
@@ -106,20 +107,49 @@ def test_a_block_of_which_nothing_is_quantized_is_passed(name: str, tiny_llama: 
     assert len([name for name, applied in done.items() if applied != "unquantized" and "layers.1." in name]) == 7
 
 
-def test_weights_are_coded_in_eight_bits_as_they_are_stored(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_held_as_they_are_stored_until_they_are_coded_in_eight_bits(
+    dtype: torch.dtype, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = stored_as(tiny_llama, tmp_path / "model", torch.bfloat16)
-    seen, coded = [], eight_bit.eight_bit_weight
+    model = stored_as(tiny_llama, tmp_path / "model", dtype)
+    seen, coded, code, tried = [], [], EightBitLinear._code, eight_bit.eight_bit_weight
 
-    def note(weight: Tensor, *rest: Any) -> Any:
-        seen.append(weight.dtype)
-        return coded(weight, *rest)
+    def note(self: EightBitLinear, inputs: Tensor) -> Any:
+        seen.append(self.weight.dtype)
+        return code(self, inputs)
+
+    def note_coded(weight: Tensor, *rest: Any) -> Any:
+        coded.append(weight.dtype)
+        return tried(weight, *rest)
 
     monkeypatch.setattr(pipeline, "arithmetic", lambda *_, **__: Arithmetic(torch.float32, torch.float32, False, True))
-    monkeypatch.setattr(eight_bit, "eight_bit_weight", note)
+    monkeypatch.setattr(EightBitLinear, "_code", note)
+    monkeypatch.setattr(eight_bit, "eight_bit_weight", note_coded)
     make("gptq-4bit-g64-plain", model, tmp_path / "out", "method.propagate=unquantized")
-    assert seen == [torch.bfloat16] * 13, "not widened for it: all but the last down_proj, which need not run"
+    assert seen == [dtype] * 13, "all but the last down_proj, which need not run"
+    assert coded == [torch.bfloat16 if dtype == torch.bfloat16 else torch.float32] * 13, "widened where it has to be"
+
+
+def test_inputs_are_let_go_with_the_last_batch(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+
+    def noting(name: str) -> Any:
+        function = getattr(GramAccumulator, name)
+
+        def note(self: GramAccumulator, *given: Any) -> Any:
+            called.append(name)
+            return function(self, *given)
+
+        return note
+
+    for name in ("add", "settle", "result"):
+        monkeypatch.setattr(GramAccumulator, name, noting(name))
+    monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 4 * 64)  # four of six sequences, then two
+    make("gptq-4bit-g64-plain", tiny_llama, tmp_path / "out", "method.propagate=unquantized")
+    block = 4 * ["add"] + 4 * ["add", "settle"] + 4 * ["result", "settle"]
+    assert called == 2 * block
 
 
 @pytest.mark.skipif(not devices.has_avx2(), reason="the loops are AVX2's")

@@ -57,7 +57,7 @@ def eight_bit_weight(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Eig
     made = EightBitWeight(right_factor(codes), steps, 1 / divisors, offset)
     tried = rows[:: max(1, len(rows) // TRIED)][:TRIED].float()
     exact = empty((len(tried), len(weight)))
-    for band in product_bands(weight, SMALL_BAND_VALUES):
+    for band in product_bands(weight, SMALL_BAND_VALUES // 4):
         exact[:, band] = times_transposed(tried, converted(weight[band].detach(), weight.device, torch.float32))
     error = (made(tried) - offset - exact).square().mean()
     return made if bool(error <= LARGEST_ERROR**2 * exact.square().mean()) else None

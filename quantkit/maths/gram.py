@@ -162,6 +162,9 @@ class SquaresAccumulator:
         self._squares += wide.square().sum(dim=0)
         self._sum_abs += wide.abs().sum(dim=0)
 
+    def settle(self) -> None:
+        """No inputs are held."""
+
     def result(self) -> InputStatistics:
         """The statistics of everything added so far, without a Gram matrix."""
         mean_abs = (self._sum_abs / max(self.tokens, 1)).float()
@@ -173,6 +176,9 @@ class Accumulator(Protocol):
 
     def add(self, inputs: Tensor) -> None:
         """inputs: [..., in], any float dtype; must not change until the result is taken."""
+
+    def settle(self) -> None:
+        """Let go of inputs, of which no more are to come; what is added after all may give other bits."""
 
     def result(self) -> InputStatistics:
         """The statistics of everything added so far."""
@@ -281,8 +287,8 @@ class GramAccumulator:
                 self._add_product(part)
             self._huge = [rest]
 
-    def result(self) -> InputStatistics:
-        """The statistics of everything added so far."""
+    def settle(self) -> None:
+        """Work in what waits to be worked on together: no more is to be added."""
         if self._waiting:
             self._add_waiting()
         if self._far:
@@ -290,6 +296,10 @@ class GramAccumulator:
         if self._huge:
             self._add_product(torch.cat(self._huge))
             self._huge.clear()
+
+    def result(self) -> InputStatistics:
+        """The statistics of everything added so far."""
+        self.settle()
         if self._fresh:
             self._gram.zero_()
         mirror(self._gram)

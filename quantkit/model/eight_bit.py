@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.arena import converted
 from quantkit.maths.eight_bit import TRIED, EightBitWeight, eight_bit_weight
 from quantkit.maths.four_bit import FourBitWeight, four_bit_weight
 from quantkit.tensors import GroupTensor
@@ -37,9 +38,9 @@ class EightBitLinear(nn.Linear):
 
     The weight is coded when the first inputs behind its assignment come, which tell how to balance its columns: later
     batches take it as it is, so the same inputs in the same order give the same outputs. What was assigned is then not
-    held beside its codes; it may be bfloat16 where the run multiplies in float32. A handful of tokens, such as an
-    expert may get, tells too little of the columns, and goes without. A weight that was rounded to few bits can be
-    given as its codes, and is multiplied by these (maths/four_bit.py), or again as any other one.
+    held beside its codes; it may be bfloat16 or float16 where the run multiplies in another dtype. A handful of tokens,
+    such as an expert may get, tells too little of the columns, and goes without. A weight that was rounded to few bits
+    can be given as its codes, and is multiplied by these (maths/four_bit.py), or again as any other one.
     """
 
     wide = False
@@ -69,8 +70,11 @@ class EightBitLinear(nn.Linear):
             return self._as_it_is(inputs)
         if self.wide:
             return coded(inputs, torch.float32).as_subclass(Fresh)
-        mixed = torch.is_autocast_enabled("cpu")
-        return coded(inputs, torch.get_autocast_dtype("cpu") if mixed else inputs.dtype)
+        return coded(inputs, self._multiplied(inputs))
+
+    def _multiplied(self, inputs: Tensor) -> torch.dtype:
+        """What the run multiplies in."""
+        return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
 
     def _code(self, inputs: Tensor) -> EightBitWeight | FourBitWeight | None:
         rounded, self._rounded = self._taken(), None
@@ -79,21 +83,25 @@ class EightBitLinear(nn.Linear):
             if coded is not None:
                 return coded
             self.weight = nn.Parameter(rounded.dequantize(), requires_grad=False)
-        return eight_bit_weight(self.weight, self.bias, inputs)
+        weight = self.weight
+        if weight.dtype == torch.float16:
+            weight = converted(weight, weight.device, self._multiplied(inputs))  # loops read no float16
+        return eight_bit_weight(weight, self.bias, inputs)
 
     def _taken(self) -> GroupTensor | None:
         """What stands for the weight, unless another one was assigned behind it."""
         return self._rounded[1] if self._rounded is not None and self._rounded[0] is self.weight else None
 
     def _as_it_is(self, inputs: Tensor) -> Tensor:
-        """The outputs without 8 bits; a weight that came narrower than the run multiplies in is widened once, codes
-        stay for more inputs."""
+        """The outputs without 8 bits; a weight that came in another half precision than the run multiplies in is
+        converted once, codes stay for more inputs."""
         rounded = self._taken()
         if rounded is not None:
             return nn.functional.linear(inputs, rounded.dequantize().to(inputs.dtype), self.bias)
-        if self.weight.dtype != inputs.dtype and not torch.is_autocast_enabled("cpu"):
+        dtype = self._multiplied(inputs)
+        if self.weight.dtype in (torch.bfloat16, torch.float16) and self.weight.dtype != dtype:
             tried = self._coded is not None and self._coded[0] is self.weight
-            self.weight = nn.Parameter(self.weight.to(inputs.dtype), requires_grad=False)
+            self.weight = nn.Parameter(self.weight.to(dtype), requires_grad=False)
             if tried:
                 self._coded = (self.weight, None)
         return super().forward(inputs)

@@ -43,10 +43,10 @@ def batch_sequences(device: str, length: int) -> int:
     return max(1, BATCH_TOKENS[device] // length)
 
 
-def between_linears(device: str, length: int, hidden: int, rows: int) -> int:
-    """Bytes that lie between the linears of a batch that runs, float32 all of them. length: of a sequence. hidden:
-    columns of the states. rows: of the largest group of linears."""
-    return 4 * max(BATCH_TOKENS[device], length) * (4 * hidden + 2 * rows)
+def between_linears(device: str, length: int, hidden: int, rows: int, linear_bytes: int) -> int:
+    """Bytes that lie between the linears of a batch that runs. length: of a sequence. hidden: columns of the states,
+    which are float32. rows: of the largest group of linears. linear_bytes: of a value in what these multiply."""
+    return max(BATCH_TOKENS[device], length) * (4 * 4 * hidden + 2 * rows * linear_bytes)
 
 
 PART_TOKENS = 2048
@@ -174,8 +174,8 @@ class BlockRunner:
             if name not in linears:
                 return self.dtype
             owner = module.get_submodule(name.removeprefix(block.prefix).removesuffix(".weight"))
-            # not converted only to be coded and let go
-            as_stored = isinstance(owner, EightBitLinear) and tensor.dtype == torch.bfloat16
+            # not a whole block of them, only to be coded and let go one by one
+            as_stored = isinstance(owner, EightBitLinear) and tensor.dtype in (torch.bfloat16, torch.float16)
             return tensor.dtype if as_stored else self.arithmetic.linears
 
         state = {
@@ -241,14 +241,17 @@ class BlockRunner:
         shapes = [group_shape(self.source, group) for group in block.groups]
         grams = 0 if set(looks) == {Look.SQUARES} else sum(4 * columns**2 for _, columns in shapes)
         _, length, width = hidden.shape
-        self.expect(grams + between_linears(self.device.type, length, width, max(rows for rows, _ in shapes)))
+        widest, value = max(rows for rows, _ in shapes), self.arithmetic.linears.itemsize
+        self.expect(grams + between_linears(self.device.type, length, width, widest, value))
         seen = [{look: self.accumulator(group, look, hidden) for look in looks} for group in block.groups]
-        last = len(block.groups) - 1
+        last, ends = len(block.groups) - 1, False
 
         def watch(position: int) -> Callable[[Tensor], None]:
             def see(inputs: Tensor) -> None:
                 for accumulator in seen[position].values():
                     accumulator.add(inputs)
+                    if ends:
+                        accumulator.settle()
                 if position == last and not advance:
                     raise _EnoughError
 
@@ -258,6 +261,7 @@ class BlockRunner:
             for position, group in enumerate(block.groups):
                 hooks.enter_context(watched(module, block, group, watch(position)))
             for rows in self.batches(hidden):
+                ends = rows.stop >= hidden.shape[0]
                 try:
                     hidden[rows] = self.call(module, block, hidden[rows])
                 except _EnoughError:

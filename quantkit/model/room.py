@@ -124,7 +124,7 @@ class BlockSizes:
         weights of attention; those of shorter ones are small beside the rest."""
         rows = max(rows for rows, _ in self.shapes)
         scores = max(0, self.length - BATCH_TOKENS[self.device]) * CHUNK * self.heads * (4 + self.linear_bytes)
-        return between_linears(self.device, self.length, self.hidden, rows) + scores
+        return between_linears(self.device, self.length, self.hidden, rows, self.linear_bytes) + scores
 
     def rounding_bytes(self, rows: int, columns: int) -> int:
         """What rounding a group takes; for a correction the sums over two halves of the text, of tokens far out, what

@@ -141,6 +141,22 @@ def test_inputs_are_let_go_before_their_codes_are_multiplied(monkeypatch: pytest
     assert held == [False]
 
 
+def test_nothing_of_inputs_is_held_once_they_are_settled() -> None:
+    inputs = _inputs(300)
+    inputs[17] *= 1e3
+    inputs[20:23] *= 30
+    settled, other = (GramAccumulator(COLUMNS, CPU, eight_bit=True) for _ in range(2))
+    mine = inputs.clone().numpy()
+    watched = weakref.ref(mine)
+    settled.add(torch.from_numpy(mine))
+    del mine
+    assert watched() is not None
+    settled.settle()
+    assert watched() is None and not (settled._waiting or settled._far or settled._huge)
+    other.add(inputs)
+    assert torch.equal(settled.result().gram, other.result().gram)
+
+
 def _refused(self: GramAccumulator, rows: Tensor) -> None:
     raise AssertionError(f"{len(rows)} tokens are multiplied in float32")
 

@@ -116,9 +116,10 @@ def test_a_handful_of_tokens_neither_codes_the_weight_nor_is_multiplied_in_eight
 
 
 @torch.inference_mode()
-def test_a_weight_in_bfloat16_is_the_same_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_in_half_precision_is_the_same_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow, wide = linear(), linear()
-    stored = wide.weight.detach().bfloat16()
+    stored = wide.weight.detach().to(dtype)
     narrow.load_state_dict({"weight": stored, "bias": narrow.bias}, assign=True)
     wide.load_state_dict({"weight": stored.float(), "bias": wide.bias}, assign=True)
     assert torch.equal(narrow(INPUTS), wide(INPUTS)) and narrow(INPUTS).dtype == torch.float32
@@ -133,6 +134,23 @@ def test_a_weight_in_bfloat16_is_the_same_in_float32(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(eight_bit, "eight_bit_weight", lambda *_: None)
     assert torch.equal(narrow(INPUTS), wide(INPUTS))
     assert narrow._coded is not None and narrow._coded[0] is narrow.weight, "not tried again"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_weight_in_float16_is_the_same_in_what_the_run_multiplies_in(
+    refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if refused:
+        monkeypatch.setattr(eight_bit, "eight_bit_weight", lambda *_: None)
+    stored, rounded = linear(), linear()
+    weight = stored.weight.detach().half()
+    stored.load_state_dict({"weight": weight, "bias": stored.bias}, assign=True)
+    rounded.load_state_dict({"weight": weight.bfloat16(), "bias": rounded.bias}, assign=True)
+    for inputs in (INPUTS[:2], INPUTS, INPUTS):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(stored(inputs), rounded(inputs))
+    assert stored.weight.dtype == torch.bfloat16 and stored.weight.is_meta != refused
 
 
 def rounded(symmetric: bool = True) -> GroupTensor:

@@ -37,6 +37,7 @@ def test_a_batch_lies_beside_rows_that_wait() -> None:
     corrected = replace(SMALL, ways=2)
     assert corrected.taken_bytes == 2 * batch + 24 * 48**2 + corrected.grown_bytes
     assert replace(SMALL, device="cuda").batch_bytes == 8 * batch
+    assert replace(SMALL, linear_bytes=2).batch_bytes == 1024 * (4 * 4 * 16 + 2 * 2 * 64), "hidden states stay wide"
 
 
 def test_a_sequence_longer_than_a_batch_is_one() -> None:
