@@ -259,14 +259,16 @@ def quantize_block(
     state: JobState,
     block: Block,
     tensors: Mapping[str, Tensor],
-    statistics: Mapping[Look, Mapping[str, InputStatistics]],
+    statistics: Mapping[Look, dict[str, InputStatistics]],
 ) -> None:
-    """Quantize one block for one job by statistics that are there already."""
+    """Quantize one block for one job by statistics that are there already, and are used up: those of linears that are
+    done are taken out."""
     started = time.perf_counter()
-    results = [
-        method.quantize_block(given, statistics[method.look] if method.calibrated else {})
-        for method, given in _shares(state, block, tensors)
-    ]
+    results = []
+    for method, given in _shares(state, block, tensors):
+        seen = statistics[method.look] if method.calibrated else {}
+        work = method.begin(given) if seen else None
+        results.append(method.quantize_block(given, seen) if work is None else work.quantize(seen))
     _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started
 

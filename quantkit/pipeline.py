@@ -231,9 +231,12 @@ def _run_block(states: list[JobState], run: ModelRun, block: Block, tensors: dic
             own = on_device if state is leaders[-1] and not others else dict(on_device)
             quantize_staged(state, run, module, block, own, last=last)
     for state in others:  # behind the module, whose weights are not wanted any more
+        seen = statistics
         if state.calibrated:
             runner.expect(max(rounding_bytes(*group_shape(runner.source, group)) for group in block.groups))
-        quantize_block(state, block, on_device, statistics)
+            if state is not followers[-1]:  # who uses them up
+                seen = {look: dict(found) for look, found in statistics.items()}
+        quantize_block(state, block, on_device, seen)
 
 
 def _manifest(

@@ -18,7 +18,7 @@ from quantkit import one_block, pipeline
 from quantkit.device import Arithmetic
 from quantkit.manifest import Manifest
 from quantkit.maths import four_bit
-from quantkit.maths.gram import GramAccumulator
+from quantkit.maths.gram import GramAccumulator, InputStatistics
 from quantkit.memory import FreedMemory
 from quantkit.methods.calibrated import CalibratedBlock
 from quantkit.model import eight_bit, forward
@@ -150,6 +150,32 @@ def test_inputs_are_let_go_with_the_last_batch(
     make("gptq-4bit-g64-plain", tiny_llama, tmp_path / "out", "method.propagate=unquantized")
     block = 4 * ["add"] + 4 * ["add", "settle"] + 4 * ["result", "settle"]
     assert called == 2 * block
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_gram_matrices_are_let_go_as_their_linears_are_rounded_the_largest_first(
+    scales: bool, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grams: list[StorageWeakRef] = []
+    held: list[tuple[str, int]] = []
+    result, round_seen = GramAccumulator.result, CalibratedBlock._round_seen
+
+    def note_result(self: GramAccumulator) -> InputStatistics:
+        found = result(self)
+        grams.append(StorageWeakRef(found.gram.untyped_storage()))
+        return found
+
+    def note_round(self: CalibratedBlock, ours: list[str], *rest: Any) -> None:
+        held.append((ours[0].split(".")[-1], sum(not gram.expired() for gram in grams)))
+        round_seen(self, ours, *rest)
+
+    monkeypatch.setattr(GramAccumulator, "result", note_result)
+    monkeypatch.setattr(CalibratedBlock, "_round_seen", note_round)
+    name = "gptq-4bit-g64" if scales else "gptq-4bit-g64-plain"
+    make(name, tiny_llama, tmp_path / "out", "method.propagate=unquantized")
+    fewer = 1 if scales else 0  # where scales are divided out of a matrix, what they are divided out of goes at once
+    linears = ("down_proj", "q_proj", "o_proj", "gate_proj")
+    assert held == 2 * [(linear, 4 - place - fewer) for place, linear in enumerate(linears)]
 
 
 @pytest.mark.skipif(not devices.has_avx2(), reason="the loops are AVX2's")

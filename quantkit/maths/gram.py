@@ -247,7 +247,7 @@ class GramAccumulator:
             if not any(found):
                 break  # what a huge token adds to a column's mean square must not coarsen the steps of the others
             near = tokens - sum(int(piece.far.sum()) for piece in pieces)
-        beyond = [rows[piece.far].float() for rows, piece in self._waiting] if near < tokens else []
+        beyond = [rows[piece.far] for rows, piece in self._waiting] if near < tokens else []
         codes = round_columns(pieces, scale)
         del pieces
         self._waiting.clear()  # inputs of earlier batches are not held while their codes are multiplied
@@ -256,12 +256,12 @@ class GramAccumulator:
             self._add_beyond(torch.cat(beyond), reach)
 
     def _add_beyond(self, rows: Tensor, reach: Tensor) -> None:
-        """Add tokens with values beyond `reach` float32 [in]: rows float32 [tokens, in]."""
+        """Add tokens with values beyond `reach` float32 [in]: rows [tokens, in] of the inputs' dtype."""
         bounded = (rows.abs() <= HUGE * reach).all(dim=1)  # a NaN is not
         if bool(bounded.any()):
             self._far.append(rows[bounded])
         if not bool(bounded.all()):
-            self.add_huge(rows[~bounded])
+            self.add_huge(rows[~bounded].float())
         if sum(map(len, self._far)) >= EIGHT_BIT_TOKENS:
             self._add_far()
 
@@ -288,18 +288,18 @@ class GramAccumulator:
             self._huge = [rest]
 
     def settle(self) -> None:
-        """Work in what waits to be worked on together: no more is to be added."""
+        """Add the inputs that wait for others, of which no more come. Copies of tokens far out wait for the result."""
         if self._waiting:
             self._add_waiting()
+
+    def result(self) -> InputStatistics:
+        """The statistics of everything added so far."""
+        self.settle()
         if self._far:
             self._add_far()
         if self._huge:
             self._add_product(torch.cat(self._huge))
             self._huge.clear()
-
-    def result(self) -> InputStatistics:
-        """The statistics of everything added so far."""
-        self.settle()
         if self._fresh:
             self._gram.zero_()
         mirror(self._gram)

@@ -126,7 +126,7 @@ class CalibratedMethod(Method):
         return CalibratedBlock(given, self.steps)
 
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
-        return self.begin(given).quantize(statistics)
+        return self.begin(given).quantize(dict(statistics))
 
 
 def grid_of(method: Method | None) -> Grid | None:
@@ -180,15 +180,20 @@ class CalibratedBlock:
             if ours and group.producer is not None:
                 self._fold_group(group, ours, _finite(ours, statistics[ours[0]]))
 
-    def quantize(self, statistics: Mapping[str, InputStatistics]) -> BlockResult:
-        """The whole block at once, by statistics of {linear: its inputs} that are there already."""
+    def quantize(self, statistics: dict[str, InputStatistics]) -> BlockResult:
+        """The whole block at once, by statistics of {linear: its inputs} that are there already. They are used up:
+        those of linears that are done are taken out."""
         self.fold(statistics)
-        for group in self.given.block.groups:
-            ours = self.ours(group)
-            if ours:
-                self._round_seen(ours, self.behind_scale(ours[0], statistics[ours[0]].gram))
-                for name in ours:
-                    self._sqnr[name] = sqnr_db(*energies(self.weights.pop(name), self._quantized[name].pieces()))
+        groups = [ours for group in self.given.block.groups if (ours := self.ours(group))]
+        # the largest Gram matrix is let go first: beside it others would be rounded, which takes as much as it does
+        for ours in sorted(groups, key=lambda ours: -len(statistics[ours[0]].gram)):
+            gram = self.behind_scale(ours[0], statistics[ours[0]].gram)
+            for name in ours:
+                del statistics[name]
+            self._round_seen(ours, gram)
+            del gram
+            for name in ours:
+                self._sqnr[name] = sqnr_db(*energies(self.weights.pop(name), self._quantized[name].pieces()))
         return self.result()
 
     def input_scale(self, group: LinearGroup) -> Tensor | None:

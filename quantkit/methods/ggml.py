@@ -180,7 +180,7 @@ class GGML(Method):
     def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
         work = self.begin(given) if statistics else None
         if work is not None:
-            return work.quantize(statistics)
+            return work.quantize(dict(statistics))
         quantized, applied, notes = {}, {}, {}
         for name, weight in given.weights.items():
             own = given.methods.get(name, self)
