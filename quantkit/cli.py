@@ -188,6 +188,9 @@ def compare(
     runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="Of each, for medians.")] = 1,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Where the figures go.")] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=1, metavar="S", help="Of one run.")] = 3600,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", metavar="SIZE", help="Ours once more, under it, such as 3GB.")
+    ] = None,
     device: Device = "auto",
     force: Force = False,
     as_json: Json = False,
@@ -208,6 +211,7 @@ def compare(
         runs=runs,
         out=out,
         timeout_s=timeout,
+        max_memory=max_memory,
         device=device,
         force=force,
         progress=Progress(),

@@ -66,18 +66,21 @@ def compare(
     runs: int,
     out: Path | None,
     timeout_s: float,
+    max_memory: str | None,
     device: str,
     force: bool,
     progress: Progress,
 ) -> ComparisonResults:
     """Give a recipe's job to several engines, and write the figures to `out` when it is given.
 
-    engines: names with commas between them; None is every engine that does the method. Raises UsageError, before
+    engines: names with commas between them; None is every engine that does the method. max_memory: a size under which
+    quantkit's rows run once more. Raises UsageError, before
     anything is read or runs, when `out` cannot be written or exists without `force`.
     """
     if out is not None:
         check_results(out, force=force)
 
+    from quantkit.memory import memory_limit
     from quantkit.reference.compare import compare as measure
 
     results = measure(
@@ -87,6 +90,7 @@ def compare(
         settings=settings,
         runs=runs,
         timeout_s=timeout_s,
+        limit_bytes=memory_limit(max_memory).limit_bytes,
         device=device,
         progress=progress,
     )

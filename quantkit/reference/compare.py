@@ -42,13 +42,15 @@ def compare(
     settings: Sequence[str],
     runs: int,
     timeout_s: float,
+    limit_bytes: int | None = None,
     device: str,
     progress: Progress,
 ) -> ComparisonResults:
     """Give the job of the first recipe to every engine; quantkit also does the further recipes, each a row.
 
     engines: names; None is quantkit and every engine that does the method. runs: of each; the first one's artifact is
-    measured. timeout_s: of one run. All rows calibrate on the same token ids and are judged on the same text; a recipe
+    measured. timeout_s: of one run. limit_bytes: quantkit does each recipe once more with at most so much memory, which
+    is a row beside. All rows calibrate on the same token ids and are judged on the same text; a recipe
     that asks for others is refused. What an engine cannot do is a row with the reason. Raises RecipeError, UsageError,
     ModelError, DataError before anything runs.
     """
@@ -66,7 +68,7 @@ def compare(
     first = loaded[0]
     request = request_of(recipes[0], first)
     names = _names(engines, request)
-    check_engines(recipes, names)
+    check_engines(recipes, names, limit_bytes)
     section, held_out = shared_sections(recipes, loaded, model)
     held_out = held_out or _held_out(first.calibration)
     target = resolve_device(device)
@@ -89,7 +91,9 @@ def compare(
         entries = []
         for name in names:
             if name == OWN:
-                entries += [own_entry(setting, one, Path(file).stem) for file, one in zip(recipes, loaded, strict=True)]
+                limits = [None] if limit_bytes is None else [None, limit_bytes]
+                for file, one in zip(recipes, loaded, strict=True):
+                    entries += [own_entry(setting, one, Path(file).stem, limit) for limit in limits]
             else:
                 entries.append(reference_entry(setting, REFERENCE_ENGINES[name], request, progress))
         load_average = os.getloadavg()

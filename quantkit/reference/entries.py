@@ -75,18 +75,20 @@ def request_of(name: str, recipe: Recipe) -> Request:
     return Request(method.name, grid.bits, grid.symmetric, grid.group_size)
 
 
-def own_entry(setting: Setting, recipe: Recipe, stem: str) -> Entry:
-    """quantkit's own run of a recipe, on the comparison's token ids; all else in it is its own."""
+def own_entry(setting: Setting, recipe: Recipe, stem: str, limit_bytes: int | None = None) -> Entry:
+    """quantkit's own run of a recipe, on the comparison's token ids; all else in it is its own. limit_bytes: of the
+    memory that it may take."""
     if setting.ids_file is not None:
         calibration = recipe.calibration.model_copy(update={"set": str(setting.ids_file)})
         recipe = recipe.model_copy(update={"calibration": calibration})
     propagate = getattr(recipe.method, "propagate", None)
     inputs = f", {propagate} inputs" if propagate else ""
+    under = f", --max-memory {limit_bytes / 1e6:.0f}MB" if limit_bytes is not None else ""
     searches = [path or os.getcwd() for path in sys.path]
     return Entry(
         engine=OWN,
-        label=f"{OWN} {__version__}, {stem}: {recipe.method.label()}{inputs}",
-        settings=recipe.method.model_dump(mode="json"),
+        label=f"{OWN} {__version__}, {stem}: {recipe.method.label()}{inputs}{under}",
+        settings=recipe.method.model_dump(mode="json") | ({"max_memory_bytes": limit_bytes} if under else {}),
         # -P: a folder named like a package where the user stands must not be imported in its stead
         command=[sys.executable, "-P", "-m", "quantkit.reference.own"],
         job={
@@ -94,6 +96,7 @@ def own_entry(setting: Setting, recipe: Recipe, stem: str) -> Entry:
             "model": str(setting.source.path.absolute()),
             "device": setting.device.type,
             "threads": setting.threads,
+            "max_memory_bytes": limit_bytes,
         },
         environment=_variables(setting) | {"PYTHONPATH": os.pathsep.join(searches)},
     )

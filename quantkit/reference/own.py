@@ -1,6 +1,7 @@
 """quantkit's own run of a comparison's job: `python -m quantkit.reference.own JOB.json ANSWER.json`, as in worker.py.
 
-JOB.json: recipe (with the comparison's token ids as its calibration set), model, device, threads and out.
+JOB.json: recipe (with the comparison's token ids as its calibration set), model, device, threads, out and
+max_memory_bytes, null for no limit.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         from quantkit.environment import peak_rss_bytes
         from quantkit.jobs import run_passes
         from quantkit.maths.compiled import ready_loops
+        from quantkit.memory import MemoryLimit
         from quantkit.model.reader import open_source
         from quantkit.progress import Progress
         from quantkit.recipe import Recipe
@@ -34,7 +36,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     device = resolve_device(job["device"])
     wanted = [("quantkit", Recipe.model_validate(job["recipe"]), Path(job["out"]))]
-    (manifest,) = run_passes(wanted, open_source(job["model"]), device, False, Progress())
+    memory = MemoryLimit(job["max_memory_bytes"])
+    (manifest,) = run_passes(wanted, open_source(job["model"]), device, False, Progress(), memory)
     return {
         "quantize_s": manifest.quantize_s,
         "peak_rss_bytes": peak_rss_bytes(),

@@ -20,8 +20,15 @@ TEXT_KEYS = ("set", "sequences", "length")
 """Keys of a divergence bench."""
 
 
-def check_engines(files: Sequence[str], engines: Sequence[str]) -> None:
-    """Refuse further recipes that no engine is given: only quantkit runs them. Raises UsageError."""
+def check_engines(files: Sequence[str], engines: Sequence[str], limit_bytes: int | None) -> None:
+    """Refuse further recipes and a limit of memory that no engine is given: only quantkit runs them, and under it.
+    Raises UsageError."""
+    if limit_bytes is not None and OWN not in engines:
+        raise UsageError(
+            f"--max-memory with --engines {','.join(engines)}: nothing would run under it, which is for {OWN}'s own "
+            f"rows, expected {OWN} among the engines",
+            hint=f"--engines {','.join([OWN, *engines])}, or leave --max-memory out",
+        )
     if len(files) > 1 and OWN not in engines:
         raise UsageError(
             f"--engines {','.join(engines)}: nothing would run {', '.join(files[1:])}: recipes after the first are "

@@ -124,6 +124,20 @@ def test_what_cannot_be_run_is_told_without_measuring(
     assert results.baseline_perplexity is None
 
 
+def test_under_a_limit_our_rows_are_made_once_more(
+    tiny_llama: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["compare", recipe, "--model", str(tiny_llama), "--engines", "quantkit", "--json", "--max-memory"]
+    assert execute([*given, "much"]) == 2
+    assert '--max-memory: found "much", expected a size' in capsys.readouterr().err
+    assert execute([*given, "1.5GB"]) == 0
+    free, limited = json.loads(capsys.readouterr().out)["rows"]
+    assert limited["label"] == f"{free['label']}, --max-memory 1500MB"
+    assert limited["settings"] == free["settings"] | {"max_memory_bytes": 1_500_000_000}
+    assert limited["kl"] == free["kl"] and limited["runs"][0]["quantize_s"] > 0
+    assert not free["reason"] and not limited["reason"]
+
+
 def test_further_recipes_get_the_ids_of_the_one_calibration(
     tiny_llama: Path, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

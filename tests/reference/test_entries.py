@@ -76,6 +76,10 @@ def test_our_own_run_has_the_same_ids_and_our_imports(tiny_llama: Path) -> None:
     assert entry.job["recipe"]["calibration"]["set"] == "/ids.json"
     assert entry.command[-1] == "quantkit.reference.own" and entry.environment["PYTHONPATH"]
     assert "job: gptq" in entry.label and entry.label.endswith("unquantized inputs")
+    assert entry.job["max_memory_bytes"] is None
+    limited = own_entry(setting, setting.recipe, "job", 597_000_000)
+    assert limited.label == f"{entry.label}, --max-memory 597MB" and limited.job["max_memory_bytes"] == 597_000_000
+    assert limited.settings == entry.settings | {"max_memory_bytes": 597_000_000}
 
 
 def test_our_further_recipes_keep_how_they_calibrate(tiny_llama: Path) -> None:

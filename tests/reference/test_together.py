@@ -109,8 +109,17 @@ def test_a_comparison_has_one_text_to_judge_by() -> None:
 
 
 def test_further_recipes_need_quantkit_among_the_engines() -> None:
-    check_engines(["p1.yaml"], ["auto-gptq"])
-    check_engines(FILES, ["auto-gptq", "quantkit"])
+    check_engines(["p1.yaml"], ["auto-gptq"], None)
+    check_engines(FILES, ["auto-gptq", "quantkit"], None)
     with pytest.raises(UsageError, match=r"^--engines auto-gptq: nothing would run p2\.yaml, p3\.yaml: ") as caught:
-        check_engines(FILES, ["auto-gptq"])
+        check_engines(FILES, ["auto-gptq"], None)
     assert caught.value.hint and caught.value.hint.startswith("--engines quantkit,auto-gptq, or")
+
+
+def test_a_limit_of_memory_needs_quantkit_among_the_engines() -> None:
+    check_engines(["p1.yaml"], ["auto-gptq", "quantkit"], 10**9)
+    with pytest.raises(
+        UsageError, match="^--max-memory with --engines auto-gptq: nothing would run under it"
+    ) as caught:
+        check_engines(["p1.yaml"], ["auto-gptq"], 10**9)
+    assert caught.value.hint == "--engines quantkit,auto-gptq, or leave --max-memory out"
