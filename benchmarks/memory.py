@@ -2,13 +2,15 @@
 
 usage: python benchmarks/memory.py depth FOLDER        12 and 48 layers, 512 columns, 32 x 512 tokens
        python benchmarks/memory.py width FOLDER        4 layers, 2048 columns, 4 x 256 tokens
+       python benchmarks/memory.py model MODEL         four recipes on a model's folder, 32 x 512 tokens
        python benchmarks/memory.py larger FOLDER       6 GB of weights under --max-memory 3GB, held to it by a cgroup;
                                                        --layers 32 --limit 2GB is half as long
 
 Checkpoints of random weights (random_llama.py) are made in FOLDER when they are not there. Prints JSON, which goes into
-benchmarks/results as memory_depth.json, memory_width.json or memory_larger.json. Peaks are what the kernel counts for a
-process (ru_maxrss); the bare import is a process that imports all that the run imports, builds the model without
-weights and ends. `bound_mb` is 1.3 times the largest block in float32, its Gram matrices and the hidden states.
+benchmarks/results as memory_depth.json, memory_width.json, memory_model.json or memory_larger.json. Peaks are what the
+kernel counts for a process (ru_maxrss); the bare import is a process that imports all that the run imports, builds the
+model without weights and ends. `bound_mb` is 1.3 times the largest block in float32, its Gram matrices and the hidden
+states.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,20 +83,23 @@ def bound_mb(model: Path, tokens: int) -> float:
     return 1.3 * 4 * (block + grams + tokens * hidden) / 1e6
 
 
-def measured(model: Path, out: Path, shape: tuple[int, int], runs: int, *, limited: bool) -> dict[str, Any]:
+def measured(
+    model: Path, out: Path, shape: tuple[int, int], runs: int, *given: str, limited: bool, recipe: str = RECIPE
+) -> dict[str, Any]:
     """Peaks of so many runs on `shape` (sequences, their length), their median beside the bare import and the bound.
 
-    limited: under a --max-memory of these two together."""
+    given: options of the command line. limited: under a --max-memory of these two together."""
     config = json.loads((model / "config.json").read_text())
     bare, _ = peak([sys.executable, "-c", BARE, str(model)])
     bound = bound_mb(model, shape[0] * shape[1])
     options = ["--max-memory", f"{int(bare + bound)}MB"] if limited else []
-    found = [quantize(model, out, *shape, *options) for _ in range(runs)]
+    found = [quantize(model, out, *shape, *given, *options, recipe=recipe) for _ in range(runs)]
     tops = [top for top, _ in found]
     row = {
+        "recipe": recipe,
         "layers": config["num_hidden_layers"],
         "columns": config["hidden_size"],
-        "options": " ".join(options),
+        "options": " ".join([*given, *options]),
         "bare_mb": round(bare, 1),
         "peak_mb": round(median(tops), 1),
         "peaks_mb": [round(each, 1) for each in sorted(tops)],
@@ -119,6 +125,20 @@ def width(folder: Path, runs: int) -> dict[str, Any]:
     model = checkpoint(folder, 4, 2048, 5632)
     rows = [measured(model, folder / "out", (4, 256), runs, limited=limited) for limited in (False, True)]
     return {"recipe": RECIPE, "tokens": 4 * 256, "rows": rows}
+
+
+def of_model(model: Path, runs: int) -> dict[str, Any]:
+    """GPTQ on quantized inputs and in one pass, AWQ with GPTQ's rounding and with its own, with a limit and without."""
+    one_pass = ("--set", "method.propagate=unquantized", "--set", "method.refine=0")
+    jobs = [("gptq-4bit-g64", ()), ("gptq-4bit-g64", one_pass), ("awq-4bit-g64", ()), ("awq-4bit-g64-nearest", ())]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        rows = [
+            measured(model, out, (32, 512), runs, *settings, limited=limited, recipe=recipe)
+            for recipe, settings in jobs
+            for limited in (False, True)
+        ]
+    return {"model": model.name, "tokens": 32 * 512, "rows": rows}
 
 
 @contextmanager
@@ -156,16 +176,18 @@ def larger(folder: Path, layers: int, limit_text: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("depth", "width", "larger"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", choices=("depth", "width", "model", "larger"))
+    parser.add_argument("folder", type=Path, help="of checkpoints, or a model's")
     parser.add_argument("--layers", type=int, default=66, help="of the checkpoint for larger, 92 MB each")
-    parser.add_argument("--runs", type=int, default=3, help="of each depth and width, with and without a limit")
+    parser.add_argument("--runs", type=int, default=3, help="of each row, with and without a limit")
     parser.add_argument("--limit", default="3GB", help="of the memory for larger")
     given = parser.parse_args()
     place: Path = given.folder.resolve()
     place.mkdir(parents=True, exist_ok=True)
     if given.what == "larger":
         found = larger(place, given.layers, given.limit)
+    elif given.what == "model":
+        found = of_model(place, given.runs)
     else:
         found = (depth if given.what == "depth" else width)(place, given.runs)
     print(json.dumps(found, indent=2))
