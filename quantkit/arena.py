@@ -50,7 +50,7 @@ class Segment:
     """A stretch of addresses, and what of it is free. Raises OSError when the system lends none.
 
     It holds hardly more pages than were ever lent at once: what has to lie where there are none takes those of pieces
-    that are free. at_most: beyond how many bytes of pages it does; None for SPARE_BYTES beyond what was ever lent.
+    that are free. at_most: beyond how many bytes of pages it does, where these are fewer than SPARE_BYTES beyond that.
 
     An interrupt may come between any two steps. So what is free changes in one: at worst a piece is never lent again.
     """
@@ -83,11 +83,13 @@ class Segment:
         lent = self._size - _length(self._free)
         self._most = max(self._most, lent)
         if self._pages() > before:
-            at_most = self._most + SPARE_BYTES if self.at_most is None else max(self.at_most, before)
+            at_most = self._most + SPARE_BYTES
+            if self.at_most is not None:
+                at_most = min(at_most, max(self.at_most, before))
             self._take_pages(self._pages() - max(lent, at_most))
 
     def allow(self, more: int | None) -> None:
-        """How many bytes of pages it may have beyond those that it has; None as in `at_most`."""
+        """How many bytes of pages it may have beyond those that it has; None as many as SPARE_BYTES say."""
         self.at_most = None if more is None else self._pages() + more
 
     def _pages(self) -> int:
@@ -259,9 +261,9 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, **where: Any) -> Tensor:
 
 def allow(more: int | None) -> None:
     """How many bytes of pages may come to those that the arena has now, before what has to lie where there are none
-    takes those of holes in its segment; what is lent at once always has its own. None: so many that there would be
-    SPARE_BYTES more than ever were lent at once. Under a limit what is held counts for more than the time that pages
-    take."""
+    takes those of holes in its segment; what is lent at once always has its own. There are never more than SPARE_BYTES
+    beyond what was ever lent at once, which is all that counts where this is None. Under a limit what is held counts
+    for more than the time that pages take."""
     if _ARENA is not None:
         _ARENA.allow(more)
 

@@ -75,10 +75,6 @@ class JobState:
     hidden: HiddenStates | None = None  # its own hidden states, when quantized outputs are propagated
     beside: HiddenStates | None = None  # the unquantized model's, when they run along to correct by
     own_s: float = 0.0
-    scratch: ScratchRoom = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.scratch = ScratchRoom(self.folder)
 
     @property
     def calibrated(self) -> bool:
@@ -106,11 +102,13 @@ class JobState:
 
 @dataclass
 class ModelRun:
-    """The model on its way through its blocks. hidden: of the unquantized model, None once no job needs them."""
+    """The model on its way through its blocks. hidden: of the unquantized model, None once no job needs them. scratch:
+    for rows that wait, of one job after another."""
 
     runner: BlockRunner
     memory: MemoryLimit
     hidden: HiddenStates | None
+    scratch: ScratchRoom
 
 
 def quantize_staged(
@@ -134,12 +132,12 @@ def quantize_staged(
     runner.expect(waiting * sizes.waiting_bytes)
     look = Look.WHOLE if Look.WHOLE in state.looks else Look.PART
     way, rounder = Way(module, hidden), _Rounder(runner.by_codes, runner.arithmetic.linears, works)
-    file = state.scratch.take(sizes.file_bytes(sequences - waiting))
+    file = run.scratch.take(sizes.file_bytes(sequences - waiting))
     rows = Rows(runner, block, [way] if beside is None else [way, beside])
     run_staged(rows, placed(rows, sizes, waiting, file), rounder, sizes=sizes, advance=not last, look=look)
     del rows
-    state.scratch.leave(None if last else file)
-    del file
+    run.scratch.leave(None if last else file)
+    del file  # where it was not left, the disk has that room for what is written now
     results += [work.result() for work in works]
     _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started
@@ -264,11 +262,10 @@ def quantize_block(
     """Quantize one block for one job by statistics that are there already, and are used up: those of linears that are
     done are taken out."""
     started = time.perf_counter()
-    results = []
-    for method, given in _shares(state, block, tensors):
-        seen = statistics[method.look] if method.calibrated else {}
-        work = method.begin(given) if seen else None
-        results.append(method.quantize_block(given, seen) if work is None else work.quantize(seen))
+    results = [
+        method.quantize_block(given, statistics[method.look] if method.calibrated else {})
+        for method, given in _shares(state, block, tensors)
+    ]
     _finish_block(state, block, tensors, merge(results))
     state.own_s += time.perf_counter() - started
 

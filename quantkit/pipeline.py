@@ -31,6 +31,7 @@ from quantkit.model.blocks import Block, LinearGroup, architecture_of, blocks_of
 from quantkit.model.calibration import CalibrationSet
 from quantkit.model.forward import BlockRunner
 from quantkit.model.room import rounding_bytes
+from quantkit.model.scratch import ScratchRoom
 from quantkit.model.source import Source
 from quantkit.one_block import Job, JobState, Layout, ModelRun, quantize_block, quantize_staged
 from quantkit.output import no_space_explained
@@ -72,6 +73,7 @@ def quantize(
         if any(method.compiled for state in states for method in state.methods.values()):
             stack.enter_context(compiling_told(progress.say))
         arena.allow(None if memory.limit_bytes is None else 0)
+        stack.callback(arena.allow, None)  # the limit is this run's
         if memory.limit_bytes is not None or any(state.calibrated for state in states):
             map_large_memory()
         elif not in_parts:
@@ -181,7 +183,7 @@ def _start(
     runner = BlockRunner(source, device, how, FreedMemory(memory.limit_bytes))
     size = calibration.ids.numel() * state_columns(source) * runner.dtype.itemsize
     spill = scratch if size > memory.room_bytes(torch.device("cpu")) // 4 else None
-    return ModelRun(runner, memory, runner.embed(calibration.ids, spill))
+    return ModelRun(runner, memory, runner.embed(calibration.ids, spill), ScratchRoom(scratch))
 
 
 def _read(source: Source, blocks: Sequence[Block], *, ahead: bool) -> Iterator[tuple[Block, dict[str, Tensor]]]:

@@ -124,6 +124,20 @@ def test_pages_of_holes_are_taken_once_no_others_may_come(more: int | None, left
     assert large.nbytes + between.nbytes == 6 << 20, "what is lent has its own, whatever is allowed"
 
 
+def test_holes_keep_no_more_pages_under_a_limit_than_without_one(fresh: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "SPARE_BYTES", 1 << 20)
+    for more in (None, 1 << 40):
+        low, between, high = (empty((size << 20,), torch.uint8) for size in (4, 1, 8))
+        del high
+        arena.give_back()
+        del low
+        arena.allow(more)
+        large = empty((12 << 20,), torch.uint8)  # 13 MB are lent, as many as ever
+        assert arena.free_bytes() == 1 << 20
+        del large, between
+        arena.give_back()
+
+
 def test_what_is_kept_is_counted_over_all_segments() -> None:
     made = Arena(4 << 20)
     pieces = [made.take(3 << 20) for _ in range(3)]

@@ -263,6 +263,7 @@ def test_the_c_library_is_told_what_becomes_of_large_pieces(
     monkeypatch.setattr(pipeline.arena, "allow", allowed.append)
     make(recipe, tiny_llama, tmp_path / "out", max_memory=limit)
     assert told == wanted and allowed[0] == (None if limit is None else 0)
+    assert allowed[-1] is None, "it is the run's limit, not the process's"
 
 
 UNQUANTIZED = "method.propagate=unquantized"

@@ -22,6 +22,9 @@ from quantkit.maths.products import SMALL_BAND_VALUES, product_bands, times_tran
 TRIED = 64
 """Tokens whose products are compared with those in float32."""
 
+BAND_ROWS = 128
+"""Of a weight, that are multiplied at once for that at least: two tiles of the loops that do it."""
+
 LARGEST_ERROR = 0.05
 """What the products may be off by, as a share of their root mean square: below what rounding to 4 bits does to them.
 Inputs and weights of trained models give 0.005 to 0.025."""
@@ -57,7 +60,7 @@ def eight_bit_weight(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Eig
     made = EightBitWeight(right_factor(codes), steps, 1 / divisors, offset)
     tried = rows[:: max(1, len(rows) // TRIED)][:TRIED].float()
     exact = empty((len(tried), len(weight)))
-    for band in product_bands(weight, SMALL_BAND_VALUES // 4):
+    for band in product_bands(weight, max(SMALL_BAND_VALUES // 4, BAND_ROWS * weight.shape[1])):
         exact[:, band] = times_transposed(tried, converted(weight[band].detach(), weight.device, torch.float32))
     error = (made(tried) - offset - exact).square().mean()
     return made if bool(error <= LARGEST_ERROR**2 * exact.square().mean()) else None

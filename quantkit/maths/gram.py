@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import reduce
 from typing import Any, Protocol
 
 import numpy as np
@@ -175,7 +176,7 @@ class Accumulator(Protocol):
     """Takes batches of inputs and has statistics of them at the end."""
 
     def add(self, inputs: Tensor) -> None:
-        """inputs: [..., in], any float dtype; must not change until the result is taken."""
+        """inputs: [..., in], any float dtype; must not change until they are settled."""
 
     def settle(self) -> None:
         """Let go of inputs, of which no more are to come; what is added after all may give other bits."""
@@ -272,7 +273,8 @@ class GramAccumulator:
 
     def _add_far(self) -> None:
         """Add tokens far out that are not huge, together."""
-        whole = empty((sum(map(len, self._far)), self._far[0].shape[1]), self._far[0].dtype)
+        dtype = reduce(torch.promote_types, [rows.dtype for rows in self._far])
+        whole = empty((sum(map(len, self._far)), self._far[0].shape[1]), dtype)
         piece = ColumnSums(readable(torch.cat(self._far, out=whole)))
         self._far.clear()
         scale = totals([piece])[2] / 127

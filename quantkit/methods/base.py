@@ -130,11 +130,12 @@ class Method(Frozen):
         """Bits a weight that a linear of this shape will take on disk, scales and zeros included."""
 
     @abstractmethod
-    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+    def quantize_block(self, given: BlockWeights, statistics: dict[str, InputStatistics]) -> BlockResult:
         """Quantize `given.weights`.
 
-        statistics: {linear module name: statistics of its input}; linears that share an input share the object. Empty
-        when the method is not calibrated. Raises ModelError naming the tensor when a weight is not finite.
+        statistics: {linear module name: statistics of its input}; linears that share an input share the object. They
+        may be used up: those of linears that are done taken out. Empty when the method is not calibrated. Raises
+        ModelError naming the tensor when a weight is not finite.
         """
 
 

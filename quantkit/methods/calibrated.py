@@ -125,8 +125,8 @@ class CalibratedMethod(Method):
         """A block whose inputs will be seen one after the other, each behind what was rounded before it."""
         return CalibratedBlock(given, self.steps)
 
-    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
-        return self.begin(given).quantize(dict(statistics))
+    def quantize_block(self, given: BlockWeights, statistics: dict[str, InputStatistics]) -> BlockResult:
+        return self.begin(given).quantize(statistics)
 
 
 def grid_of(method: Method | None) -> Grid | None:
@@ -185,6 +185,8 @@ class CalibratedBlock:
         those of linears that are done are taken out."""
         self.fold(statistics)
         groups = [ours for group in self.given.block.groups if (ours := self.ours(group))]
+        for ours in groups:  # in the order they run, so that the first one that is not finite is named
+            require_finite(f"inputs of {', '.join(ours)}", statistics[ours[0]].gram.diagonal())
         # the largest Gram matrix is let go first: beside it others would be rounded, which takes as much as it does
         for ours in sorted(groups, key=lambda ours: -len(statistics[ours[0]].gram)):
             gram = self.behind_scale(ours[0], statistics[ours[0]].gram)

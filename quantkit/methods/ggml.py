@@ -177,10 +177,10 @@ class GGML(Method):
     def predicted_bits(self, out_features: int, in_features: int) -> float:
         return type_size(self.type_for(in_features), in_features) * 8 / in_features
 
-    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+    def quantize_block(self, given: BlockWeights, statistics: dict[str, InputStatistics]) -> BlockResult:
         work = self.begin(given) if statistics else None
         if work is not None:
-            return work.quantize(dict(statistics))
+            return work.quantize(statistics)
         quantized, applied, notes = {}, {}, {}
         for name, weight in given.weights.items():
             own = given.methods.get(name, self)

@@ -5,7 +5,6 @@ Source: Dettmers et al. 2022, section 2; bitsandbytes' Int8Params.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -42,7 +41,7 @@ class INT8(Method):
         layout_bits = 8  # a scalar that names the layout
         return 8 + (32 * out_features + layout_bits) / (out_features * in_features)
 
-    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+    def quantize_block(self, given: BlockWeights, statistics: dict[str, InputStatistics]) -> BlockResult:
         quantized = {name: _checked(name, weight) for name, weight in given.weights.items()}
         return BlockResult(quantized, dict.fromkeys(quantized, self.label()))
 

@@ -5,7 +5,6 @@ Source: Dettmers et al. 2023, sections 3 and 4; bitsandbytes' quantize_4bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -95,7 +94,7 @@ class NF4(Method):
             stored += 4 * blocks
         return stored * 8 / count
 
-    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+    def quantize_block(self, given: BlockWeights, statistics: dict[str, InputStatistics]) -> BlockResult:
         quantized = {}
         for name, weight in given.weights.items():
             check_finite(f"{name}.weight", weight)

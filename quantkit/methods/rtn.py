@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -45,7 +44,7 @@ class RTN(Method):
     def predicted_bits(self, out_features: int, in_features: int) -> float:
         return affine_bits(self.grid, out_features, in_features)
 
-    def quantize_block(self, given: BlockWeights, statistics: Mapping[str, InputStatistics]) -> BlockResult:
+    def quantize_block(self, given: BlockWeights, statistics: dict[str, InputStatistics]) -> BlockResult:
         quantized = {name: self._round(name, weight) for name, weight in given.weights.items()}
         return BlockResult(quantized, dict.fromkeys(quantized, self.label()), notes=notes_of(quantized))
 

@@ -45,7 +45,7 @@ def batch_sequences(device: str, length: int) -> int:
 
 def between_linears(device: str, length: int, hidden: int, rows: int, linear_bytes: int) -> int:
     """Bytes that lie between the linears of a batch that runs. length: of a sequence. hidden: columns of the states,
-    which are float32. rows: of the largest group of linears. linear_bytes: of a value in what these multiply."""
+    which count as float32. rows: of the largest group of linears. linear_bytes: of a value in what these multiply."""
     return max(BATCH_TOKENS[device], length) * (4 * 4 * hidden + 2 * rows * linear_bytes)
 
 

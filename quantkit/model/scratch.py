@@ -57,8 +57,9 @@ class ScratchRoom:
         return file_if_room(self.folder, size)
 
     def leave(self, file: ScratchFile | None) -> None:
-        """A file that was taken is free again; it goes where the disk has little room for what else is written."""
-        if shutil.disk_usage(self.folder).free >= SPARE_BYTES:
+        """A file that was taken is free again. It goes where the disk has not as much room besides: what is written
+        meanwhile, such as hidden states of a checkpoint, has to find some, and this file can be done without."""
+        if file is not None and shutil.disk_usage(self.folder).free >= SPARE_BYTES + file.size:
             self._left = file
 
 

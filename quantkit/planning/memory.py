@@ -187,13 +187,16 @@ def _block_parts(work: Work, device: torch.device, returned: bool) -> dict[str, 
 def _solve_bytes(group: Group, work: Work, device: torch.device) -> int:
     """Of one group: the Gram matrix with its factor; the stacked weights and, of a band of rows, what is owed to them
     or their error, and products, or the rounded weights behind that where these do not run as codes. Without
-    propagation every group's Gram is there, and this one's with its scale divided out; with the correction its own:
+    propagation those of groups as wide or narrower are there, and while a scale is divided out of this one what it is
+    divided out of; with the correction its own:
     sums over two halves of the text and of tokens far out, what they are together, a factor, and what is moved by how
     much."""
     columns = group.columns
-    others = 0 if work.propagates else sum(4 * other.columns**2 for other in work.groups)
+    narrower = (other for other in work.groups if other is not group and other.columns <= columns)
+    others = 0 if work.propagates else sum(4 * other.columns**2 for other in narrower)
     correction = 20 * columns**2 + 24 * group.values if work.corrects else 0
     band = min(group.values, BAND_VALUES) if device.type == "cpu" else group.values
     behind = work.how.linears.itemsize * group.values if work.propagates and not work.run_columns else 0
     rounding = 4 * group.values + max(behind, 8 * band)
-    return int(GRAM_BYTES * columns**2) + correction + rounding + others
+    solved = int(GRAM_BYTES * columns**2) + correction + rounding
+    return others + (solved if work.propagates else max(solved, 8 * columns**2))

@@ -157,6 +157,20 @@ def test_nothing_of_inputs_is_held_once_they_are_settled() -> None:
     assert torch.equal(settled.result().gram, other.result().gram)
 
 
+def test_tokens_far_out_may_come_in_several_dtypes() -> None:
+    inputs = _inputs(2 * EIGHT_BIT_TOKENS)
+    root = inputs.square().mean(dim=0).sqrt()
+    inputs[[5, 6, -5, -6], [1, 2, 1, 2]] = root[[1, 2, 1, 2]] * REACH * 1.7
+    first, second = inputs[:EIGHT_BIT_TOKENS].bfloat16(), inputs[EIGHT_BIT_TOKENS:]
+    mixed, wide = (GramAccumulator(COLUMNS, CPU, eight_bit=True) for _ in range(2))
+    for accumulator, part in ((mixed, first), (wide, first.float())):
+        for rows in (part, second):
+            accumulator.add(rows)
+            accumulator.settle()
+        assert len(accumulator._far) == 2
+    assert torch.equal(mixed.result().gram, wide.result().gram)
+
+
 def _refused(self: GramAccumulator, rows: Tensor) -> None:
     raise AssertionError(f"{len(rows)} tokens are multiplied in float32")
 

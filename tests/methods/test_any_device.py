@@ -70,13 +70,13 @@ def test_the_guard_sees_a_tensor_without_a_device() -> None:
 )
 def test_methods_make_every_tensor_where_the_weights_are(method: AWQ | GPTQ, monkeypatch: pytest.MonkeyPatch) -> None:
     given, statistics = _case()
-    compiled = method.quantize_block(given, statistics)
+    compiled = method.quantize_block(given, dict(statistics))
     monkeypatch.setattr(compensate, "_round_block", compensate._round_block_tensors)
     monkeypatch.setattr(refine, "_descend_block", refine._descend_block_tensors)
     monkeypatch.setattr(affine, "_best_range", affine._best_range_tensors)
     monkeypatch.setattr(affine, "_best_range_by_blocks", affine._best_range_by_blocks_tensors)
     with EveryTensorHasADevice():
-        made = method.quantize_block(given, statistics)
+        made = method.quantize_block(given, dict(statistics))
     for name in SHAPES:
         ours, theirs = made.quantized[name], compiled.quantized[name]
         assert (ours.codes != theirs.codes).float().mean() < 0.02, name  # type: ignore[union-attr]

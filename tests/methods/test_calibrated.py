@@ -67,7 +67,7 @@ def _attention_and_mlp(weights: dict[str, Tensor], others: dict[str, Tensor], in
 
 
 def _run(method: AWQ | GPTQ | RTN, weights: dict[str, Tensor], others: dict[str, Tensor], statistics) -> BlockResult:  # type: ignore[no-untyped-def]
-    return method.quantize_block(BlockWeights(_block(), weights, others, head_dim=HEAD), statistics)
+    return method.quantize_block(BlockWeights(_block(), weights, others, head_dim=HEAD), dict(statistics))
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -81,7 +81,7 @@ def test_folding_alone_changes_no_function(rounding: str, pruned: bool) -> None:
     work = method.begin(given)
     work.fold(statistics)
     folded = {name: weight.double() for name, weight in work.weights.items()}
-    result = method.quantize_block(given, statistics)
+    result = method.quantize_block(given, dict(statistics))
     assert set(result.quantized) == set(SHAPES) == set(folded)
     assert "input_layernorm.weight" in result.replaced and "self_attn.v_proj.bias" in result.replaced
     others_now = {name: result.replaced.get(name, tensor).double() for name, tensor in others.items()}
@@ -213,7 +213,7 @@ def test_raised_damping_is_noted() -> None:
     group = LinearGroup(("mlp.down_proj",))
     block = Block(0, "", ("mlp.down_proj",), (group,), ())
     given = BlockWeights(block, {"mlp.down_proj": weights["mlp.down_proj"]})
-    result = GPTQ(group_size=16, exponents=0, act_order=False).quantize_block(given, statistics)
+    result = GPTQ(group_size=16, exponents=0, act_order=False).quantize_block(given, dict(statistics))
     assert "damping raised from 0.01 to 0.1" in result.notes["mlp.down_proj"]
 
 

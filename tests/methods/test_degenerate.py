@@ -146,7 +146,7 @@ def loss(error: Tensor, gram: Tensor) -> float:
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_a_block_comes_out_finite(name: str, inputs_kind: str, weights_kind: str) -> None:
     given, statistics = make_block(inputs_kind, weights_kind)
-    check_tensors(METHODS[name].quantize_block(given, statistics), given)
+    check_tensors(METHODS[name].quantize_block(given, dict(statistics)), given)
 
 
 @pytest.mark.parametrize("weights_kind", WEIGHTS)
@@ -163,7 +163,7 @@ def test_the_loss_is_at_most_that_of_rounding_to_nearest(name: str, inputs_kind:
     """On the Gram of the calibration, in the units of the unscaled weights; linears of one input together."""
     method = CALIBRATED[name]
     given, statistics = make_block(inputs_kind, weights_kind, *QKV)
-    result = method.quantize_block(given, statistics)
+    result = method.quantize_block(given, dict(statistics))
     nearest = RTN(bits=method.bits, group_size=method.group_size, symmetric=method.grid.symmetric)
     plain = nearest.quantize_block(given, {})
     scale = given.others[NORM] / result.replaced[NORM] if NORM in result.replaced else torch.ones(HIDDEN)
@@ -180,14 +180,14 @@ def test_the_loss_is_at_most_that_of_rounding_to_nearest(name: str, inputs_kind:
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_dead_columns_are_told(name: str) -> None:
     given, statistics = make_block("dead columns", "plain", *QKV)
-    applied = METHODS[name].quantize_block(given, statistics).applied
+    applied = METHODS[name].quantize_block(given, dict(statistics)).applied
     compensated = CALIBRATED[name].steps.compensate
     assert all(("3 dead columns" in text) == compensated for text in applied.values()), applied
 
 
 def test_weights_of_dead_columns_are_rounded_to_nearest() -> None:
     given, statistics = make_block("dead columns", "plain", *QKV)
-    tensor = GPTQ(group_size=GROUP, exponents=0).quantize_block(given, statistics).quantized["self_attn.q_proj"]
+    tensor = GPTQ(group_size=GROUP, exponents=0).quantize_block(given, dict(statistics)).quantized["self_attn.q_proj"]
     assert isinstance(tensor, GroupTensor)
     error = (tensor.dequantize() - given.weights["self_attn.q_proj"]).abs()
     scale = tensor.scale.abs()[:, tensor.column_groups()]
@@ -205,7 +205,7 @@ def test_a_weight_that_is_not_finite_is_named(name: str, bad: float, dtype: torc
     given.weights["mlp.up_proj"][3, 4] = bad
     weights = {linear: weight.to(dtype) for linear, weight in given.weights.items()}
     with pytest.raises(ModelError, match=r"mlp\.up_proj\.weight: 1 of 8192 values are NaN or infinite"):
-        METHODS[name].quantize_block(BlockWeights(given.block, weights, given.others, head_dim=HEAD), statistics)
+        METHODS[name].quantize_block(BlockWeights(given.block, weights, given.others, head_dim=HEAD), dict(statistics))
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
@@ -217,7 +217,7 @@ def test_inputs_that_are_not_finite_name_the_linears_that_read_them(name: str, b
     inputs[3, 5] = bad
     statistics["mlp.down_proj"] = gather(inputs)
     with pytest.raises(ModelError, match=r"inputs of mlp\.down_proj: .* NaN or infinite"):
-        METHODS[name].quantize_block(given, statistics)
+        METHODS[name].quantize_block(given, dict(statistics))
 
 
 @pytest.mark.parametrize("name", ["awq nearest", "awq gptq", "gptq scales"])
@@ -225,7 +225,7 @@ def test_a_norm_that_is_not_finite_is_named(name: str) -> None:
     given, statistics = make_block("plain", "plain")
     given.others[NORM][2] = float("nan")
     with pytest.raises(ModelError, match=r"input_layernorm\.weight: 1 of 64"):
-        METHODS[name].quantize_block(given, statistics)
+        METHODS[name].quantize_block(given, dict(statistics))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_weights_beyond_the_range_of_float16_scales(name: str, size: float) -> N
     given, statistics = make_block("plain", "plain", "mlp.down_proj")
     given.weights["mlp.down_proj"][:, 9] = size * torch.linspace(-1, 1, HIDDEN)
     try:
-        result = METHODS[name].quantize_block(given, statistics)
+        result = METHODS[name].quantize_block(given, dict(statistics))
     except ModelError as error:
         assert "mlp.down_proj" in error.message and "float16" in error.message
         return
@@ -259,7 +259,7 @@ def test_a_scale_that_would_drive_the_norm_out_of_float16(name: str, gain: float
     seen = gather(torch.randn(300, HIDDEN, generator=generator) * spread)
     statistics.update(dict.fromkeys(QKV, seen))
     given.others[NORM].fill_(gain)
-    result = METHODS[name].quantize_block(given, statistics)
+    result = METHODS[name].quantize_block(given, dict(statistics))
     check_tensors(result, given)
     if NORM in result.replaced:
         exact = result.replaced[NORM]
@@ -275,13 +275,13 @@ def test_a_near_singular_gram_is_noted() -> None:
     values[0] = -0.03 * values.mean()
     gram = vectors @ torch.diag(values) @ vectors.T
     statistics["mlp.down_proj"] = InputStatistics(gram, statistics["mlp.down_proj"].mean_abs, 300)
-    result = GPTQ(group_size=GROUP, exponents=0).quantize_block(given, statistics)
+    result = GPTQ(group_size=GROUP, exponents=0).quantize_block(given, dict(statistics))
     assert "damping raised from 0.01 to 0.1" in result.notes["mlp.down_proj"]
 
 
 def test_a_scale_that_cannot_be_folded_is_noted() -> None:
     given, statistics = make_block("plain", "plain", "mlp.down_proj")
-    result = AWQ(group_size=GROUP).quantize_block(given, statistics)
+    result = AWQ(group_size=GROUP).quantize_block(given, dict(statistics))
     assert result.notes["mlp.down_proj"] == "no scale: mlp.up_proj is not quantized by this method"
 
 
@@ -289,5 +289,5 @@ def test_a_linear_without_statistics_of_its_group_is_not_lost() -> None:
     """A block with a single linear that nothing feeds: no scale, no note, rounded all the same."""
     given, statistics = make_block("plain", "plain", "mlp.down_proj")
     block = Block(0, "", ("mlp.down_proj",), (LinearGroup(("mlp.down_proj",)),), ())
-    result = AWQ(group_size=GROUP).quantize_block(BlockWeights(block, given.weights), statistics)
+    result = AWQ(group_size=GROUP).quantize_block(BlockWeights(block, given.weights), dict(statistics))
     assert set(result.quantized) == {"mlp.down_proj"} and not result.notes

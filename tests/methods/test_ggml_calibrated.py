@@ -41,8 +41,8 @@ def _loss(result: BlockResult, weights: dict[str, Tensor], statistics: dict[str,
 def test_it_loses_less_than_importance_at_the_same_bytes(kind: str) -> None:
     weights, statistics = _given()
     given = BlockWeights(BLOCK, weights)
-    weighed = GGML(type=kind, importance=True).quantize_block(given, statistics)  # type: ignore[arg-type]
-    found = GGML(type=kind, rounding="gptq").quantize_block(given, statistics)  # type: ignore[arg-type]
+    weighed = GGML(type=kind, importance=True).quantize_block(given, dict(statistics))  # type: ignore[arg-type]
+    found = GGML(type=kind, rounding="gptq").quantize_block(given, dict(statistics))  # type: ignore[arg-type]
     for name in LINEARS:
         assert found.quantized[name].type_name == weighed.quantized[name].type_name  # type: ignore[union-attr]
         assert found.quantized[name].data.shape == weighed.quantized[name].data.shape  # type: ignore[union-attr]
@@ -51,7 +51,7 @@ def test_it_loses_less_than_importance_at_the_same_bytes(kind: str) -> None:
 
 def test_what_was_done_is_told() -> None:
     weights, statistics = _given()
-    result = GGML(type="q4_k_m", rounding="gptq").quantize_block(BlockWeights(BLOCK, weights), statistics)
+    result = GGML(type="q4_k_m", rounding="gptq").quantize_block(BlockWeights(BLOCK, weights), dict(statistics))
     assert dict(result.applied) == dict.fromkeys(LINEARS, "gguf Q5_0 gptq")
     assert result.notes["up"] == "Q4_K has blocks of 256, which do not divide its 64 columns"
     assert GGML(type="q4_k_m", rounding="gptq").label() == "gguf Q4_K_M gptq"
@@ -65,7 +65,7 @@ def test_scales_are_folded_when_asked() -> None:
     assert work is not None
     work.fold(statistics)
     folded = work.weights["gate"]
-    result = method.quantize_block(given, statistics)
+    result = method.quantize_block(given, dict(statistics))
     assert any("scale^0." in text for text in result.applied.values()), "the case must be one where a scale pays"
     gain = result.replaced["norm.weight"]
     # up also feeds down, whose scale divides its rows: the folded gain shows in gate alone
@@ -91,8 +91,8 @@ def test_mistakes_are_named() -> None:
     weights, statistics = _given()
     weights["up"][0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"up\.weight: 1 of 6144 values are NaN"):
-        GGML(type="q4_0", rounding="gptq").quantize_block(BlockWeights(BLOCK, weights), statistics)
+        GGML(type="q4_0", rounding="gptq").quantize_block(BlockWeights(BLOCK, weights), dict(statistics))
     weights, statistics = _given()
     weights["gate"][0, 0] = 1e7
     with pytest.raises(ModelError, match=r"up, gate: values up to 1e\+07 overflow the float16"):
-        GGML(type="q4_0", rounding="gptq").quantize_block(BlockWeights(BLOCK, weights), statistics)
+        GGML(type="q4_0", rounding="gptq").quantize_block(BlockWeights(BLOCK, weights), dict(statistics))

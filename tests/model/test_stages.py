@@ -18,7 +18,7 @@ from quantkit import arena, one_block, pipeline
 from quantkit.device import Arithmetic
 from quantkit.errors import ModelError
 from quantkit.memory import MemoryLimit
-from quantkit.model import forward, stages, waiting
+from quantkit.model import forward, scratch, stages, waiting
 from quantkit.model.hidden import HiddenStates
 from quantkit.model.room import BlockSizes
 from quantkit.model.scratch import ScratchRoom
@@ -258,6 +258,26 @@ def test_memory_from_the_arena_changes_no_byte(
     make(tiny_llama, tmp_path / "none")
     same_but_for_the_manifest(tmp_path / "small", tmp_path / "all")
     same_but_for_the_manifest(tmp_path / "none", tmp_path / "all")
+
+
+def test_one_scratch_file_serves_all_blocks(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(forward.BATCH_TOKENS, "cpu", 128)
+    monkeypatch.setattr(BlockSizes, "waiting_sequences", lambda *_: 2)
+    made, left = [], []
+    create, leave = scratch.ScratchFile.__init__, ScratchRoom.leave
+
+    def note(self: Any, folder: Path, size: int) -> None:
+        made.append(size)
+        create(self, folder, size)
+
+    def note_left(self: Any, file: Any) -> None:
+        left.append(file is not None)
+        leave(self, file)
+
+    monkeypatch.setattr(scratch.ScratchFile, "__init__", note)
+    monkeypatch.setattr(ScratchRoom, "leave", note_left)
+    make(tiny_llama, tmp_path / "out")
+    assert len(made) == 1 and left == [True, False]
 
 
 def test_rows_start_again_where_the_disk_has_no_room(
