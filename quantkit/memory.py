@@ -33,8 +33,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of mallopt(3)'s parameters."""
 
 NEAR = 1 / 64
-"""Of a limit, what is left for small pieces, which nobody counts: GPTQ of SmolLM2 peaked 2 to 49 MB below limits of 597
-to 700 MB, and at 595 under 590."""
+"""Of a limit, what is left for small pieces, which nobody counts: GPTQ of SmolLM2 peaked 3 to 23 MB below limits of 597
+to 680 MB, and at 591 and 593 under 590."""
 
 HOLES = 1 / 4
 """Of the room that is left under a limit, what is left between pieces of the arena, which come and go in several sizes.
