@@ -41,8 +41,8 @@ class ScratchFile:
 
 
 class ScratchRoom:
-    """A scratch file in a folder that one piece of work leaves to the next, so that it is made once: what is written
-    where the system holds a file's pages already takes half as long."""
+    """A scratch file in a folder that one piece of work leaves to the next, so that it is made once, and what is
+    written lies in pages that the system holds for it already."""
 
     def __init__(self, folder: Path):
         self.folder = folder
