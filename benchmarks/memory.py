@@ -183,8 +183,6 @@ if __name__ == "__main__":
     parser.add_argument("--limit", default="3GB", help="of the memory for larger")
     given = parser.parse_args()
     place: Path = given.folder.resolve()
-    if given.what != "model":
-        place.mkdir(parents=True, exist_ok=True)
     if given.what == "larger":
         found = larger(place, given.layers, given.limit)
     elif given.what == "model":

@@ -49,30 +49,27 @@ class ScratchRoom:
         self._left: ScratchFile | None = None
 
     def take(self, size: int) -> ScratchFile | None:
-        """A file of so many bytes or more, which holds anything; None as `file_if_room` gives it."""
+        """A file of so many bytes or more, which holds anything; None of none or where the disk has hardly room."""
         left, self._left = self._left, None
-        if left is not None and 0 < size <= left.size:
+        if not size:
+            return None
+        if left is not None and size <= left.size:
             return left
         del left  # the disk has its room
-        return file_if_room(self.folder, size)
+        if shutil.disk_usage(self.folder).free < size + SPARE_BYTES:
+            return None
+        try:
+            return ScratchFile(self.folder, size)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            return None
 
     def leave(self, file: ScratchFile | None) -> None:
         """A file that was taken is free again. It goes where the disk has not as much room besides: what is written
         meanwhile, such as hidden states of a checkpoint, has to find some, and this file can be done without."""
         if file is not None and shutil.disk_usage(self.folder).free >= SPARE_BYTES + file.size:
             self._left = file
-
-
-def file_if_room(folder: Path, size: int) -> ScratchFile | None:
-    """A scratch file of so many bytes, None of none or where the disk has hardly room for it."""
-    if size and shutil.disk_usage(folder).free < size + SPARE_BYTES:
-        return None
-    try:
-        return ScratchFile(folder, size) if size else None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        return None
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

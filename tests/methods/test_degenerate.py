@@ -220,6 +220,16 @@ def test_inputs_that_are_not_finite_name_the_linears_that_read_them(name: str, b
         METHODS[name].quantize_block(given, dict(statistics))
 
 
+def test_of_inputs_that_are_not_finite_the_first_that_run_are_named() -> None:
+    """What is wrong there is wrong in all that come after, of which the widest is rounded first."""
+    given, statistics = make_block("plain", "plain")
+    for group in given.block.groups:
+        seen = gather(torch.full((50, SHAPES[group.linears[0]][1]), float("nan")))
+        statistics.update(dict.fromkeys(group.linears, seen))
+    with pytest.raises(ModelError, match=r"^inputs of self_attn\.q_proj, self_attn\.k_proj, self_attn\.v_proj: "):
+        GPTQ(group_size=GROUP, exponents=0).quantize_block(given, statistics)
+
+
 @pytest.mark.parametrize("name", ["awq nearest", "awq gptq", "gptq scales"])
 def test_a_norm_that_is_not_finite_is_named(name: str) -> None:
     given, statistics = make_block("plain", "plain")
