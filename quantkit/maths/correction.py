@@ -28,11 +28,10 @@ from quantkit.maths.gram import (
     EIGHT_BIT_TOKENS,
     ColumnSums,
     GramAccumulator,
-    round_columns,
     totals,
 )
 from quantkit.maths.gram_factor import factored
-from quantkit.maths.int_products import add_products
+from quantkit.maths.int_products import add_products, rounded_columns
 from quantkit.maths.products import times_transposed
 
 FAR = 16.0
@@ -79,7 +78,7 @@ class _Half:
         coded = []
         for pieces in zip(*self._waiting, strict=True):
             scale = totals(pieces)[2] / 127
-            coded.append((round_columns(pieces, scale), scale))
+            coded.append((rounded_columns(pieces, scale), scale))
         self._waiting.clear()
         (own, own_scale), *others = coded
         for total, (codes, scale) in zip(self.totals, others, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit.arena import empty, empty_on
 from quantkit.maths.compiled import readable
-from quantkit.maths.int_products import add_gram
+from quantkit.maths.int_products import add_gram, rounded_columns
 from quantkit.maths.order import mirror
 from quantkit.maths.products import add_times_transposed, strips, times_transposed
 
@@ -134,18 +134,6 @@ def totals(pieces: Sequence[ColumnSums]) -> Tensor:
     return found
 
 
-def round_columns(pieces: Sequence[ColumnSums], scale: Tensor) -> Tensor:
-    """8-bit codes of inputs in steps of `scale` float32 [in]: int8 [tokens of all pieces, in], 0 for tokens far out."""
-    from quantkit.maths.gram_kernels import round_rows
-
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale)).numpy()
-    lengths = [len(piece.rows) for piece in pieces]
-    codes = empty((sum(lengths), len(scale)), torch.int8)
-    for piece, own in zip(pieces, codes.split(lengths), strict=True):
-        round_rows(len(piece.rows), piece.rows, inverse, piece.far.numpy(), own.numpy())
-    return codes
-
-
 class SquaresAccumulator:
     """Sums x^2 and |x| over batches of inputs: what is left of a Gram matrix of which only the diagonal is wanted."""
 
@@ -249,7 +237,7 @@ class GramAccumulator:
                 break  # what a huge token adds to a column's mean square must not coarsen the steps of the others
             near = tokens - sum(int(piece.far.sum()) for piece in pieces)
         beyond = [rows[piece.far] for rows, piece in self._waiting] if near < tokens else []
-        codes = round_columns(pieces, scale)
+        codes = rounded_columns(pieces, scale)
         del pieces
         self._waiting.clear()  # inputs of earlier batches are not held while their codes are multiplied
         self._add_codes(codes, scale)
@@ -267,7 +255,7 @@ class GramAccumulator:
             self._add_far()
 
     def _add_codes(self, codes: Tensor, scale: Tensor) -> None:
-        """Add the products of codes int8 [tokens, in] with steps of `scale` float32 [in]."""
+        """Add the products of codes of `rounded_columns` with steps of `scale` float32 [in]."""
         add_gram(codes, scale, self._gram, fresh=self._fresh)
         self._fresh = False
 
@@ -278,7 +266,7 @@ class GramAccumulator:
         piece = ColumnSums(readable(torch.cat(self._far, out=whole)))
         self._far.clear()
         scale = totals([piece])[2] / 127
-        self._add_codes(round_columns([piece], scale), scale)
+        self._add_codes(rounded_columns([piece], scale), scale)
 
     def add_huge(self, rows: Tensor) -> None:
         """Add tokens, float32 [tokens, in], to the Gram matrix alone by float32 products, HUGE_TOKENS together."""

@@ -7,10 +7,12 @@ sums of 32 bits for another loop to scale, and of a Gram matrix it multiplies wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -18,6 +20,16 @@ from quantkit.arena import empty
 from quantkit.device import has_avx2, has_int8_units, multiplies_quads
 from quantkit.maths.compiled import writable
 from quantkit.maths.products import strips
+
+
+class Tokens(Protocol):
+    """Inputs of a linear."""
+
+    rows: NDArray[Any]
+    """[tokens, columns], float32 or the bits of bfloat16."""
+
+    far: Tensor
+    """bool [tokens], those that are left aside."""
 
 
 class Way(Protocol):
@@ -33,6 +45,10 @@ class Way(Protocol):
     def multiply(self, left: Tensor, laid: Tensor, *numbers: Any) -> None:
         """outputs = products of codes int8 [m, k] and a right factor, scaled. numbers: along, across, bias and outputs,
         as in `RightFactor.scaled_products`."""
+
+    def columns(self, pieces: Sequence[Tokens], inverse: Tensor) -> Tensor:
+        """Codes `round(x * inverse)` of inputs, 0 of tokens that are left aside, as `add` takes them. inverse: float32
+        [columns]."""
 
     def add(
         self, left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
@@ -56,6 +72,10 @@ class Torch:
         from quantkit.maths.eight_bit_kernels import scale_products
 
         scale_products(len(left), self._products(left, laid).numpy(), *numbers)
+
+    def columns(self, pieces: Sequence[Tokens], inverse: Tensor) -> Tensor:
+        """int8 [tokens of all pieces, columns]."""
+        return _rounded(pieces, inverse)
 
     def add(
         self, left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
@@ -94,6 +114,10 @@ class Pairs:
         count, tasks = _tasks(len(left))
         multiply_panels(count, left.numpy(), laid.numpy(), *numbers, tasks)
 
+    def columns(self, pieces: Sequence[Tokens], inverse: Tensor) -> Tensor:
+        """int8 [tokens of all pieces, columns]."""
+        return _rounded(pieces, inverse)
+
     def add(
         self, left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
     ) -> None:
@@ -129,19 +153,30 @@ class Quads:
         count, tasks = _tasks(len(left))
         multiply_quads(count, _whole(left).numpy(), laid.numpy(), *numbers, tasks)
 
+    def columns(self, pieces: Sequence[Tokens], inverse: Tensor) -> Tensor:
+        """As panels; a piece begins with a line of its own."""
+        from quantkit.maths.quads_kernel import QUAD, TILE_COLUMNS, lay_rounded, steps_of, take_offset
+
+        quads = [-(-len(piece.rows) // QUAD) for piece in pieces]
+        panels = _panels(len(inverse), 1 + sum(quads), TILE_COLUMNS)
+        panels[:, 0] = 0
+        begin = 1
+        for piece, count in zip(pieces, quads, strict=True):
+            sums = torch.empty(steps_of(count), len(panels) * TILE_COLUMNS, dtype=torch.int32)
+            given = (piece.rows, inverse.numpy(), piece.far.numpy(), begin, panels.numpy(), sums.numpy())
+            lay_rounded(len(sums), *given)
+            take_offset(sums.numpy(), panels.numpy())
+            begin += count
+        return panels
+
     def add(
         self, left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor, *, upper: bool, fresh: bool
     ) -> None:
         """As of all ways."""
-        from quantkit.maths.quads_kernel import QUAD, TILE_COLUMNS, add_quad_panels, lay_columns
+        from quantkit.maths.quads_kernel import add_quad_panels
 
-        def laid(codes: Tensor) -> Tensor:
-            return _laid(lay_columns, codes, _panels(codes.shape[1], 1 + -(-len(codes) // QUAD), TILE_COLUMNS))
-
-        columns = laid(right)
-        rows = columns if left is right else laid(left)
         count, tasks = _tasks(len(total))
-        given = (part.numpy() for part in (rows, columns, across, along, total))
+        given = (part.numpy() for part in (left, right, across, along, total))
         add_quad_panels(count, *given, upper, fresh, tasks)
 
 
@@ -188,19 +223,35 @@ def right_factor(codes: Tensor) -> RightFactor:
     return RightFactor(ours.lay(codes), codes.shape[0], codes.shape[1], ours)
 
 
+def rounded_columns(pieces: Sequence[Tokens], scale: Tensor) -> Tensor:
+    """8-bit codes of inputs in steps of `scale` float32 [n], 0 for tokens that are left aside, in the order in which
+    `add_gram` and `add_products` take them. Of at most 133144 tokens, beyond which sums might overflow."""
+    return way().columns(pieces, torch.where(scale > 0, 1 / scale, torch.zeros_like(scale)))
+
+
 def add_gram(codes: Tensor, scale: Tensor, gram: Tensor, *, fresh: bool) -> None:
     """Add codes^T codes, scaled, to the upper triangle of `gram` float32 [n, n]; what is below it may change too.
 
-    codes: int8 [tokens, n], of at most 133144 tokens, beyond which sums might overflow. scale: float32 [n], the step of
-    each column. fresh: `gram` holds nothing yet.
+    codes: of n columns, by `rounded_columns`. scale: float32 [n], the step of each. fresh: `gram` holds nothing yet.
     """
     way().add(codes, scale, codes, scale, gram, upper=True, fresh=fresh)
 
 
 def add_products(left: Tensor, across: Tensor, right: Tensor, along: Tensor, total: Tensor) -> None:
-    """Add left^T right, scaled, to `total` float32 [m, n]: codes int8 [tokens, m] and [tokens, n], of as many tokens at
-    most, steps of their columns float32 [m] and [n]."""
+    """Add left^T right, scaled, to `total` float32 [m, n]: codes of m and n columns by `rounded_columns`, of the same
+    pieces of tokens, and steps of their columns float32 [m] and [n]."""
     way().add(left, across, right, along, total, upper=False, fresh=False)
+
+
+def _rounded(pieces: Sequence[Tokens], inverse: Tensor) -> Tensor:
+    """Codes int8 [tokens of all pieces, columns], one after another."""
+    from quantkit.maths.gram_kernels import round_rows
+
+    lengths = [len(piece.rows) for piece in pieces]
+    codes = empty((sum(lengths), len(inverse)), torch.int8)
+    for piece, own in zip(pieces, codes.split(lengths), strict=True):
+        round_rows(len(piece.rows), piece.rows, inverse.numpy(), piece.far.numpy(), own.numpy())
+    return codes
 
 
 def _panels(rows: int, lines: int, width: int) -> Tensor:

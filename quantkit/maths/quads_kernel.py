@@ -18,6 +18,7 @@ from numba.core import cgutils  # type: ignore[import-untyped]
 from numba.extending import intrinsic  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from quantkit.maths.float_bits import value_of
 from quantkit.maths.int_kernel import BLOCK_ROWS, TILE_ROWS, add_row, scale_row
 from quantkit.maths.parallel import FASTMATH, long_and_short, parallel
 from quantkit.maths.vectors import data_of, in_all_lanes, pointer_at
@@ -28,7 +29,7 @@ QUAD = 4
 """Numbers that are added up by one instruction."""
 
 _TURNED = 16
-"""Quads of a row that are laid together, so that few lines of memory are written to at once."""
+"""Quads that are laid together, so that few lines of memory are read and written at once."""
 
 _LANES = 16
 _BYTE, _INT, _LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -76,7 +77,7 @@ add_quads: Any = intrinsic(_add_quads)
 """sums int32 [TILE_ROWS, TILE_COLUMNS] of left times right over so many quads of codes.
 
 left: an array that holds codes; places: int64 [TILE_ROWS], the bytes in it that rows begin at; stride: int64, bytes
-from a quad to the next. right: a panel [1 + quads, TILE_COLUMNS], as `lay_rows` and `lay_columns` make it.
+from a quad to the next. right: a panel [1 + quads, TILE_COLUMNS], as `lay_rows` and `lay_rounded` make it.
 """
 
 
@@ -104,56 +105,81 @@ def lay_rows(low: int, high: int, codes: NDArray[np.int8], panels: NDArray[np.in
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _byte(code: np.int8) -> np.int32:
-    return np.int32(code) & np.int32(0xFF)
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
 def _lay_quad(
-    first: NDArray[np.int8],
-    second: NDArray[np.int8],
-    third: NDArray[np.int8],
-    fourth: NDArray[np.int8],
+    first: NDArray[Any],
+    second: NDArray[Any],
+    third: NDArray[Any],
+    fourth: NDArray[Any],
+    inverse: NDArray[np.float32],
     own: NDArray[np.int32],
     total: NDArray[np.int32],
     width: int,
 ) -> None:
-    """Four codes of each column side by side, the first one lowest, and added to its total."""
+    """Codes of four tokens side by side, the first one lowest, of each column, and added to its total."""
+    byte = np.int32(0xFF)
     for column in range(width):
-        a, b, c, d = first[column], second[column], third[column], fourth[column]
-        own[column] = _byte(a) | _byte(b) << np.int32(8) | _byte(c) << np.int32(16) | np.int32(d) << np.int32(24)
-        total[column] += np.int32(a) + np.int32(b) + np.int32(c) + np.int32(d)
+        factor = inverse[column]
+        a = np.int32(np.rint(value_of(first[column]) * factor))
+        b = np.int32(np.rint(value_of(second[column]) * factor))
+        c = np.int32(np.rint(value_of(third[column]) * factor))
+        d = np.int32(np.rint(value_of(fourth[column]) * factor))
+        own[column] = (a & byte) | (b & byte) << np.int32(8) | (c & byte) << np.int32(16) | d << np.int32(24)
+        total[column] += (a + b) + (c + d)
 
 
 @parallel()
-def lay_columns(low: int, high: int, codes: NDArray[np.int8], panels: NDArray[np.int32]) -> None:
-    """Columns of codes [k, n] as panels [panels, 1 + quads, TILE_COLUMNS] of a right factor: -128 times the sum of each
-    column, then its codes; what is not there is 0."""
-    tokens, columns = codes.shape
-    for at in range(low, high):
-        panel, begin = panels[at], at * TILE_COLUMNS
-        total, there = panel[0], min(TILE_COLUMNS, columns - begin)
-        total[:] = 0
-        if there < TILE_COLUMNS:
-            panel[:] = 0
-        for quad in range(tokens // QUAD):
-            own, top = panel[1 + quad], QUAD * quad
-            first, second = codes[top, begin:], codes[top + 1, begin:]
-            third, fourth = codes[top + 2, begin:], codes[top + 3, begin:]
-            if there == TILE_COLUMNS:  # a number that is known, so that the loop is four vectors
-                _lay_quad(first, second, third, fourth, own, total, TILE_COLUMNS)
-            else:
-                _lay_quad(first, second, third, fourth, own, total, there)
-        rest = tokens % QUAD
-        for column in range(there if rest else 0):
-            last = np.int32(0)
-            for place in range(rest):
-                code = codes[tokens - rest + place, begin + column]
-                last |= _byte(code) << np.int32(8 * place)
-                total[column] += np.int32(code)
-            panel[1 + tokens // QUAD, column] = last
-        for column in range(there):
-            total[column] *= np.int32(-128)
+def lay_rounded(
+    low: int,
+    high: int,
+    rows: NDArray[Any],
+    inverse: NDArray[np.float32],
+    far: NDArray[np.bool_],
+    begin: int,
+    panels: NDArray[np.int32],
+    sums: NDArray[np.int32],
+) -> None:
+    """8-bit codes `round(x * inverse)` of inputs [tokens, columns], as lines of panels [panels, 1 + quads,
+    TILE_COLUMNS] from `begin` on; of tokens that are far [tokens], and of those and columns that are not there, 0.
+
+    Steps are of _TURNED quads of tokens each: what is read lies in one piece, and what is written nearly so. sums:
+    [steps, TILE_COLUMNS times panels] receives those of their codes by columns.
+    """
+    tokens, columns = rows.shape
+    for step in range(low, high):
+        nothing = np.zeros(columns, rows.dtype)
+        for at in range(len(panels)):
+            left = at * TILE_COLUMNS
+            there = min(TILE_COLUMNS, columns - left)
+            total = sums[step, left : left + TILE_COLUMNS]
+            total[:] = 0
+            for quad in range(step * _TURNED, min((step + 1) * _TURNED, (tokens + QUAD - 1) // QUAD)):
+                own, top = panels[at, begin + quad], quad * QUAD
+                first = nothing if far[top] else rows[top]
+                second = rows[top + 1] if top + 1 < tokens and not far[top + 1] else nothing
+                third = rows[top + 2] if top + 2 < tokens and not far[top + 2] else nothing
+                fourth = rows[top + 3] if top + 3 < tokens and not far[top + 3] else nothing
+                parts = (first[left:], second[left:], third[left:], fourth[left:])
+                if there == TILE_COLUMNS:  # a number that is known, so that the loop is four vectors
+                    _lay_quad(parts[0], parts[1], parts[2], parts[3], inverse[left:], own, total, TILE_COLUMNS)
+                else:
+                    own[there:] = 0
+                    _lay_quad(parts[0], parts[1], parts[2], parts[3], inverse[left:], own, total, there)
+
+
+def steps_of(quads: int) -> int:
+    """How many steps `lay_rounded` takes for so many quads of tokens."""
+    return -(-quads // _TURNED)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def take_offset(sums: NDArray[np.int32], panels: NDArray[np.int32]) -> None:
+    """Take 128 times the sums of `lay_rounded` off the first lines of panels, which are what sums begin with."""
+    for at in range(len(panels)):
+        own = panels[at, 0]
+        for step in range(len(sums)):
+            part = sums[step, at * TILE_COLUMNS : (at + 1) * TILE_COLUMNS]
+            for column in range(TILE_COLUMNS):
+                own[column] -= np.int32(128) * part[column]
 
 
 @parallel()
@@ -205,7 +231,7 @@ def add_quad_panels(
 ) -> None:
     """Add left^T right, scaled, to total [m, n].
 
-    left, right: columns as panels, by `lay_columns`. across, along: steps of their columns [m], [n]. upper: the upper
+    left, right: columns as panels, by `lay_rounded`. across, along: steps of their columns [m], [n]. upper: the upper
     triangle, and some of what is below it. fresh: nothing is in total yet. tasks: of each block of rows.
     """
     rows, columns = total.shape

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from quantkit import device as devices
 from quantkit.maths import int_products
-from quantkit.maths.int_products import Pairs, Quads, Torch, Way, add_gram, add_products, code_bytes, right_factor
+from quantkit.maths.compiled import readable
+from quantkit.maths.gram import ColumnSums
+from quantkit.maths.int_products import (
+    Pairs,
+    Quads,
+    Torch,
+    Way,
+    add_gram,
+    add_products,
+    code_bytes,
+    right_factor,
+    rounded_columns,
+)
 
 has_avx2 = pytest.mark.skipif(not devices.has_avx2(), reason="the loops are AVX2's")
 has_units = pytest.mark.skipif(not devices.multiplies_quads(), reason="the loops are those of AVX-512's units")
@@ -27,6 +41,12 @@ def _codes(*shape: int) -> Tensor:
     codes = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
     codes[0] = 127  # sums as large as they get
     return codes
+
+
+def _columns(codes: Tensor, pieces: Sequence[int] | None = None) -> Tensor:
+    """Codes of tokens as Gram matrices are summed from, of so many tokens a piece."""
+    parts = codes.float().split(list(pieces) if pieces else [len(codes)])
+    return rounded_columns([ColumnSums(part.numpy()) for part in parts], torch.ones(codes.shape[1]))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +68,7 @@ def test_the_largest_sums_do_not_overflow() -> None:
     found = right_factor(right).scaled_products(right[:1], torch.ones(1), torch.ones(2), torch.zeros(2))
     assert torch.equal(found, exact[:1])
     gram = torch.full((2, 2), torch.nan)
-    add_gram(right.T.contiguous(), torch.ones(2), gram, fresh=True)
+    add_gram(_columns(right.T), torch.ones(2), gram, fresh=True)
     assert torch.equal(gram.triu(), exact.triu())
 
 
@@ -60,7 +80,7 @@ def test_products_of_nothing_are_0(way: Way) -> None:
         found = factor.scaled_products(left, torch.ones(rows), torch.ones(columns), torch.zeros(columns))
         assert found.shape == (rows, columns) and not found.any()
     gram = torch.full((5, 5), torch.nan)
-    add_gram(torch.zeros(0, 5, dtype=torch.int8), torch.ones(5), gram, fresh=True)
+    add_gram(_columns(torch.zeros(0, 5)), torch.ones(5), gram, fresh=True)
     assert not gram.triu().any()
 
 
@@ -83,11 +103,25 @@ def test_products_are_scaled_and_rounded_once(dtype: torch.dtype) -> None:
 def test_gram_matrices_are_summed_above_the_diagonal(tokens: int, columns: int) -> None:
     codes, scale = _codes(tokens, columns), torch.logspace(-2, 2, columns)
     gram = torch.full((columns, columns), torch.nan)
-    add_gram(codes, scale, gram, fresh=True)
-    add_gram(codes[:1], scale, gram, fresh=False)
+    add_gram(_columns(codes), scale, gram, fresh=True)
+    add_gram(_columns(codes[:1]), scale, gram, fresh=False)
     both = torch.cat([codes, codes[:1]]).double()
     steps = scale.double()
     torch.testing.assert_close((gram / steps[:, None] / steps).triu(), (both.T @ both).triu(), rtol=1e-6, atol=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_are_rounded_to_codes_and_those_left_aside_count_for_nothing(dtype: torch.dtype) -> None:
+    inputs = (torch.randn(203, 100, generator=torch.Generator().manual_seed(1)) * 9).to(dtype)
+    far = torch.zeros(203, dtype=torch.bool)
+    far[[0, 5, 6, 202]] = True
+    scale = torch.linspace(0.5, 2.0, 100)
+    scale[7] = 0.0  # of a column without inputs
+    pieces = [ColumnSums(readable(part), out) for part, out in zip(inputs.split(70), far.split(70), strict=True)]
+    gram = torch.full((100, 100), torch.nan)
+    add_gram(rounded_columns(pieces, scale), torch.ones(100), gram, fresh=True)
+    codes = torch.where(scale > 0, inputs.float() * (1 / scale), 0.0).round()[~far].double()
+    assert torch.equal(gram.triu(), (codes.T @ codes).triu().float())
 
 
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(2, 3, 5), (65, 100, 50), (33, 47, 161)])
@@ -95,7 +129,7 @@ def test_products_of_columns_are_added_to_what_is_there(tokens: int, rows: int, 
     left, right = _codes(tokens, rows), _codes(tokens, columns)
     across, along = torch.logspace(-2, 2, rows), torch.logspace(1, -1, columns)
     total = torch.ones(rows, columns)
-    add_products(left, across, right, along, total)
+    add_products(_columns(left), across, _columns(right), along, total)
     exact = 1 + (left.double() * across.double()).T @ (right.double() * along.double())
     torch.testing.assert_close(total, exact.float(), rtol=1e-5, atol=1e-3)
 
@@ -112,8 +146,8 @@ def test_all_ways_give_the_same_bits(way: Way, monkeypatch: pytest.MonkeyPatch) 
     for each in (way, Torch()):
         monkeypatch.setattr(int_products, "way", lambda each=each: each)
         gram, total = torch.linspace(-1, 1, 200 * 200).view(200, 200), torch.linspace(-3, 3, 200 * 90).view(200, 90)
-        add_gram(codes, scale, gram, fresh=False)
-        add_products(codes, scale, others, scale[:90], total)
+        add_gram(_columns(codes), scale, gram, fresh=False)
+        add_products(_columns(codes), scale, _columns(others), scale[:90], total)
         found.append(torch.cat([gram.triu(), total], dim=1))
     assert torch.equal(*found)
 
@@ -128,7 +162,7 @@ def test_columns_divided_among_tasks_are_all_there(tasks: int, monkeypatch: pyte
     for each in (1, tasks):
         monkeypatch.setattr(int_kernel, "tasks_of_block", lambda *_, each=each: each)
         grams.append(torch.full((100, 100), torch.nan))
-        add_gram(_codes(33, 100), torch.logspace(-1, 1, 100), grams[-1], fresh=True)
+        add_gram(_columns(_codes(33, 100)), torch.logspace(-1, 1, 100), grams[-1], fresh=True)
         products.append(right_factor(right).scaled_products(codes, ones[:100], ones, 0 * ones))
     assert torch.equal(grams[0].triu(), grams[1].triu())
     assert torch.equal(*products) and torch.equal(products[1].long(), codes.long() @ right.long().T)
