@@ -8,6 +8,7 @@ each row of the weight has steps of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,24 @@ Inputs and weights of trained models give 0.005 to 0.025."""
 
 
 @dataclass(frozen=True)
+class Balance:
+    """What columns of weights are multiplied with, and of their inputs, divided by: float32 [in]. factors: the
+    reciprocals."""
+
+    divisors: Tensor
+    factors: Tensor
+
+
+@dataclass(frozen=True)
+class EightBitInputs:
+    """Inputs of linears in 8 bits. codes: int8 [tokens, in]. steps: float32 [tokens]. shape: of the inputs."""
+
+    codes: Tensor
+    steps: Tensor
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
 class EightBitWeight:
     """A linear's weight in 8 bits. codes: of [out, in], balanced. steps: float32 [out]. factors: float32 [in], what
     inputs are multiplied with. bias: float32 [out]."""
@@ -42,22 +61,41 @@ class EightBitWeight:
 
     def __call__(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """`inputs @ weight.T + bias` for inputs [..., in]: [..., out], both float32 or bfloat16, on the CPU."""
+        return self.products(self.coded(inputs), dtype)
+
+    def coded(self, inputs: Tensor) -> EightBitInputs:
+        """Inputs [..., in] as they are multiplied by this weight, and by others with the same factors."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        codes, steps = _rounded(rows, self.factors)
-        outputs = self.codes.scaled_products(codes, steps, self.steps, self.bias, dtype)
+        return EightBitInputs(*_rounded(rows, self.factors), inputs.shape)
+
+    def products(self, inputs: EightBitInputs, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The outputs for inputs in codes."""
+        outputs = self.codes.scaled_products(inputs.codes, inputs.steps, self.steps, self.bias, dtype)
         return outputs.view(*inputs.shape[:-1], len(self.bias))
 
 
-def eight_bit_weight(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> EightBitWeight | None:
-    """A weight [out, in] for products with inputs like these, [..., in]; None where some of them come out too far from
-    those in float32."""
+def balance(weights: Sequence[Tensor], inputs: Tensor) -> Balance:
+    """The balance of weights [out, in], each of which counts for as much, and of inputs like these, [..., in]."""
     rows = inputs.detach().reshape(-1, inputs.shape[-1])
-    ratio = _mean_squares(rows) / _mean_squares(weight.detach())
+    shares = [_mean_squares(weight.detach()) for weight in weights]
+    if len(shares) > 1:
+        shares = [share / share.mean() for share in shares]
+    ratio = _mean_squares(rows) / sum(shares[1:], start=shares[0])
     usable = ratio.isfinite() & (ratio > 0)
     divisors = torch.where(usable, ratio, torch.ones_like(ratio)).pow_(0.25)
-    codes, steps = _rounded(weight.detach(), divisors)
+    return Balance(divisors, 1 / divisors)
+
+
+def eight_bit_weight(
+    weight: Tensor, bias: Tensor | None, inputs: Tensor, balanced: Balance | None = None
+) -> EightBitWeight | None:
+    """A weight [out, in] for products with inputs like these, [..., in]; None where some of them come out too far from
+    those in float32. balanced: how they are balanced, by this weight alone unless told."""
+    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    balanced = balance([weight], rows) if balanced is None else balanced
+    codes, steps = _rounded(weight.detach(), balanced.divisors)
     offset = torch.zeros(len(weight)) if bias is None else bias.detach().float()
-    made = EightBitWeight(right_factor(codes), steps, 1 / divisors, offset)
+    made = EightBitWeight(right_factor(codes), steps, balanced.factors, offset)
     tried = rows[:: max(1, len(rows) // TRIED)][:TRIED].float()
     exact = empty((len(tried), len(weight)))
     for band in product_bands(weight, max(SMALL_BAND_VALUES // 4, BAND_ROWS * weight.shape[1])):

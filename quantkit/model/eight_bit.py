@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.arena import converted
-from quantkit.maths.eight_bit import TRIED, EightBitWeight, eight_bit_weight
+from quantkit.maths.eight_bit import TRIED, Balance, EightBitInputs, EightBitWeight, balance, eight_bit_weight
 from quantkit.maths.four_bit import FourBitWeight, four_bit_weight
 from quantkit.tensors import GroupTensor
 
@@ -32,6 +32,42 @@ class Fresh(Tensor):
         return self.as_subclass(Tensor).add_(other)
 
 
+class Readers:
+    """Linears that read the same inputs, one after another: how these are balanced, and their codes until the last of
+    the linears has come for them."""
+
+    def __init__(self, linears: Sequence[EightBitLinear]):
+        self._linears = list(linears)
+        self._balance: Balance | None = None
+        self._asked: list[EightBitLinear] = []  # the balance is meant for these, and they have not asked for it yet
+        self._read: tuple[Tensor, Tensor, EightBitInputs] | None = None
+        self._to_come = 0
+
+    def balance(self, linear: EightBitLinear, inputs: Tensor) -> Balance:
+        """The balance of a linear that has its weight with the others that have theirs when the first of them asks."""
+        if self._balance is None or linear not in self._asked:
+            self._asked = [one for one in self._linears if not one.weight.is_meta]
+            self._balance = balance([one.to_code(inputs) for one in self._asked], inputs)
+        found = self._balance
+        self._asked.remove(linear)
+        return found
+
+    def coded(self, weight: EightBitWeight, inputs: Tensor) -> EightBitInputs:
+        """Inputs as the weight of one of the linears takes them; they must not change until all have come for them."""
+        if self._read is None or self._read[0] is not inputs or self._read[1] is not weight.factors:
+            self._read = (inputs, weight.factors, weight.coded(inputs))
+            self._to_come = len(self._linears)
+        found = self._read[2]
+        self.has_come()
+        return found
+
+    def has_come(self) -> None:
+        """One of the linears has come, if only to go without codes."""
+        self._to_come -= 1
+        if self._to_come < 1:
+            self._read = None
+
+
 class EightBitLinear(nn.Linear):
     """A linear whose outputs come from 8-bit products, or from what the run multiplies in where those would be too far
     off.
@@ -46,6 +82,9 @@ class EightBitLinear(nn.Linear):
     wide = False
     """Whether what comes out is added to hidden states and else read by nobody: 8-bit products are then float32 even
     where the run multiplies in less, since they would be widened for that at once, and `Fresh`."""
+
+    readers: Readers
+    """All that read its inputs, itself among them."""
 
     _coded: tuple[Tensor, EightBitWeight | FourBitWeight | None] | None
 
@@ -67,10 +106,14 @@ class EightBitLinear(nn.Linear):
             self._coded = (self.weight, coded)
         coded = self._coded[1]
         if coded is None:
+            self.readers.has_come()
             return self._as_it_is(inputs)
-        if self.wide:
-            return coded(inputs, torch.float32).as_subclass(Fresh)
-        return coded(inputs, self._multiplied(inputs))
+        dtype = torch.float32 if self.wide else self._multiplied(inputs)
+        if isinstance(coded, FourBitWeight):
+            outputs = coded(inputs, dtype)
+        else:
+            outputs = coded.products(self.readers.coded(coded, inputs), dtype)
+        return outputs.as_subclass(Fresh) if self.wide else outputs
 
     def _multiplied(self, inputs: Tensor) -> torch.dtype:
         """What the run multiplies in."""
@@ -83,10 +126,13 @@ class EightBitLinear(nn.Linear):
             if coded is not None:
                 return coded
             self.weight = nn.Parameter(rounded.dequantize(), requires_grad=False)
-        weight = self.weight
-        if weight.dtype == torch.float16:
-            weight = converted(weight, weight.device, self._multiplied(inputs))  # loops read no float16
-        return eight_bit_weight(weight, self.bias, inputs)
+        return eight_bit_weight(self.to_code(inputs), self.bias, inputs, self.readers.balance(self, inputs))
+
+    def to_code(self, inputs: Tensor) -> Tensor:
+        """The weight as it is coded: loops read no float16."""
+        if self.weight.dtype != torch.float16:
+            return self.weight
+        return converted(self.weight, self.weight.device, self._multiplied(inputs))
 
     def _taken(self) -> GroupTensor | None:
         """What stands for the weight, unless another one was assigned behind it."""
@@ -112,10 +158,16 @@ class EightBitLinear(nn.Linear):
 
 
 def use_eight_bits(modules: Iterable[nn.Module], *, wide: bool = False) -> None:
-    """Let the plain linears among these multiply in 8-bit integers. wide: these give float32."""
+    """Let the plain linears among these, which read the same inputs, multiply in 8-bit integers. wide: these give
+    float32."""
+    linears = []
     for module in modules:
         if type(module) is nn.Linear:
             module.__class__ = EightBitLinear
             assert isinstance(module, EightBitLinear)
             module.wide = wide
             module._coded = module._rounded = None  # its dictionary grows now, not among tensors of a batch
+            linears.append(module)
+    readers = Readers(linears)
+    for linear in linears:
+        linear.readers = readers
