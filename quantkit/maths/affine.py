@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantkit.arena import empty_on
+from quantkit.arena import empty_on, packed
 from quantkit.maths.products import SMALL_BAND_VALUES, product_bands
 from quantkit.tensors import Grid, GroupTensor
 
@@ -87,7 +87,8 @@ def nearest_codes(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid
     """Codes of the nearest grid points: uint8 [out, in]."""
     codes = empty_on(weight.device, weight.shape, torch.uint8)
     for rows in product_bands(weight, SMALL_BAND_VALUES):
-        near = grouped(weight[rows].float(), grid) / scale[rows].unsqueeze(2)  # [rows, groups, group_size]
+        own = grouped(weight[rows].float(), grid)  # [rows, groups, group_size]
+        near = torch.div(own, scale[rows].unsqueeze(2), out=empty_on(own.device, own.shape))
         near += zero_point(None if zero is None else zero[rows], grid)
         codes[rows] = near.round_().clamp_(0, grid.levels - 1).view(-1, weight.shape[1])
     return codes
@@ -125,11 +126,10 @@ def search_grid(
     side, and each group has its choice. Source: the clip search of AWQ (Lin et al. 2023, section 4), with the Gram
     block in place of stored activations; llama.cpp's Q4_0 for the sign.
     """
-    # blocks of a Gram matrix are laid out for each band
-    values = SMALL_BAND_VALUES if gram is None or gram.dim() == 1 else None
+    known = gram if gram is None or gram.dim() == 1 else _blocks(gram, grid)
     found = [
-        _search_rows(weight[rows].float(), grid, gram, scale_dtype, shrinks, coarse)
-        for rows in product_bands(weight, values)
+        _search_rows(weight[rows].float(), grid, known, scale_dtype, shrinks, coarse)
+        for rows in product_bands(weight, SMALL_BAND_VALUES)
     ]
     if len(found) == 1:
         return found[0]
@@ -137,15 +137,28 @@ def search_grid(
     return torch.cat(scales), None if grid.symmetric else torch.cat(zeros)
 
 
+def _blocks(gram: Tensor, grid: Grid) -> Tensor:
+    """The groups' own blocks of a Gram matrix [in, in]: [groups, group_size, group_size]; on a CPU folded."""
+    size = grid.group_size or len(gram)
+    count = len(gram) // size
+    blocks = packed(gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+    if gram.device.type != "cpu":
+        return blocks
+    from quantkit.maths.kernels import STRIP
+
+    return upper_bands(blocks, STRIP)
+
+
 def _search_rows(
     weight: Tensor,
     grid: Grid,
-    gram: Tensor | None,
+    known: Tensor | None,
     scale_dtype: torch.dtype,
     shrinks: tuple[float, ...],
     coarse: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same for some rows of it, float32: all their candidates are held."""
+    """The same for some rows of it, float32: all their candidates are held. known: of the inputs, as it is given or, of
+    a Gram matrix, by `_blocks`."""
     low, high = full_range(weight, grid)
     shares = low.new_tensor(shrinks).view(-1, 1, 1)
     scale, zero = grid_for_range(low * shares, high * shares, grid, scale_dtype)
@@ -153,10 +166,11 @@ def _search_rows(
         scale = torch.cat([scale, -scale])
         zero = torch.full(scale.shape, 2 ** (grid.bits - 1), dtype=torch.uint8, device=scale.device)
     candidates = (scale, zero)
-    if gram is None or gram.dim() == 1:
-        best = _best_by_columns(weight, grid, gram, candidates, coarse)
+    if known is None or known.dim() == 1:
+        best = _best_by_columns(weight, grid, known, candidates, coarse)
     else:
-        best = _best_by_blocks(weight, grid, gram, candidates, coarse)
+        best_of = _best_range_by_blocks if weight.device.type == "cpu" else _best_range_by_blocks_tensors
+        best = best_of(weight, grid, known, candidates, coarse)
     found = best.unsqueeze(0)
     return scale.gather(0, found).squeeze(0), None if grid.symmetric else zero.gather(0, found).squeeze(0)
 
@@ -186,27 +200,18 @@ def _best_range_tensors(weight: Tensor, grid: Grid, importance: Tensor, candidat
     return _least(candidates, lambda error: (error.square() * importance).sum(dim=2), weight, grid, coarse)
 
 
-def _best_by_blocks(weight: Tensor, grid: Grid, gram: Tensor, candidates: Candidates, coarse: int) -> Tensor:
-    """Index of the best candidate of each group, int64 [out, groups], by the groups' own blocks of the Gram matrix."""
-    size = grid.group_size or weight.shape[1]
-    count = weight.shape[1] // size
-    blocks = gram.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-    best_of = _best_range_by_blocks if weight.device.type == "cpu" else _best_range_by_blocks_tensors
-    return best_of(weight, grid, blocks, candidates, coarse)
-
-
 def _best_range_by_blocks(weight: Tensor, grid: Grid, blocks: Tensor, candidates: Candidates, coarse: int) -> Tensor:
-    """The same compiled, with blocks float32 [groups, group_size, group_size]."""
-    from quantkit.maths.kernels import STRIP, bands_of, best_range_by_blocks
+    """Index of the best candidate of each group, int64 [out, groups], by the groups' own blocks of the Gram matrix,
+    folded."""
+    from quantkit.maths.kernels import bands_of, best_range_by_blocks
 
-    folded = upper_bands(blocks, STRIP)
-    return _compiled(best_range_by_blocks, bands_of(len(weight)), weight, folded, candidates, grid, coarse)
+    return _compiled(best_range_by_blocks, bands_of(len(weight)), weight, blocks, candidates, grid, coarse)
 
 
 def _best_range_by_blocks_tensors(
     weight: Tensor, grid: Grid, blocks: Tensor, candidates: Candidates, coarse: int
 ) -> Tensor:
-    """The same for any device."""
+    """The same for any device, by blocks as they are."""
 
     def loss(error: Tensor) -> Tensor:
         turned = error.transpose(0, 1)  # [groups, rows, group_size]

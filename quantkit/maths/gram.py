@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkit.arena import empty, empty_on
+from quantkit.arena import empty, empty_on, packed
 from quantkit.maths.compiled import readable
 from quantkit.maths.int_products import add_gram, rounded_columns
 from quantkit.maths.order import mirror
@@ -22,6 +22,9 @@ from quantkit.maths.products import add_times_transposed, strips, times_transpos
 EIGHT_BIT_TOKENS = 2048
 """Tokens whose 8-bit products are summed as integers before they are scaled: far below where 32 bits would overflow
 (2^31 / 127^2 = 133144), few enough that their copies are small beside the hidden states."""
+
+PART_TOGETHER = 1024
+"""The same of tokens that are a part of their batches: so many batches wait for them that half as many are held."""
 
 EIGHT_BIT_COLUMNS = 256
 """Below this many columns the rounding takes what the products save."""
@@ -191,6 +194,7 @@ class GramAccumulator:
         self.sum_abs = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.tokens = 0
         self._every = every
+        self._together = EIGHT_BIT_TOKENS if every == 1 else PART_TOGETHER
         self._eight_bit = eight_bit and in_features >= EIGHT_BIT_COLUMNS
         self._squares = torch.zeros_like(self.sum_abs) if self._eight_bit else None
         self._waiting: list[tuple[Tensor, ColumnSums]] = []
@@ -201,7 +205,7 @@ class GramAccumulator:
         """inputs: [..., in], any float dtype; must not change until the result is taken."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1])  # [tokens, in]
         if self._every > 1:
-            rows = rows[:: self._every].contiguous()  # a copy: a view would hold all of them
+            rows = packed(rows[:: self._every])  # a copy: a view would hold all of them
         self.tokens += rows.shape[0]
         if not self._eight_bit:
             wide = rows.float()
@@ -209,7 +213,7 @@ class GramAccumulator:
             self._add_product(wide)
             return
         self._waiting.append((rows, ColumnSums(readable(rows))))  # while the inputs are in the cache
-        if sum(len(rows) for rows, _ in self._waiting) >= EIGHT_BIT_TOKENS:
+        if sum(len(rows) for rows, _ in self._waiting) >= self._together:
             self._add_waiting()
 
     def _add_product(self, rows: Tensor) -> None:
