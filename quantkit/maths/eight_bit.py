@@ -73,6 +73,17 @@ class EightBitWeight:
         outputs = self.codes.scaled_products(inputs.codes, inputs.steps, self.steps, self.bias, dtype)
         return outputs.view(*inputs.shape[:-1], len(self.bias))
 
+    def writes_over(self, gates: Tensor) -> bool:
+        """Whether `write_gated` is for such gates here."""
+        known = gates.dtype in (torch.float32, torch.bfloat16) and gates.is_contiguous()
+        return known and self.codes.way.gates
+
+    def write_gated(self, inputs: EightBitInputs, gates: Tensor) -> None:
+        """Write the outputs in the dtype of gates [..., out], float32 or bfloat16 in one piece, times SiLU of these
+        over them; only where `writes_over` says so."""
+        rows = gates.detach().view(-1, len(self.bias))
+        self.codes.write_gated(inputs.codes, inputs.steps, self.steps, self.bias, rows)
+
 
 def balance(weights: Sequence[Tensor], inputs: Tensor) -> Balance:
     """The balance of weights [out, in], each of which counts for as much, and of inputs like these, [..., in]."""

@@ -42,9 +42,12 @@ class Way(Protocol):
     def lay(self, codes: Tensor) -> Tensor:
         """Codes int8 [n, k] in the order in which they are multiplied as the right factor of `left @ right.T`."""
 
-    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any) -> None:
+    gates: bool
+    """Whether it can write a gated activation over the gates that are in the place of outputs."""
+
+    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any, gates: bool = False) -> None:
         """outputs = products of codes int8 [m, k] and a right factor, scaled. numbers: along, across, bias and outputs,
-        as in `RightFactor.scaled_products`."""
+        as in `RightFactor.scaled_products`. gates: whether outputs hold gates."""
 
     def columns(self, pieces: Sequence[Tokens], inverse: Tensor) -> Tensor:
         """Codes `round(x * inverse)` of inputs, 0 of tokens that are left aside, as `add` takes them. inverse: float32
@@ -62,12 +65,13 @@ class Torch:
 
     name = "torch"
     code_bytes = 1
+    gates = False
 
     def lay(self, codes: Tensor) -> Tensor:
         """int8 [k, n], a view."""
         return codes.T
 
-    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any) -> None:
+    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any, gates: bool = False) -> None:
         """As of all ways."""
         from quantkit.maths.eight_bit_kernels import scale_products
 
@@ -100,6 +104,7 @@ class Pairs:
 
     name = "pairs"
     code_bytes = 2
+    gates = False
 
     def lay(self, codes: Tensor) -> Tensor:
         """As panels."""
@@ -107,7 +112,7 @@ class Pairs:
 
         return _laid(lay_rows, codes.contiguous(), _panels(len(codes), -(-codes.shape[1] // 2), TILE_COLUMNS))
 
-    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any) -> None:
+    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any, gates: bool = False) -> None:
         """As of all ways."""
         from quantkit.maths.int_kernel import multiply_panels
 
@@ -138,6 +143,7 @@ class Quads:
 
     name = "quads"
     code_bytes = 1
+    gates = True
 
     def lay(self, codes: Tensor) -> Tensor:
         """As panels."""
@@ -146,12 +152,12 @@ class Quads:
         whole = _whole(codes)
         return _laid(lay_rows, whole, _panels(len(whole), 1 + whole.shape[1] // QUAD, TILE_COLUMNS))
 
-    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any) -> None:
+    def multiply(self, left: Tensor, laid: Tensor, *numbers: Any, gates: bool = False) -> None:
         """As of all ways."""
         from quantkit.maths.quads_kernel import multiply_quads
 
         count, tasks = _tasks(len(left))
-        multiply_quads(count, _whole(left).numpy(), laid.numpy(), *numbers, tasks)
+        multiply_quads(count, _whole(left).numpy(), laid.numpy(), *numbers, gates, tasks)
 
     def columns(self, pieces: Sequence[Tokens], inverse: Tensor) -> Tensor:
         """As panels; a piece begins with a line of its own."""
@@ -210,11 +216,22 @@ class RightFactor:
         left: codes int8 [m, k]; k is at most 133144, beyond which sums might overflow. along: float32 [m]. across,
         bias: float32 [n]. Raises ValueError for codes of another k.
         """
+        outputs = empty((len(left), self.rows), dtype)
+        self._multiply(left, along, across, bias, outputs, gates=False)
+        return outputs
+
+    def write_gated(self, left: Tensor, along: Tensor, across: Tensor, bias: Tensor, gates: Tensor) -> None:
+        """What `scaled_products` gives in the dtype of gates, float32 or bfloat16 [m, n] in one piece, times SiLU of
+        these, over them. Only where `way.gates` says so."""
+        self._multiply(left, along, across, bias, gates, gates=True)
+
+    def _multiply(
+        self, left: Tensor, along: Tensor, across: Tensor, bias: Tensor, outputs: Tensor, *, gates: bool
+    ) -> None:
         if left.shape[1] != self.columns:
             raise ValueError(f"{left.shape[1]} columns times {self.columns}")
-        outputs = empty((len(left), self.rows), dtype)
-        self.way.multiply(left, self.laid, along.numpy(), across.numpy(), bias.numpy(), writable(outputs))
-        return outputs
+        numbers = along.numpy(), across.numpy(), bias.numpy(), writable(outputs)
+        self.way.multiply(left, self.laid, *numbers, gates=gates)
 
 
 def right_factor(codes: Tensor) -> RightFactor:

@@ -19,6 +19,7 @@ from numba.extending import intrinsic  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from quantkit.maths.float_bits import value_of
+from quantkit.maths.gate_kernel import gate_row
 from quantkit.maths.int_kernel import BLOCK_ROWS, TILE_ROWS, add_row, scale_row
 from quantkit.maths.parallel import FASTMATH, long_and_short, parallel
 from quantkit.maths.vectors import data_of, in_all_lanes, pointer_at
@@ -192,11 +193,13 @@ def multiply_quads(
     across: NDArray[np.float32],
     bias: NDArray[np.float32],
     outputs: NDArray[Any],
+    gates: bool,
     tasks: int,
 ) -> None:
     """outputs = products * along[:, None] * across + bias, float32 or the bits of bfloat16 [m, n].
 
-    left: [m, k], k a multiple of QUAD. right: n rows as panels, by `lay_rows`. along: [m]. across, bias: [n]. tasks: of
+    left: [m, k], k a multiple of QUAD. right: n rows as panels, by `lay_rows`. along: [m]. across, bias: [n]. gates:
+    whether outputs hold gates of a gated activation, and receive what it makes of these and of the above. tasks: of
     each block of rows.
     """
     rows, columns = outputs.shape
@@ -213,7 +216,10 @@ def multiply_quads(
                     places[row] = min(start + row, last - 1) * left.shape[1]
                 add_quads(left, places, QUAD, right[at], quads, sums)
                 for row in range(start, min(start + TILE_ROWS, last)):
-                    scale_row(sums[row - start], along[row], steps, offset, outputs[row, begin:end])
+                    if gates:
+                        gate_row(sums[row - start], along[row], steps, offset, outputs[row, begin:end])
+                    else:
+                        scale_row(sums[row - start], along[row], steps, offset, outputs[row, begin:end])
 
 
 @parallel(FASTMATH)

@@ -97,14 +97,7 @@ class EightBitLinear(nn.Linear):
         self._coded, self._rounded = None, (self.weight, rounded)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self._coded is None or self._coded[0] is not self.weight:
-            if inputs.numel() < TRIED * self.in_features:
-                return self._as_it_is(inputs)
-            coded = self._code(inputs)
-            if coded is not None:
-                self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
-            self._coded = (self.weight, coded)
-        coded = self._coded[1]
+        coded = self._ready(inputs)
         if coded is None:
             self.readers.has_come()
             return self._as_it_is(inputs)
@@ -114,6 +107,28 @@ class EightBitLinear(nn.Linear):
         else:
             outputs = coded.products(self.readers.coded(coded, inputs), dtype)
         return outputs.as_subclass(Fresh) if self.wide else outputs
+
+    def gate(self, inputs: Tensor, gates: Tensor) -> Tensor | None:
+        """The outputs times SiLU of gates, which are in what the run multiplies in, over these; None, and nothing done,
+        where no loop does that."""
+        coded = self._ready(inputs)
+        if not isinstance(coded, EightBitWeight) or gates.dtype != self._multiplied(inputs):
+            return None
+        if not coded.writes_over(gates):
+            return None
+        coded.write_gated(self.readers.coded(coded, inputs), gates)
+        return gates
+
+    def _ready(self, inputs: Tensor) -> EightBitWeight | FourBitWeight | None:
+        """The weight in codes, which are made where there are none yet; None where it is used as it is."""
+        if self._coded is None or self._coded[0] is not self.weight:
+            if inputs.numel() < TRIED * self.in_features:
+                return None
+            coded = self._code(inputs)
+            if coded is not None:
+                self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
+            self._coded = (self.weight, coded)
+        return self._coded[1]
 
     def _multiplied(self, inputs: Tensor) -> torch.dtype:
         """What the run multiplies in."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.maths.compiled import readable, writable
+from quantkit.model.eight_bit import EightBitLinear
 from quantkit.model.mixed import mixed_into
 
 
@@ -26,7 +27,12 @@ class CompiledGate(nn.Module):
     """Mixed into the class of an MLP that is spelled as above."""
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.down_proj(silu_times(self.gate_proj(x), self.up_proj(x)))  # type: ignore[operator]
+        gate, up = self.gate_proj(x), self.up_proj  # type: ignore[operator]
+        inner = up.gate(x, gate) if isinstance(up, EightBitLinear) else None
+        if inner is None:
+            inner = silu_times(gate, up(x))  # type: ignore[operator]
+        del gate  # not held while they are multiplied
+        made: Tensor = self.down_proj(inner)  # type: ignore[operator]
         return made
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit import device as devices
 from quantkit.maths import int_products
@@ -97,6 +97,20 @@ def test_products_are_scaled_and_rounded_once(dtype: torch.dtype) -> None:
     found = right_factor(right).scaled_products(left, along, across, bias, dtype)
     products = (left.long() @ right.long().T).float()
     assert torch.equal(found, (products * along[:, None] * across + bias).to(dtype))
+
+
+@pytest.mark.parametrize("way", [pytest.param(Quads(), marks=has_units, id="quads")], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_activation_is_written_over_its_gates(way: Way, dtype: torch.dtype) -> None:
+    left, right = _codes(50, 70), _codes(133, 70)
+    along, across, bias = torch.logspace(-3, 0, 50), torch.logspace(-1, -3, 133), torch.linspace(-9, 9, 133)
+    gates = (torch.randn(50, 133, generator=torch.Generator().manual_seed(3)) * 9).to(dtype)
+    factor = right_factor(right)
+    up = factor.scaled_products(left, along, across, bias, dtype)
+    exact = nn.functional.silu(gates.double()) * up.double()
+    factor.write_gated(left, along, across, bias, gates)
+    step = 1e-5 if dtype == torch.float32 else 2.0**-8
+    assert bool(((gates.double() - exact).abs() <= step * exact.abs() + 1e-30).all())
 
 
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (8, 48), (33, 100), (200, 161)])

@@ -13,6 +13,7 @@ from quantkit.maths import four_bit
 from quantkit.maths.affine import quantize_nearest
 from quantkit.maths.eight_bit import TRIED, EightBitWeight
 from quantkit.maths.four_bit import FourBitWeight
+from quantkit.maths.int_products import way
 from quantkit.model import eight_bit
 from quantkit.model.eight_bit import EightBitLinear, use_eight_bits
 from quantkit.tensors import Grid, GroupTensor
@@ -96,6 +97,77 @@ def test_coded_once_and_again_for_another_weight(monkeypatch: pytest.MonkeyPatch
     assert torch.allclose(twin(INPUTS), first, rtol=1e-5, atol=1e-5) and len(seen) == 3
     module.to_empty(device="meta")
     assert module._coded is None, "the memory of a block is given back with it"
+
+
+def readers(*rows: int) -> list[EightBitLinear]:
+    """Linears of one input."""
+    torch.manual_seed(0)
+    made = [nn.Linear(256, count) for count in rows]
+    use_eight_bits(made)
+    return made  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def test_linears_of_one_input_share_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded, code = [], EightBitWeight.coded
+    monkeypatch.setattr(EightBitWeight, "coded", lambda *given: rounded.append(1) or code(*given))
+    linears = readers(64, 32, 48)
+    exact = [nn.functional.linear(INPUTS, one.weight, one.bias) for one in linears]
+    rounded.clear()
+    for _ in range(2):
+        for one, wanted in zip(linears, exact, strict=True):
+            assert float((one(INPUTS) - wanted).norm() / wanted.norm()) < 0.02
+    assert len(rounded) == 3 + 2, "for each linear as it was tried, then once for all of them"
+    assert linears[0].readers._read is None, "nothing is held once the last one has come"
+    linears[0](INPUTS)
+    other = linears[1](2 * INPUTS)
+    torch.testing.assert_close(other, 2 * exact[1] - linears[1].bias, rtol=0.1, atol=0.05)
+
+
+@torch.inference_mode()
+def test_inputs_are_not_held_for_linears_that_go_without_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, linears = eight_bit.eight_bit_weight, readers(64, 32)
+    monkeypatch.setattr(
+        eight_bit, "eight_bit_weight", lambda weight, *rest: code(weight, *rest) if len(weight) == 64 else None
+    )
+    for one in linears:
+        one(INPUTS)
+    assert linears[1]._coded is not None and linears[1]._coded[1] is None and linears[0].readers._read is None
+
+
+@torch.inference_mode()
+def test_a_weight_that_came_later_has_a_balance_of_its_own() -> None:
+    linears = readers(64, 32)
+    scale = torch.logspace(-2, 2, 256)
+    linears[1].load_state_dict({"weight": linears[1].weight * scale, "bias": linears[1].bias}, assign=True)
+    inputs = INPUTS / scale  # balanced by these weights alone
+    weight, bias = linears[1].weight.detach(), linears[1].bias
+    for one in linears:
+        one(INPUTS)
+    linears[1].load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    exact = nn.functional.linear(inputs, weight, bias)
+    assert float((linears[1](inputs) - exact).norm() / exact.norm()) < 0.02
+    alone = readers(32)[0]
+    alone.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    assert torch.equal(alone(inputs), linears[1](inputs))
+
+
+@torch.inference_mode()
+def test_a_gated_activation_is_that_of_two_linears_and_a_product() -> None:
+    gate, up = readers(64, 64)
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            gates = gate(INPUTS)
+            wanted = nn.functional.silu(gates.double()) * up(INPUTS).double()
+            found = up.gate(INPUTS, gates)
+        if not way().gates:
+            assert found is None
+            continue
+        assert found is gates and found.dtype == dtype
+        assert float((found.double() - wanted).abs().max()) <= float(wanted.abs().max()) * 2.0**-8
+    few = INPUTS[:2]
+    up._coded = None
+    assert readers(64)[0].gate(few, few[:, :64].clone()) is None, "too few to code by"
 
 
 @torch.inference_mode()
