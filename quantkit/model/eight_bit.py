@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -37,20 +39,29 @@ class Readers:
     the linears has come for them."""
 
     def __init__(self, linears: Sequence[EightBitLinear]):
-        self._linears = list(linears)
+        # weak: they hold this, and with a circle of them their weights would stay until garbage is looked for
+        self._linears = [ref(linear) for linear in linears]
         self._balance: Balance | None = None
-        self._asked: list[EightBitLinear] = []  # the balance is meant for these, and they have not asked for it yet
+        self._meant: dict[int, int] = {}  # for which linears that did not ask yet, and which weights of theirs, by id
         self._read: tuple[Tensor, Tensor, EightBitInputs] | None = None
         self._to_come = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Readers:
+        made = memo[id(self)] = Readers([])
+        made._linears = [ref(copy.deepcopy(linear, memo)) for linear in self._there()]
+        return made
+
+    def _there(self) -> list[EightBitLinear]:
+        return [linear for one in self._linears if (linear := one()) is not None]
+
     def balance(self, linear: EightBitLinear, inputs: Tensor) -> Balance:
         """The balance of a linear that has its weight with the others that have theirs when the first of them asks."""
-        if self._balance is None or linear not in self._asked:
-            self._asked = [one for one in self._linears if not one.weight.is_meta]
-            self._balance = balance([one.to_code(inputs) for one in self._asked], inputs)
-        found = self._balance
-        self._asked.remove(linear)
-        return found
+        if self._balance is None or self._meant.get(id(linear)) != id(linear.weight):
+            together = [one for one in self._there() if not one.weight.is_meta]
+            self._balance = balance([one.to_code(inputs) for one in together], inputs)
+            self._meant = {id(one): id(one.weight) for one in together}
+        del self._meant[id(linear)]
+        return self._balance
 
     def coded(self, weight: EightBitWeight, inputs: Tensor) -> EightBitInputs:
         """Inputs as the weight of one of the linears takes them; they must not change until all have come for them."""

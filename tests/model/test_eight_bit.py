@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -122,6 +124,29 @@ def test_linears_of_one_input_share_its_codes(monkeypatch: pytest.MonkeyPatch) -
     linears[0](INPUTS)
     other = linears[1](2 * INPUTS)
     torch.testing.assert_close(other, 2 * exact[1] - linears[1].bias, rtol=0.1, atol=0.05)
+
+
+@torch.inference_mode()
+def test_copies_share_among_themselves_and_go_when_nobody_has_them() -> None:
+    linears = nn.ModuleList(readers(64, 32))
+    first = [one(INPUTS) for one in linears]
+    weights = [torch.randn(count, 256) for count in (64, 32)]
+    twin = copy.deepcopy(linears)
+    for one, weight in zip(twin, weights, strict=True):
+        one.load_state_dict({"weight": weight, "bias": one.bias}, assign=True)
+    assert twin[0].readers is twin[1].readers is not linears[0].readers
+    found = [one(INPUTS) for one in twin]
+    for one, weight, bias in zip(found, weights, (one.bias for one in twin), strict=True):
+        exact = nn.functional.linear(INPUTS, weight, bias)
+        assert float((one - exact).norm() / exact.norm()) < 0.02
+    assert all(torch.equal(one(INPUTS), before) for one, before in zip(linears, first, strict=True))
+    watched = weakref.ref(twin[0])
+    gc.disable()
+    try:
+        del twin, one
+        assert watched() is None, "a block's weights are not to wait for the garbage collector"
+    finally:
+        gc.enable()
 
 
 @torch.inference_mode()
